@@ -1,0 +1,77 @@
+"""Backbones by timm name, with a stem for small images. State-dict names stay timm's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import timm
+from torch import nn
+
+from methods.parts.errors import ConfigError, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """A timm backbone without its classifier. `timm.list_models()` has the names."""
+
+    name: str = "resnet50"
+    stem_stride: Literal[1, 2, 4] = 4  # ResNets: 4 = ImageNet stem; 2 = first conv at full resolution; 1 = no max-pool either
+    width: float = 1.0  # ResNets: multiplies every stage's channels; other than 1 uses a stem of three 3x3 convs
+    depth: tuple[int, ...] | None = None  # ResNets: blocks per stage; None = the model's own
+    drop_path: float = 0.0  # stochastic depth rate
+    image_size: int | None = None  # ViTs: side the position table is made for; None = the model's own
+    patch_size: int | None = None  # ViTs: None = the model's own
+    init: str | None = None  # start from these weights: a .safetensors file, a run, or models:/NAME@ALIAS; None = random
+
+    def __post_init__(self) -> None:
+        require(self.width > 0, "backbone.width", self.width, "use a positive number, e.g. 0.25")
+        require(0 <= self.drop_path < 1, "backbone.drop_path", self.drop_path, "use a fraction in [0, 1)")
+
+
+def build_backbone(config: BackboneConfig) -> nn.Module:
+    """An untrained backbone `(B, 3, H, W) -> (B, num_features)`.
+
+    A stem stride below 4 keeps small images large: the first convolution is 3x3 (or the first of three 3x3) with
+    stride 1, and at stride 1 the max-pool is an identity.
+
+    Raises:
+        ConfigError: an unknown name, or a setting that this architecture does not have.
+    """
+    settings: dict[str, Any] = {"drop_path_rate": config.drop_path} if config.drop_path else {}
+    if config.width != 1:
+        stages = (64, 128, 256, 512)
+        settings["channels"] = tuple(max(8, round(c * config.width / 8) * 8) for c in stages)
+        settings |= {"stem_type": "deep", "stem_width": max(4, round(32 * config.width / 4) * 4)}
+    if config.depth is not None:
+        settings["layers"] = config.depth
+    if config.image_size is not None:
+        settings["img_size"] = config.image_size
+    if config.patch_size is not None:
+        settings["patch_size"] = config.patch_size
+    try:
+        backbone: nn.Module = timm.create_model(config.name, pretrained=False, num_classes=0, **settings)
+    except (RuntimeError, TypeError) as error:
+        close = timm.list_models(f"*{config.name[:5]}*")[:5]
+        raise ConfigError(f"backbone.name={config.name}: timm cannot build it ({error}); near names: {', '.join(close) or 'none'}") from None
+    if config.stem_stride < 4:
+        _small_stem(backbone, config)
+    return backbone
+
+
+def _small_stem(backbone: nn.Module, config: BackboneConfig) -> None:
+    conv = getattr(backbone, "conv1", None)
+    if conv is None or not hasattr(backbone, "maxpool"):
+        raise ConfigError(f"backbone.stem_stride={config.stem_stride}: {config.name} has no ResNet stem; use 4 (for a ViT set backbone.patch_size)")
+    if isinstance(conv, nn.Sequential):
+        conv[0].stride = (1, 1)
+    else:
+        backbone.conv1 = nn.Conv2d(3, conv.out_channels, 3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
+    if config.stem_stride == 1:
+        backbone.maxpool = nn.Identity()
+
+
+def num_features(backbone: nn.Module) -> int:
+    """Width D of the features, as timm states it."""
+    return int(backbone.num_features)  # type: ignore[arg-type]

@@ -1,0 +1,14 @@
+"""Projection heads."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def mlp(in_features: int, hidden_features: int, out_features: int, layers: int = 2) -> nn.Sequential:
+    """Linear-BN-ReLU blocks, then a Linear: `(B, in) -> (B, out)`. One layer is a plain Linear. Framework default init."""
+    widths = [in_features] + [hidden_features] * (layers - 1)
+    blocks: list[nn.Module] = []
+    for narrow, wide in zip(widths[:-1], widths[1:], strict=True):
+        blocks += [nn.Linear(narrow, wide), nn.BatchNorm1d(wide), nn.ReLU(inplace=True)]
+    return nn.Sequential(*blocks, nn.Linear(widths[-1], out_features))

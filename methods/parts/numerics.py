@@ -1,0 +1,42 @@
+"""Small numerical helpers that keep one precision rule: half types become float32, float64 is never demoted."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def promote(x: Tensor) -> Tensor:
+    """float16 and bfloat16 as float32; anything else unchanged."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+@contextlib.contextmanager
+def full_precision(x: Tensor) -> Iterator[None]:
+    """Leave autocast on the device of `x`."""
+    with torch.autocast(x.device.type, enabled=False):
+        yield
+
+
+def l2_normalize(x: Tensor) -> Tensor:
+    """Rows of unit length: x / max(||x||_2, 1e-12)."""
+    return F.normalize(x, dim=-1, eps=1e-12)
+
+
+def cross_entropy(target: Tensor, logits: Tensor) -> Tensor:
+    """Mean over rows of - sum_k target_k log softmax(logits)_k. Both `(B, K)`; no gradient to `target`."""
+    return -(target.detach() * torch.log_softmax(logits, dim=-1)).sum(dim=-1).mean()
+
+
+def entropy(probabilities: Tensor) -> Tensor:
+    """Entropy in nats of each row: `(B, K) -> (B,)`; 0 log 0 = 0."""
+    return -torch.special.xlogy(probabilities, probabilities).sum(dim=-1)
+
+
+def embedding_std(z: Tensor) -> Tensor:
+    """Collapse meter: mean over dimensions of the std of unit rows `(B, D)`, times sqrt(D). About 1 when spread out, 0 when collapsed."""
+    return z.std(dim=0, unbiased=False).mean() * z.shape[-1] ** 0.5

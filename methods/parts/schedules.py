@@ -1,0 +1,21 @@
+"""Schedules: pure functions of the step, so a resumed run needs no scheduler state."""
+
+from __future__ import annotations
+
+import math
+
+
+def cosine(step: float, total: float, start: float, end: float) -> float:
+    """end + (start - end) / 2 * (1 + cos(pi * step / total)); constant at `end` from `total` on."""
+    share = min(1.0, step / total) if total > 0 else 1.0
+    return end + 0.5 * (start - end) * (1.0 + math.cos(math.pi * share))
+
+
+def warmup_cosine(step: int, *, total_steps: int, warmup_steps: int, start: float, base: float, final: float) -> float:
+    """SwAV's learning rate: linear from `start` to `base`, both ends included, over the warm-up steps; then cosine to `final`.
+
+    The first step of the cosine has t = 0 of T = total_steps - warmup_steps, so the last step stays just above `final`.
+    """
+    if step < warmup_steps:
+        return start + (base - start) * step / max(1, warmup_steps - 1)
+    return cosine(step - warmup_steps, total_steps - warmup_steps, base, final)

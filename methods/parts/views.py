@@ -1,0 +1,107 @@
+"""What a method looks at: the declaration of its crops (`CropGroup`) and their value in one step (`Views`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from methods.parts.errors import ConfigError, require
+
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropGroup:
+    """Crops that share one recipe of augmentation, in torchvision's order: crop, flip, jitter, grayscale, blur, solarize."""
+
+    count: int = 2  # crops of this kind per image
+    size: int = 224  # side of a finished crop, pixels
+    scale: Range = (0.08, 1.0)  # area of the box as a fraction of the image's area
+    ratio: Range = (3 / 4, 4 / 3)  # width / height of the box, drawn log-uniformly
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    flip: float = 0.5  # probability of a horizontal flip
+    jitter: tuple[float, float, float, float] = (0.8, 0.8, 0.8, 0.2)  # brightness, contrast, saturation, hue
+    jitter_probability: float = 0.8
+    grayscale: float = 0.2  # probability
+    blur: float = 0.5  # probability
+    blur_sigma: Range = (0.1, 2.0)  # standard deviation in pixels, drawn uniformly
+    solarize: float = 0.0  # probability
+    solarize_threshold: float = 0.5  # in [0, 1]; values at or above are inverted
+
+    def __post_init__(self) -> None:
+        require(self.count >= 0, "count", self.count, "use 0 or more")
+        require(self.size >= 4, "size", self.size, "use 4 pixels or more")
+        require(0 < self.scale[0] <= self.scale[1] <= 1, "scale", self.scale, "use 0 < low <= high <= 1, e.g. 0.14 1.0")
+        require(0 < self.ratio[0] <= self.ratio[1], "ratio", self.ratio, "use 0 < low <= high, e.g. 0.75 1.3333")
+        for name in ("flip", "jitter_probability", "grayscale", "blur", "solarize", "solarize_threshold"):
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "use a number from 0 to 1")
+        require(all(j >= 0 for j in self.jitter) and self.jitter[3] <= 0.5, "jitter", self.jitter, "use strengths >= 0, hue at most 0.5")
+        require(0 < self.blur_sigma[0] <= self.blur_sigma[1], "blur_sigma", self.blur_sigma, "use 0 < low <= high, in pixels")
+
+    def describe(self) -> str:
+        """The whole declaration as one readable line."""
+        parts = [f"{self.count} x {self.size} px", f"scale {self.scale[0]:g}-{self.scale[1]:g}"]
+        if self.flip:
+            parts.append(f"flip {self.flip:g}")
+        if any(self.jitter) and self.jitter_probability:
+            parts.append(f"jitter ({', '.join(f'{j:g}' for j in self.jitter)}) p {self.jitter_probability:g}")
+        if self.grayscale:
+            parts.append(f"gray {self.grayscale:g}")
+        if self.blur:
+            parts.append(f"blur {self.blur_sigma[0]:g}-{self.blur_sigma[1]:g} px p {self.blur:g}")
+        if self.solarize:
+            parts.append(f"solarize {self.solarize:g}")
+        return ", ".join(parts)
+
+
+ViewsConfig = dict[str, CropGroup]
+
+
+@dataclass
+class Views:
+    """All crops of one micro-batch, finished and on the training device.
+
+    `stacks[name]` is `(V_g * B, 3, H, W)`, view-major: row `v * B + i` is crop `v` of image `i` in that group.
+    `groups[name]` are the positions of the group's crops in `crops`, in the declared order.
+    `image_ids` `(B,)` and `labels` `(B,)` are int64; a label of -1 is unknown.
+    """
+
+    stacks: dict[str, Tensor]
+    counts: Mapping[str, int]
+    image_ids: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        batch = len(self.image_ids)
+        for name, stack in self.stacks.items():
+            if len(stack) != self.counts[name] * batch:
+                raise ConfigError(f"views.{name}: {len(stack)} rows for {self.counts[name]} crops of {batch} images")
+
+    @property
+    def groups(self) -> dict[str, list[int]]:
+        positions, first = {}, 0
+        for name in self.stacks:
+            positions[name] = list(range(first, first + self.counts[name]))
+            first += self.counts[name]
+        return positions
+
+    @property
+    def crops(self) -> list[Tensor]:
+        """Every crop, each `(B, 3, H, W)`, in the declared order."""
+        return [crop for name, stack in self.stacks.items() for crop in stack.chunk(self.counts[name]) if self.counts[name]]
+
+    def by_resolution(self) -> list[Tensor]:
+        """Consecutive groups of the same size joined, view-major; the order of crops is kept."""
+        runs: list[list[Tensor]] = []
+        for name, stack in self.stacks.items():
+            if not self.counts[name]:
+                continue
+            if runs and runs[-1][-1].shape[-2:] == stack.shape[-2:]:
+                runs[-1].append(stack)
+            else:
+                runs.append([stack])
+        return [run[0] if len(run) == 1 else torch.cat(run) for run in runs]

@@ -1,0 +1,179 @@
+"""SwAV: swap predictions between views using online codes. Caron et al. 2020, arXiv:2006.09882.
+
+Codes of the global crops come from balanced optimal transport over the batch (eq. 3); every crop predicts the codes
+of the other global crops (eq. 2, multi-crop: eq. 6):
+
+    loss = 1/G sum_g 1/(V-1) sum_{v != g} CE(q_g, z_v C^T / tau)
+
+with G global crops, V crops in all, z unit projections `(B, D)`, C unit prototypes `(K, D)`, q = sinkhorn(z_g C^T).
+
+Departs:
+    The queue is gathered over workers and part of the checkpoint (the original keeps one file per worker), so a run
+    may go on with another number of workers. Its length must be a multiple of the global batch; it is not rounded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from methods.parts.assignment import sinkhorn
+from methods.parts.backbones import num_features
+from methods.parts.contract import (
+    Masks,
+    Method,
+    MethodConfig,
+    Metrics,
+    Outputs,
+    ParamGroup,
+    Progress,
+    RunFacts,
+    SearchRange,
+    StepOutput,
+    register,
+    searchable,
+)
+from methods.parts.errors import ConfigError, require
+from methods.parts.heads import mlp
+from methods.parts.numerics import cross_entropy, embedding_std, entropy, full_precision, l2_normalize, promote
+from methods.parts.queue import FeatureQueue
+from methods.parts.views import CropGroup, Views, ViewsConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwAVConfig(MethodConfig):
+    # tau in eq. (2)
+    temperature: float = searchable(0.1, SearchRange(0.05, 0.5, "log", reason="sharpness of the predictions"))
+    # entropy weight in eq. (3); 0.03 or less if the loss sticks at ln K
+    epsilon: float = searchable(0.05, SearchRange(0.01, 0.1, "log", reason="small: sharper codes; large: the loss sticks at ln K"))
+    sinkhorn_iterations: int = 3
+    # K; about ten times the number of kinds of things in the images
+    num_prototypes: int = searchable(3000, SearchRange(scale="choice", choices=(100, 300, 1000, 3000), reason="flat once K is large enough"))
+    projector_layers: int = 2
+    projector_hidden: int = 2048
+    projection_dim: int = 128  # D
+    queue_length: int = 0  # rows per global crop, over all workers; 0 = no queue
+    queue_start_epoch: float = 15  # epochs before the queue begins to fill
+    freeze_prototypes_epochs: float = 1.0  # prototypes get no gradient for so long
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, "method.temperature", self.temperature, "use a positive number, e.g. 0.1")
+        require(self.epsilon > 0, "method.epsilon", self.epsilon, "use a positive number, e.g. 0.05")
+        require(self.sinkhorn_iterations >= 1, "method.sinkhorn_iterations", self.sinkhorn_iterations, "use 1 or more, e.g. 3")
+        require(self.num_prototypes >= 2, "method.num_prototypes", self.num_prototypes, "use 2 or more")
+        require(self.projector_layers >= 1, "method.projector_layers", self.projector_layers, "use 1 or more")
+        require(self.projector_hidden >= 1, "method.projector_hidden", self.projector_hidden, "use 1 or more")
+        require(self.projection_dim >= 2, "method.projection_dim", self.projection_dim, "use 2 or more")
+        require(self.queue_length >= 0, "method.queue_length", self.queue_length, "use 0 for no queue, or a multiple of the batch")
+        require(self.queue_start_epoch >= 0, "method.queue_start_epoch", self.queue_start_epoch, "use 0 or more")
+        require(self.freeze_prototypes_epochs >= 0, "method.freeze_prototypes_epochs", self.freeze_prototypes_epochs, "use 0 or more")
+
+
+@register("swav", SwAVConfig)
+class SwAV(Method):
+    paper = "Caron et al. 2020, arXiv:2006.09882"
+    accumulation: Literal["exact", "refuse"] = "refuse"  # codes need the whole batch at once
+    accumulation_remedy = "method.queue_length enlarges the batch that the codes see"
+
+    def __init__(self, config: SwAVConfig, backbone: nn.Module, facts: RunFacts, global_crops: int = 2) -> None:
+        super().__init__()
+        batch, length = facts.global_batch_size, config.queue_length
+        if length % batch:
+            near = f"{length // batch * batch} or {(length // batch + 1) * batch}" if length > batch else str(batch)
+            raise ConfigError(f"method.queue_length={length}: not a multiple of train.global_batch_size={batch}; use {near}")
+        self.config: SwAVConfig = config
+        self.backbone = backbone
+        self.projector = mlp(num_features(backbone), config.projector_hidden, config.projection_dim, config.projector_layers)
+        self.prototypes = nn.Linear(config.projection_dim, config.num_prototypes, bias=False)
+        self.queue = FeatureQueue(global_crops, length, config.projection_dim)
+        self.queue_start = round(config.queue_start_epoch * facts.steps_per_epoch)
+        self.frozen_steps = round(config.freeze_prototypes_epochs * facts.steps_per_epoch)
+
+    @classmethod
+    def default_views(cls) -> ViewsConfig:
+        """2 x 224 + 6 x 96 (paper, appendix A)."""
+        return {"global": CropGroup(count=2, size=224, scale=(0.14, 1.0)), "local": CropGroup(count=6, size=96, scale=(0.05, 0.14))}
+
+    def before_step(self, progress: Progress) -> None:
+        with torch.no_grad():
+            self.prototypes.weight.copy_(l2_normalize(self.prototypes.weight))  # rows of C: unit norm
+
+    def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
+        z = self.project(views)  # V times (B, D)
+        with full_precision(z[0]):
+            scores = [self.prototypes(z_v) for z_v in z]  # V times (B, K)
+            global_crops = views.groups["global"]
+            codes = {g: self.codes(i, scores[g]) for i, g in enumerate(global_crops)}  # eq. (3)
+            pairs = [(g, v) for g in global_crops for v in range(len(scores)) if v != g]  # eq. (6)
+            terms = [cross_entropy(codes[g], scores[v] / self.config.temperature) for g, v in pairs]
+            loss = torch.stack(terms).mean()
+            unit = [z[g].detach() for g in global_crops]
+            return StepOutput(loss=loss, metrics=self.health(codes[global_crops[0]], unit[0]), outputs={"z": unit})
+
+    def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
+        if self.config.queue_length and progress.step >= self.queue_start:
+            self.queue.push(outputs[0]["z"])
+
+    def project(self, views: Views) -> list[Tensor]:
+        """Unit projections of every crop: one backbone pass per resolution, one pass of the projector over all crops."""
+        h = torch.cat([self.backbone(stack) for stack in views.by_resolution()])
+        z = l2_normalize(promote(self.projector(h)))
+        return list(z.split(len(views.image_ids)))
+
+    @torch.no_grad()
+    def codes(self, crop: int, scores: Tensor) -> Tensor:
+        """Balanced soft assignments of a global crop: `(B, K) -> (B, K)`, rows sum to 1."""
+        batch = len(scores)
+        if self.queue.full:
+            scores = torch.cat([self.prototypes(self.queue.share(crop)), scores])  # (L / W + B, K)
+        return sinkhorn(scores, self.config.epsilon, self.config.sinkhorn_iterations)[-batch:]
+
+    @torch.no_grad()
+    def health(self, codes: Tensor, z: Tensor) -> Metrics:
+        """Meters of one global crop; entropies as fractions of ln K."""
+        k = self.config.num_prototypes
+        used = torch.bincount(codes.argmax(dim=1), minlength=k) > 0
+        return {
+            "code_entropy": entropy(codes).mean() / math.log(k),
+            "code_max": codes.amax(dim=1).mean(),
+            "prototypes_used": used.double().mean(),
+            "embedding_std": embedding_std(z),
+        } | ({"queue_fill": self.queue.filled / self.config.queue_length} if self.config.queue_length else {})
+
+    def param_groups(self) -> list[ParamGroup]:
+        """All parameters adapt and decay, biases and BN too, as in the original; the prototypes wait."""
+        prototypes = list(self.prototypes.parameters())
+        rest = [*self.backbone.parameters(), *self.projector.parameters()]
+        return [
+            ParamGroup(params=rest, name="network"),
+            ParamGroup(params=prototypes, name="prototypes", frozen_steps=self.frozen_steps),
+        ]
+
+    def evaluation_backbone(self) -> nn.Module:
+        return self.backbone
+
+    def chance_loss(self) -> tuple[float, str]:
+        return math.log(self.config.num_prototypes), "ln K"
+
+    def stuck_remedies(self) -> str:
+        c = self.config
+        return (
+            f"try method.epsilon={c.epsilon * 0.5:g}, a lower optim.base_lr or a warm-up, "
+            f"method.freeze_prototypes_epochs={c.freeze_prototypes_epochs + 1:g}, or softer crops and jitter"
+        )
+
+    def advice(self, facts: RunFacts) -> Iterable[str]:
+        c, batch = self.config, facts.global_batch_size
+        if batch + c.queue_length < c.num_prototypes:
+            length = math.ceil((c.num_prototypes - batch) / batch) * batch
+            yield (
+                f"method.num_prototypes={c.num_prototypes} is more than the {batch + c.queue_length} features that the codes see; "
+                f"use {batch + c.queue_length} prototypes or fewer, or method.queue_length={length}"
+            )
+        if facts.num_images is not None and c.num_prototypes * 2 > facts.num_images:
+            yield f"method.num_prototypes={c.num_prototypes} for {facts.num_images} images; use {max(2, facts.num_images // 10)} or fewer"
