@@ -1,0 +1,340 @@
+"""One run's settings: frozen dataclasses, overrides by dotted name, YAML, and the rules that turn them into numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+import yaml
+
+from methods.parts.backbones import BackboneConfig
+from methods.parts.contract import MethodConfig, RunFacts, find, to_dict
+from methods.parts.errors import ConfigError, require
+from methods.parts.views import CropGroup, ViewsConfig
+
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images come from and how they are dealt."""
+
+    path: str = "patches"  # folder, Parquet file or folder, or the built-in "patches[:pixels=32,per_photo=320,seed=0]"
+    image_column: str = "image"  # Parquet: the column of encoded bytes
+    label_column: str = "label"  # Parquet: the column of labels; absent is fine
+    held_out: float = 0.1  # fraction of the training images kept away from training for the online kNN
+    max_bad_fraction: float = 0.01  # stop when a larger fraction of the images cannot be decoded
+    mean: Triple = (0.485, 0.456, 0.406)  # normalisation, in [0, 1]
+    std: Triple = (0.229, 0.224, 0.225)
+    lanes: int = 8  # V: each global batch is one chunk from each lane; worker counts that divide V see the same batches
+    window: int | None = None  # images cut by one Ray Data task; None = 512 small or 128 large ones
+
+    def __post_init__(self) -> None:
+        require(bool(self.path), "data.path", self.path, "give a folder, a Parquet file or folder, or patches")
+        require(0 <= self.held_out < 1, "data.held_out", self.held_out, "use a fraction in [0, 1), e.g. 0.1")
+        require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "use a fraction in [0, 1]")
+        require(self.lanes >= 1, "data.lanes", self.lanes, "use 1 or more; 8 lets 1, 2, 4 or 8 workers share a run")
+        require(all(s > 0 for s in self.std), "data.std", self.std, "use three positive numbers")
+        require(self.window is None or self.window >= 1, "data.window", self.window, "use 1 or more images, or leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimizer and its schedules. Learning rates are per step: linear warm-up, then cosine."""
+
+    name: Literal["larc", "lars", "sgd", "adamw"] = "larc"
+    base_lr: float = 0.6
+    lr_rule: Literal["none", "linear", "sqrt"] = "none"  # none: base_lr is the rate; else times (batch / 256) or its root
+    warmup_epochs: float = 0.0
+    warmup_start_lr: float = 0.0  # scaled by lr_rule like base_lr
+    final_lr: float = 0.0  # scaled likewise
+    weight_decay: float = 1e-6
+    momentum: float = 0.9  # SGD, LARC, LARS
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW
+    trust_coefficient: float = 0.001  # LARC, LARS
+    clip_norm: float | None = None  # largest norm of the joint gradient; None = no clipping
+
+    def __post_init__(self) -> None:
+        require(self.base_lr > 0, "optim.base_lr", self.base_lr, "use a positive number")
+        require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "use 0 or more")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "use 0 or more")
+        require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "use a number in [0, 1)")
+        require(self.clip_norm is None or self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "use a positive number, or leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, how large, how exact."""
+
+    global_batch_size: int = 256  # images per optimizer step over all workers
+    accumulation_steps: int = 1  # micro-batches per optimizer step
+    epochs: float = 100  # passes over the training images
+    steps: int | None = None  # optimizer steps; given, it overrides epochs
+    workers: int = 0  # 0 = train in this process
+    seed: int = 0
+    first_epoch: tyro.conf.Suppress[int] = 0  # passes that an earlier phase has behind it; `continue` sets it
+    precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 autocast where the device is faster with it
+    threads: int | None = None  # torch threads of the training process; None = all cores but one, which cuts images
+    deterministic: bool = False  # bit-identical after a resume; pins the thread count
+    checkpoint_every: int | None = None  # steps; None = once an epoch, at least every 500 steps
+    keep_every: int | None = None  # also keep the checkpoint of every n-th step
+    log_every: int = 10  # steps between points in MLflow
+
+    def __post_init__(self) -> None:
+        require(self.global_batch_size >= 2, "train.global_batch_size", self.global_batch_size, "use 2 or more images")
+        require(self.accumulation_steps >= 1, "train.accumulation_steps", self.accumulation_steps, "use 1 or more")
+        require(self.epochs > 0, "train.epochs", self.epochs, "use a positive number")
+        require(self.steps is None or self.steps >= 1, "train.steps", self.steps, "use 1 or more, or leave it out")
+        require(self.workers == 0, "train.workers", self.workers, "this version trains in one process; use 0")
+        require(self.log_every >= 1, "train.log_every", self.log_every, "use 1 or more")
+        for name in ("threads", "checkpoint_every", "keep_every"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"train.{name}", value, "use 1 or more, or leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Online and final kNN. Choosing looks at held-out training images only; the test split is read once, at the end."""
+
+    path: str | None = None  # test images; None = the source's own test split, else the held-out images
+    knn_every: int | None = None  # steps between online kNN figures; None = about ten in a run
+    knn_k: int = 20
+    knn_temperature: float = 0.07
+    knn_bank: int = 10_000  # at most this many labelled training images vote
+    knn_queries: int = 2_000  # at most this many held-out images are asked
+    test_images: int = 10_000  # at most this many images of the test split are asked
+    size: int | None = None  # side of an evaluated image, pixels; None = that of the largest crop
+
+    def __post_init__(self) -> None:
+        require(self.knn_k >= 1, "evaluate.knn_k", self.knn_k, "use 1 or more")
+        require(self.knn_temperature > 0, "evaluate.knn_temperature", self.knn_temperature, "use a positive number")
+        require(self.knn_every is None or self.knn_every >= 1, "evaluate.knn_every", self.knn_every, "use 1 or more, or leave it out")
+        require(self.knn_bank >= 1, "evaluate.knn_bank", self.knn_bank, "use 1 or more images")
+        require(self.test_images >= 1, "evaluate.test_images", self.test_images, "use 1 or more images")
+        require(self.knn_queries >= 1, "evaluate.knn_queries", self.knn_queries, "use 1 or more images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackConfig:
+    """MLflow."""
+
+    uri: str | None = None  # tracking server; None = a SQLite file in the runs folder
+    experiment: str = "manyviews"
+    model_name: str | None = None  # name in the registry; None = the recipe's name
+    register: bool = True  # register the backbone at the end
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that defines a run. Holds rules, not derived values: those come from `resolve`."""
+
+    recipe: tyro.conf.Suppress[str] = ""  # the recipe this began as
+    data: DataConfig = field(default_factory=DataConfig)
+    views: ViewsConfig = field(default_factory=dict)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+    @property
+    def evaluation_size(self) -> int:
+        """Side of an evaluated image, pixels."""
+        return self.evaluate.size or max(group.size for group in self.views.values() if group.count)
+
+    def __post_init__(self) -> None:
+        require(isinstance(self.method, MethodConfig), "method", self.method, "use a method's config")
+        small = [n for n in self.views if self.views[n].count]
+        require(not self.views or bool(small), "views", list(self.views), "give at least one group a count of 1 or more")
+
+
+# ---------------------------------------------------------------------------- overrides by dotted name
+
+
+def override(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """A copy with settings changed by dotted name, all together, then validated.
+
+    `override(config, {"method.temperature": 0.2, "views.local.count": 4})`
+
+    Raises:
+        ConfigError: an unknown key (the message gives the full path and the nearest names) or a value out of range.
+    """
+    known = flatten(config)
+    for key in changes:
+        if key not in known:
+            raise unknown_key(key, known)
+    tree: dict[str, Any] = {}
+    for key, value in changes.items():
+        node = tree
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return length_given(_apply(config, tree), set(changes))
+
+
+def length_given(config: RunConfig, given: set[str]) -> RunConfig:
+    """A length given in epochs replaces one that the recipe states in steps."""
+    if "train.epochs" in given and "train.steps" not in given:
+        return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=None))
+    return config
+
+
+def _apply(value: Any, tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    if isinstance(value, dict):
+        return {k: _apply(v, tree[k]) if k in tree else v for k, v in value.items()}
+    return dataclasses.replace(value, **{k: _apply(getattr(value, k), sub) for k, sub in tree.items()})
+
+
+def unknown_key(key: str, known: Mapping[str, Any] | list[str]) -> ConfigError:
+    """The error for a misspelt key, with the nearest names."""
+    near = difflib.get_close_matches(key, list(known), n=3, cutoff=0.5)
+    leaf = key.rsplit(".", 1)[-1]
+    near += [k for k in known if k.rsplit(".", 1)[-1] == leaf and k not in near]
+    hint = f"did you mean {' or '.join(near)}?" if near else "VERB RECIPE --help lists every key"
+    return ConfigError(f"{key}: no such key; {hint}")
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """Every setting by its dotted name, in order."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if dataclasses.is_dataclass(value):
+            value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            flat[prefix] = value
+
+    walk("", config)
+    return flat
+
+
+# ---------------------------------------------------------------------------- YAML
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The whole config; the method carries its registry name."""
+    tree = dataclasses.asdict(config) | {"method": to_dict(config.method)}
+    text: str = yaml.safe_dump(_plain(tree), sort_keys=False)
+    return text
+
+
+def from_yaml(text: str) -> RunConfig:
+    """The inverse of `to_yaml`.
+
+    Raises:
+        ConfigError: an unknown key or a method that is not installed.
+    """
+    tree = yaml.safe_load(text)
+    method = dict(tree.pop("method"))
+    entry = find(method.pop("name"))
+    config: RunConfig = _build(RunConfig, tree, "")
+    return dataclasses.replace(config, method=_build(entry.config, method, "method."))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+def _build(kind: Any, value: Any, path: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        hints = typing.get_type_hints(kind)
+        for key in value:
+            if key not in hints:
+                raise unknown_key(path + key, [path + k for k in hints])
+        return kind(**{k: _build(hints[k], v, f"{path}{k}.") for k, v in value.items()})
+    if origin is dict:
+        return {k: _build(arguments[1], v, f"{path}{k}.") for k, v in value.items()}
+    if origin is tuple and value is not None:
+        return tuple(value)
+    if origin in (typing.Union, types.UnionType):
+        inner = next((a for a in arguments if typing.get_origin(a) is tuple), None)
+        return value if inner is None or value is None else tuple(value)
+    return value
+
+
+# ---------------------------------------------------------------------------- rules into numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """The numbers that follow from a config and the size of the data. All counts are per run or per step."""
+
+    facts: RunFacts
+    lr: float
+    start_lr: float
+    final_lr: float
+    warmup_steps: int
+    chunk: int  # images of one lane in one global batch
+    window: int  # images one task cuts: a whole number of chunks
+    checkpoint_every: int
+    knn_every: int
+
+
+def resolve(config: RunConfig, num_images: int) -> Resolved:
+    """Derive the numbers of a run over `num_images` training images.
+
+    Raises:
+        ConfigError: a batch larger than the data, or one that the lanes cannot share.
+    """
+    batch, lanes = config.train.global_batch_size, config.data.lanes
+    require(
+        batch <= num_images,
+        "train.global_batch_size",
+        batch,
+        f"larger than the {num_images} training images; use {max(lanes, num_images // lanes * lanes)} or fewer, or smaller data.lanes",
+    )
+    if batch % lanes:
+        low = batch // lanes * lanes
+        near = f"{low} or {low + lanes}" if low else str(lanes)
+        raise ConfigError(f"train.global_batch_size={batch}: not a multiple of data.lanes={lanes}; use {near}, or other lanes")
+    chunk = batch // lanes
+    require(
+        chunk % config.train.accumulation_steps == 0,
+        "train.accumulation_steps",
+        config.train.accumulation_steps,
+        f"does not divide the {chunk} images that each of the {lanes} lanes gives to a batch",
+    )
+    steps_per_epoch = num_images // batch
+    total = config.train.steps or max(1, round(config.train.epochs * steps_per_epoch))
+    scale = {"none": 1.0, "linear": batch / 256, "sqrt": math.sqrt(batch / 256)}[config.optim.lr_rule]
+    largest = max((g.size for g in config.views.values() if g.count), default=224)
+    wanted = config.data.window or (128 if largest > 64 else 512)
+    return Resolved(
+        facts=RunFacts(global_batch_size=batch, steps_per_epoch=steps_per_epoch, total_steps=total, num_images=num_images),
+        lr=config.optim.base_lr * scale,
+        start_lr=config.optim.warmup_start_lr * scale,
+        final_lr=config.optim.final_lr * scale,
+        warmup_steps=min(total, round(config.optim.warmup_epochs * steps_per_epoch)),
+        chunk=chunk,
+        window=chunk * max(1, min(steps_per_epoch, round(wanted / chunk))),
+        checkpoint_every=config.train.checkpoint_every or min(500, steps_per_epoch),
+        knn_every=config.evaluate.knn_every or max(1, total // 10),
+    )
+
+
+def group_sizes(views: Mapping[str, CropGroup]) -> dict[str, tuple[int, int]]:
+    """Count and side of every group of crops that is in use."""
+    return {name: (group.count, group.size) for name, group in views.items() if group.count}
+
+
+def absolute(path: str | Path) -> str:
+    """An absolute path: workers do not share the driver's folder."""
+    return str(Path(path).expanduser().resolve())

@@ -1,0 +1,70 @@
+"""Recipes: named starting points. One file per method; a recipe is a function that returns a full `RunConfig`.
+
+Recipes are found by reading the files of this folder, so listing them imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
+
+_functions: dict[str, Callable[[], RunConfig]] = {}
+
+
+@dataclass(frozen=True)
+class RecipeEntry:
+    """A recipe as its file declares it: name, first line of its docstring, and the file's module."""
+
+    name: str
+    summary: str
+    module: str
+
+
+def recipe(name: str) -> Callable[[Callable[[], RunConfig]], Callable[[], RunConfig]]:
+    """Decorator: make a function known as a recipe."""
+
+    def add(function: Callable[[], RunConfig]) -> Callable[[], RunConfig]:
+        _functions[name] = function
+        return function
+
+    return add
+
+
+def entries() -> list[RecipeEntry]:
+    """Every recipe, without importing the files that hold them."""
+    found = []
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.name == "__init__.py":
+            continue
+        for node in ast.parse(path.read_text()).body:
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            for mark in node.decorator_list:
+                if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id == "recipe":
+                    summary = (ast.get_docstring(node) or "").split("\n")[0]
+                    found.append(RecipeEntry(ast.literal_eval(mark.args[0]), summary, f"pipeline.recipes.{path.stem}"))
+    return found
+
+
+def load_recipe(name: str) -> RunConfig:
+    """The config of a recipe.
+
+    Raises:
+        ConfigError: no recipe of that name; the message gives the nearest.
+    """
+    from methods.parts.errors import ConfigError
+
+    known = {entry.name: entry for entry in entries()}
+    if name not in known:
+        near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4) or list(known)
+        raise ConfigError(f"recipe={name}: unknown; did you mean {' or '.join(near)}? `manyviews recipes` lists all")
+    importlib.import_module(known[name].module)
+    return replace(_functions[name](), recipe=name)

@@ -1,0 +1,159 @@
+"""The run folder: where everything about one run lies, and what state it is in.
+
+    RUNS/NAME/config.yaml  run.json  metrics.jsonl  bad_images.jsonl  checkpoints/  figures/  model/  evaluation.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from methods.parts.errors import ConfigError
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write beside the target, flush to the disk, then rename: a reader sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, (json.dumps(value, indent=2, default=str) + "\n").encode())
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's folder."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def figures(self) -> Path:
+        return self.path / "figures"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def bad_images(self) -> Path:
+        return self.path / "bad_images.jsonl"
+
+    def config_text(self) -> str:
+        return (self.path / "config.yaml").read_text()
+
+    def state(self) -> dict[str, Any]:
+        try:
+            state: dict[str, Any] = json.loads((self.path / "run.json").read_text())
+        except FileNotFoundError:
+            return {}
+        if state.get("status") == "running" and not self.locked():
+            state["status"] = "interrupted"  # its process is gone: killed, or the machine went down
+        return state
+
+    def update(self, **changes: Any) -> None:
+        write_json(self.path / "run.json", self.state() | changes)
+
+    def locked(self) -> bool:
+        """Is a process at work on this run?"""
+        try:
+            with open(self.path / ".lock") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return False
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Hold the run for this process; the hold ends with the process, however it ends.
+
+        Raises:
+            ConfigError: another process works on it.
+        """
+        with open(self.path / ".lock", "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                holder = self.state()
+                raise ConfigError(
+                    f"run={self.name}: process {holder.get('pid')} on {holder.get('host')} is training it; stop that one first"
+                ) from None
+            self.update(status="running", pid=os.getpid(), host=socket.gethostname())
+            yield
+
+
+def create_run(runs_dir: Path, name: str | None, recipe: str) -> RunFolder:
+    """A new, empty run folder; without a name, `RECIPE-DATE-TIME`.
+
+    Raises:
+        ConfigError: the name is taken or not a plain name.
+    """
+    if name is not None and (not name or name in (".", "..") or "/" in name):
+        raise ConfigError(f"run={name}: not a plain name; use letters, digits, - and _ (the folder is --runs-dir)")
+    stem = name or f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    candidates = [stem] if name else [stem, *(f"{stem}-{i}" for i in range(2, 100))]
+    for candidate in candidates:
+        path = runs_dir / candidate
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"runs_dir={runs_dir}: cannot be written ({error.strerror}); give another --runs-dir") from None
+        folder = RunFolder(path.resolve())
+        folder.checkpoints.mkdir()
+        folder.figures.mkdir()
+        write_json(folder.path / "run.json", {"name": candidate, "recipe": recipe, "created": time.time(), "status": "created"})
+        return folder
+    raise ConfigError(f"run={stem}: already exists in {runs_dir}; choose another --run, or go on with: manyviews resume {stem}")
+
+
+def find_run(reference: str, runs_dir: Path) -> RunFolder:
+    """The folder of a run given by name or path.
+
+    Raises:
+        ConfigError: there is none; the message gives near names.
+    """
+    for path in (runs_dir / reference, Path(reference)):
+        if (path / "run.json").is_file():
+            return RunFolder(path.resolve())
+    names = [folder.name for folder in list_runs(runs_dir)]
+    near = difflib.get_close_matches(reference, names, n=3, cutoff=0.3) or names[-3:]
+    hint = f"did you mean {' or '.join(near)}?" if near else "`manyviews runs` lists what there is"
+    raise ConfigError(f"run={reference}: no such run in {runs_dir}; {hint}")
+
+
+def list_runs(runs_dir: Path) -> list[RunFolder]:
+    """Every run of a folder, oldest first."""
+    folders = [RunFolder(path.parent) for path in runs_dir.glob("*/run.json")]
+    return sorted(folders, key=lambda folder: folder.state().get("created", 0.0))
