@@ -1,0 +1,380 @@
+"""The stream of training batches: Ray Data tasks cut windows of images, this process slices them into batches."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from methods.parts.views import ViewsConfig
+from pipeline.config import group_sizes
+from pipeline.ingest.crops import COLUMNS, cut_window, draw_views
+from pipeline.ingest.decode import BadImage, decode, evaluation_crop
+from pipeline.ingest.plan import Plan
+from pipeline.ingest.sources import Manifest, Row
+
+ITEMS_PER_PASS = 256  # tasks of one Ray Data execution; starting one costs 0.1 to 0.5 s
+BATCHES_AHEAD = 2  # finished batches that wait for the trainer
+EVALUATION_BYTES = 16 * 2**20  # pixels one evaluation task returns
+
+
+@dataclass(frozen=True)
+class BadSlot:
+    """An image that could not be decoded; another image of its window took its place."""
+
+    id: int
+    path: str
+    reason: str
+
+
+@dataclass
+class Batch:
+    """One rank's part of a global batch, still uint8.
+
+    `crops[group]` is `(B, V, size, size, 3)` uint8 and `tables[group]` `(B, V, len(COLUMNS))` float32. `ids` and `labels`
+    `(B,)` int64 are those of the images shown: in a bad slot, those of its substitute (if its whole window is bad,
+    zeros with the planned id). `step` counts from the start of the run.
+    """
+
+    crops: dict[str, Tensor]
+    tables: dict[str, np.ndarray]
+    ids: Tensor
+    labels: Tensor
+    epoch: int
+    step: int
+    bad: list[BadSlot]
+
+
+@dataclass
+class EvaluationImages:
+    """Centre crops `(N, size, size, 3)` uint8, `labels` and `ids` `(N,)` int64, without the `bad` ones."""
+
+    images: Tensor
+    labels: Tensor
+    ids: Tensor
+    bad: list[BadSlot]
+
+
+# ---------------------------------------------------------------------------- training
+
+
+def training_batches(
+    manifest: Manifest,
+    plan: Plan,
+    views: ViewsConfig,
+    seed: int,
+    *,
+    start_step: int = 0,
+    total_steps: int,
+    rank: int = 0,
+    world_size: int = 1,
+    tasks: int | None = None,
+) -> Iterator[Batch]:
+    """The batches of steps `start_step` to `total_steps - 1`, the same whether or not the run was interrupted.
+
+    Args:
+        tasks: windows cut at the same time; None = one per CPU.
+
+    Raises:
+        RuntimeError: Ray Data returned other windows than planned.
+    """
+    import ray
+
+    shared = ray.put((manifest, plan))
+    items = _Items(plan, start_step, total_steps, rank, world_size)
+    cut = partial(_cut_item, shared=shared, items=items, views=views, seed=seed)
+    workers = tasks or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    pixels = sum(count * (3 * size * size + 4 * len(COLUMNS)) for count, size in group_sizes(views).values())
+    block = plan.chunks_per_window * plan.chunk * (pixels + 64)
+
+    def blocks() -> Iterator[dict[str, np.ndarray]]:
+        per_pass = max(1, ITEMS_PER_PASS // items.lanes) * items.lanes
+        for first in range(items.first, items.last, per_pass):
+            # room for the next group and what is being cut; the current group has left Ray Data by then
+            yield from _run(cut, first, min(first + per_pass, items.last), workers, (items.lanes + 2 * workers) * block)
+
+    return _ahead(batches_of(blocks(), manifest, plan, views, items), BATCHES_AHEAD)
+
+
+class _Items:
+    """Number k of the windows of one rank: epoch by epoch, group by group, lane by lane."""
+
+    def __init__(self, plan: Plan, start_step: int, total_steps: int, rank: int, world_size: int) -> None:
+        if plan.lanes % world_size:
+            raise ValueError(f"{plan.lanes} lanes cannot be shared by {world_size} workers")
+        self.rank, self.world_size = rank, world_size
+        self.lanes = plan.lanes // world_size
+        self.groups = plan.groups
+        self.start_step, self.total_steps = start_step, total_steps
+        place = lambda step: self.groups * (step // plan.steps_per_epoch) + step % plan.steps_per_epoch // plan.chunks_per_window  # noqa: E731
+        self.first = place(start_step) * self.lanes
+        self.last = (place(total_steps - 1) + 1) * self.lanes if total_steps > start_step else self.first
+
+    def at(self, number: int) -> tuple[int, int, int]:
+        """Epoch, group within the epoch, lane."""
+        place, lane = divmod(number, self.lanes)
+        return *divmod(place, self.groups), self.rank + self.world_size * lane
+
+
+def batches_of(
+    blocks: Iterable[dict[str, np.ndarray]], manifest: Manifest, plan: Plan, views: ViewsConfig, items: _Items
+) -> Generator[Batch]:
+    """Slice blocks, one for each lane of a rank in turn, into batches; refuses blocks that are not the planned ones."""
+    names = list(group_sizes(views))
+    held: list[dict[str, np.ndarray]] = []
+    for number, block in enumerate(blocks, start=items.first):
+        epoch, group, lane = items.at(number)
+        first = _first_slot(plan, group, lane)
+        if len(block["slot"]) != plan.chunks(group) * plan.chunk or block["epoch"][0] != epoch or block["slot"][0] != first:
+            got = f"epoch {block['epoch'][:1]}, slot {block['slot'][:1]}, {len(block['slot'])} rows"
+            raise RuntimeError(f"the stream is out of order: planned epoch {epoch}, slot {first}, got {got}; please report this")
+        held.append(block)
+        if len(held) < items.lanes:
+            continue
+        for chunk in range(plan.chunks(group)):
+            step = epoch * plan.steps_per_epoch + group * plan.chunks_per_window + chunk
+            if items.start_step <= step < items.total_steps:
+                rows = slice(chunk * plan.chunk, (chunk + 1) * plan.chunk)
+                yield _batch([{key: column[rows] for key, column in b.items()} for b in held], names, manifest, epoch, step)
+        held = []  # frees the group's blocks before the next is waited for
+
+
+def _first_slot(plan: Plan, group: int, lane: int) -> int:
+    return (group * plan.lanes + lane) * plan.chunks_per_window * plan.chunk
+
+
+def _batch(parts: list[dict[str, np.ndarray]], names: list[str], manifest: Manifest, epoch: int, step: int) -> Batch:
+    column = lambda key: np.concatenate([part[key] for part in parts])  # noqa: E731  # copies out of shared memory
+    reasons, planned = column("reason"), column("planned")
+    bad = [BadSlot(int(planned[i]), manifest.path(int(planned[i])), str(reasons[i])) for i in np.flatnonzero(reasons != "")]
+    return Batch(
+        crops={name: torch.from_numpy(column(f"crops/{name}")) for name in names},
+        tables={name: column(f"table/{name}") for name in names},
+        ids=torch.from_numpy(column("id")),
+        labels=torch.from_numpy(column("label")),
+        epoch=epoch,
+        step=step,
+        bad=bad,
+    )
+
+
+# ---------------------------------------------------------------------------- inside a task
+
+
+@lru_cache(maxsize=1)
+def _get(reference: Any) -> Any:
+    """A shared object, once per process."""
+    import ray
+
+    torch.set_num_threads(1)  # the tasks themselves are the parallelism
+    return ray.get(reference)
+
+
+def _cut_item(item: dict[str, np.ndarray], shared: Any, items: _Items, views: ViewsConfig, seed: int) -> dict[str, np.ndarray]:
+    """Cut one window: one item in, one block of `chunks * chunk` rows out."""
+    manifest, plan = _get(shared)
+    epoch, group, lane = items.at(int(item["id"][0]))
+    ids = plan.window(epoch, group, lane)
+    columns = cut_images(manifest.read(ids), epoch, views, seed, plan.chunk)
+    columns["epoch"] = np.full(len(ids), epoch)
+    columns["slot"] = _first_slot(plan, group, lane) + np.arange(len(ids))
+    return columns
+
+
+def cut_images(rows: list[Row], epoch: int, views: ViewsConfig, seed: int, chunk: int) -> dict[str, np.ndarray]:
+    """Decode a window of images and cut their views; bad slots get a good image from another chunk.
+
+    Returns:
+        Columns of `len(rows)` entries: `crops/GROUP` and `table/GROUP`, `id` and `label` of the image shown, `planned` id,
+        and `reason`, empty unless the planned image is bad.
+    """
+    images, reasons = _decode_all(rows)
+    shown = substitutes([not reason for reason in reasons], chunk)
+    pictures = [images[s] for s in shown]
+    ids = np.array([rows[s].id for s in shown])
+    tables = draw_views(seed, epoch, ids, *(np.array([p.shape[axis] for p in pictures]) for axis in (0, 1)), views)
+    columns = {f"crops/{name}": crops for name, crops in cut_window(pictures, tables, views).items()}
+    columns |= {f"table/{name}": table for name, table in tables.items()}
+    columns["id"], columns["planned"] = ids, np.array([row.id for row in rows])
+    columns["label"] = np.array([rows[s].label for s in shown])
+    columns["reason"] = np.array(reasons, dtype=object)
+    return columns
+
+
+def substitutes(good: list[bool], chunk: int) -> np.ndarray:
+    """Which place of a window each slot shows, `(n,)`: itself if good, else a good one at the same place of the nearest
+    later chunk (cyclic), else any good one after it; itself if none is good."""
+    count = len(good)
+    shown = np.arange(count)
+    for slot in np.flatnonzero(~np.array(good, bool)):
+        other_chunks = range(slot + chunk, slot + count, chunk)
+        candidates = (place % count for place in (*other_chunks, *range(slot + 1, slot + count)))
+        shown[slot] = next((place for place in candidates if good[place]), slot)
+    return shown
+
+
+def _decode_all(rows: list[Row]) -> tuple[list[np.ndarray], list[str]]:
+    images, reasons = [], []
+    for row in rows:
+        try:
+            images.append(decode(row.image))
+            reasons.append("")
+        except BadImage as error:
+            images.append(np.zeros((1, 1, 3), np.uint8))
+            reasons.append(str(error) or "unknown")
+    return images, reasons
+
+
+# ---------------------------------------------------------------------------- evaluation
+
+
+def evaluation_images(manifest: Manifest, ids: np.ndarray, size: int, tasks: int | None = None) -> EvaluationImages:
+    """Decode and centre-crop images through Ray Data, in the order of `ids`; bad ones are left out and reported."""
+    import ray
+
+    ids = np.asarray(ids, dtype=np.int64)
+    window = int(np.clip(EVALUATION_BYTES // (3 * size * size), 1, 512))
+    shared = ray.put((manifest, ids))
+    workers = tasks or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    images = np.empty((len(ids), size, size, 3), np.uint8)
+    reasons = np.empty(len(ids), object)
+    crop = partial(_evaluate_item, shared=shared, size=size, window=window)
+    first = 0
+    for block in _run(crop, 0, -(-len(ids) // window), workers, 4 * workers * EVALUATION_BYTES):
+        last = first + len(block["reason"])
+        images[first:last], reasons[first:last] = block["image"], block["reason"]
+        first = last
+    good = reasons == ""
+    return EvaluationImages(
+        images=torch.from_numpy(images if good.all() else images[good]),
+        labels=torch.from_numpy(manifest.labels[ids[good]]),
+        ids=torch.from_numpy(ids[good]),
+        bad=[BadSlot(int(i), manifest.path(int(i)), str(reason)) for i, reason in zip(ids[~good], reasons[~good], strict=True)],
+    )
+
+
+def _evaluate_item(item: dict[str, np.ndarray], shared: Any, size: int, window: int) -> dict[str, np.ndarray]:
+    manifest, ids = _get(shared)
+    first = int(item["id"][0]) * window
+    images, reasons = _decode_all(manifest.read(ids[first : first + window]))
+    crops = np.stack([evaluation_crop(image, size) for image in images])
+    return {"image": crops, "reason": np.array(reasons, dtype=object)}
+
+
+# ---------------------------------------------------------------------------- Ray
+
+
+def _run(
+    function: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]], first: int, last: int, tasks: int, store: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Blocks of `function({"id": [k]})` for k in first .. last-1, in order, from one Ray Data execution.
+
+    Args:
+        tasks: how many run at the same time.
+        store: bytes of finished blocks that may wait in the object store.
+    """
+    import ray
+    from ray.data import DataContext, ExecutionResources, TaskPoolStrategy
+
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    context.target_max_block_size = None  # one task gives one block, however large
+    context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = ExecutionResources(object_store_memory=store)
+    if last <= first:
+        return
+    with DataContext.current(context):
+        items = ray.data.range(last - first, override_num_blocks=last - first)
+        blocks = items.map_batches(partial(_shifted, function, first), batch_size=None, compute=TaskPoolStrategy(size=tasks))
+    yield from blocks.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1)
+
+
+def _shifted(function: Callable[[dict[str, np.ndarray]], Any], first: int, item: dict[str, np.ndarray]) -> Any:
+    return function({"id": item["id"] + first})
+
+
+def _ahead(batches: Generator[Batch], depth: int) -> Iterator[Batch]:
+    """Iterate in a thread, `depth` batches ahead: also the start of the next Ray Data execution is hidden."""
+    ready: queue.Queue[Any] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(value: Any) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(value, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for batch in batches:
+                if not put(batch):
+                    return
+            put(None)
+        except BaseException as error:  # raised again in the trainer
+            put(error)
+        finally:
+            batches.close()  # ends the Ray Data execution
+
+    thread = threading.Thread(target=work, name="manyviews-stream", daemon=True)
+    thread.start()
+    try:
+        while (value := ready.get()) is not None:
+            if isinstance(value, BaseException):
+                raise value
+            yield value
+    finally:
+        stop.set()
+        thread.join(timeout=30)
+
+
+def start_ray(num_cpus: int | None = None) -> None:
+    """Start Ray in this process, quietly, or join the cluster that RAY_ADDRESS names. Does nothing if Ray runs.
+
+    Args:
+        num_cpus: logical CPUs of a local Ray; None = the machine's, at least 2.
+    """
+    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    root = str(Path(__file__).resolve().parents[2])
+    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    workers = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+    os.environ.update({k: v for k, v in quiet.items() if k not in os.environ})
+    import ray
+
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address, runtime_env={"env_vars": quiet | workers}, log_to_driver=False, logging_level="ERROR")
+        return
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    before = {key: os.environ.get(key) for key in workers}
+    os.environ.update(workers)  # a local Ray hands its environment to its workers, at no cost
+    try:
+        ray.init(
+            "local",
+            num_cpus=num_cpus or max(2, os.cpu_count() or 2),
+            object_store_memory=int(min(2e9, 0.3 * memory)),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value

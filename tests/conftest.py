@@ -1,0 +1,45 @@
+"""What tests share: the reference folder, one Ray for the whole session, small images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """Reference values and data; tests that need them are skipped where they are not."""
+    folder = Path(os.environ.get("MANYVIEWS_REFERENCE", ROOT.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"no reference folder at {folder}; set MANYVIEWS_REFERENCE")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden(reference: Path) -> Callable[[str], dict[str, np.ndarray]]:
+    """Reader of `golden/NAME.npz`."""
+
+    def read(name: str) -> dict[str, np.ndarray]:
+        with np.load(reference / "golden" / f"{name}.npz") as arrays:
+            return dict(arrays)
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """One Ray for all tests of this process."""
+    from pipeline.ingest.stream import start_ray
+
+    start_ray()
+    yield
+    import ray
+
+    ray.shutdown()
