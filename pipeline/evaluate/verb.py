@@ -1,0 +1,49 @@
+"""The verb `evaluate`: an exported backbone, measured as at the end of its run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from methods.parts.backbones import BackboneConfig, build_backbone
+from methods.parts.errors import ConfigError
+from methods.parts.views import CropGroup
+from pipeline import registry
+from pipeline.config import DataConfig, EvaluateConfig, RunConfig, from_yaml
+from pipeline.evaluate.protocols import Scores, final_scores
+from pipeline.ingest.sources import open_source
+from pipeline.ingest.stream import start_ray
+
+
+def config_of(reference: str, export: Path, runs_dir: Path) -> RunConfig:
+    """The settings under which an export is measured: its run's, or for a registered model its own size and normalisation."""
+    saved = export.parent / "config.yaml"
+    if saved.is_file():
+        return from_yaml(saved.read_text())
+    spec = json.loads((export / "backbone.json").read_text())
+    return RunConfig(
+        data=DataConfig(mean=tuple(spec["mean"]), std=tuple(spec["std"])),
+        views={"global": CropGroup(size=spec["size"])},
+        backbone=BackboneConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in spec["backbone"].items()}),
+        evaluate=EvaluateConfig(size=spec["size"]),
+    )
+
+
+def evaluate(export: Path, config: RunConfig) -> Scores:
+    """kNN of an export beside raw pixels and an untrained backbone of the same kind.
+
+    Raises:
+        ConfigError: images without labels of two classes.
+    """
+    manifest = open_source(config.data)
+    backbone, _ = registry.load_export(export)
+    torch.manual_seed(config.train.seed)
+    untrained = build_backbone(config.backbone)
+    start_ray()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scores = final_scores(config, manifest, backbone.to(device), untrained, device)
+    if not scores.rows:
+        raise ConfigError(f"data.path={config.data.path}: {scores.protocol}")
+    return scores

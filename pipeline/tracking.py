@@ -1,0 +1,445 @@
+"""Metrics, parameters and files of a run: kept locally first, sent to MLflow by a background thread.
+
+`metrics.jsonl` is both the truth and the spool. `tracking.json` holds everything needed to create the MLflow run and how
+far it was sent, so a run that trained against a dead server loses nothing: `sync` sends the rest later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import math
+import os
+import re
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from methods.parts.errors import ConfigError
+from pipeline.runs import RunFolder, write_atomic, write_json
+
+EndStatus = Literal["FINISHED", "FAILED", "KILLED"]
+METRICS_PER_CALL, PARAMS_PER_CALL, VALUE_CHARACTERS = 1000, 100, 6000  # MLflow's own limits
+LONGEST_PAUSE = 60.0  # s between attempts on a server that does not answer
+
+
+def default_uri(runs_dir: Path) -> str:
+    """The SQLite database of a runs folder as a tracking URI; absolute, so that it means the same in every process."""
+    return f"sqlite:///{runs_dir.expanduser().resolve() / 'mlflow.db'}"
+
+
+def quiet_mlflow() -> None:
+    """Short timeouts, no telemetry, no log lines on the user's screen; settings of the environment win."""
+    defaults = {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+        "MLFLOW_LOGGING_LEVEL": "ERROR",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    for name in ("alembic", "mlflow", "urllib3.connectionpool"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def mlflow_client(uri: str) -> Any:
+    """An `MlflowClient` for tracking and registry; for SQLite the folder of the database is made."""
+    quiet_mlflow()
+    from mlflow import MlflowClient
+
+    quiet_mlflow()  # importing MLflow sets its own log level
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def experiment_id(client: Any, uri: str, name: str) -> str:
+    """The experiment of that name, made if need be; with SQLite its files go beside the database, not into the cwd."""
+    from mlflow.exceptions import MlflowException
+
+    location = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri() if uri.startswith("sqlite:////") else None
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except MlflowException:  # another run made it at the same moment
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        raise ConfigError(f"track.experiment={name}: was deleted on {uri}; restore it or use another name")
+    return str(found.experiment_id)
+
+
+class Tracker:
+    """The tracking of one run by one process. Nothing here blocks or stops training.
+
+    `open`, then `log`, `artifact`, `set_tags` at will, then `close` once.
+    """
+
+    def __init__(self, folder: Path, state: dict[str, Any]) -> None:
+        self.folder = folder
+        self._state = state
+        self._lock = threading.Lock()  # guards the state and metrics.jsonl; never held while the server or the disk is waited for
+        self._saving = threading.Lock()  # one writer of tracking.json; taken before `_lock`, never after it
+        self._wake, self._known, self._closing, self._stop = (threading.Event() for _ in range(4))
+        self._rewinds = self._failures = 0
+        self._client: Any = None
+        self._thread: threading.Thread | None = None
+        self.problem: str | None = None  # the last failure, for the user's screen
+        if state["run_id"] and state["attached"]:
+            self._known.set()
+
+    # ------------------------------------------------------------------ life
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        *,
+        uri: str | None,
+        experiment: str,
+        name: str,
+        params: Mapping[str, object],
+        tags: Mapping[str, object],
+    ) -> Tracker:
+        """Start tracking, or go on with the MLflow run named in the folder's `tracking.json`.
+
+        Args:
+            uri: tracking server; None = the SQLite database beside the run folder.
+        """
+        folder = folder.resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        uri = uri or default_uri(folder.parent)
+        state: dict[str, Any] = {"uri": uri, "experiment": experiment, "name": name, "run_id": None, "sent": 0, "key": uuid.uuid4().hex}
+        state |= {"started": time.time(), "params": {}, "artifacts": [], "tags": {}}
+        former = _read_state(folder)
+        if former and (former["uri"], former["experiment"]) == (uri, experiment):
+            state |= former
+        # MLflow's parameters cannot change: those of the first life stand
+        state["params"] |= {} if state["run_id"] else {key: str(value)[:VALUE_CHARACTERS] for key, value in params.items()}
+        state["tags"] |= {key: str(value)[:VALUE_CHARACTERS] for key, value in tags.items()}
+        state |= {"status": "RUNNING", "ended": None, "attached": False}
+        _drop_torn_line(folder / "metrics.jsonl")
+        tracker = cls(folder, state)
+        tracker._save()
+        tracker._thread = threading.Thread(target=tracker._work, name="tracking", daemon=True)
+        tracker._thread.start()
+        return tracker
+
+    def run_id(self, timeout: float = 60.0) -> str | None:
+        """The MLflow run's id, waiting at most `timeout` s for the server; None if it does not answer or failed twice in a row."""
+        deadline = time.monotonic() + timeout
+        while not self._known.wait(min(0.1, max(0.0, deadline - time.monotonic()))):
+            if self._failures >= 2 or time.monotonic() >= deadline:
+                return None
+        run_id: str | None = self._state["run_id"]
+        return run_id
+
+    def close(self, status: EndStatus = "FINISHED", timeout_s: float = 30.0) -> int:
+        """End the MLflow run and send what is left, within `timeout_s` s; give up early on a server that does not answer.
+
+        Returns:
+            How many points, files, tags and the like could not be sent; 0 = the server has everything.
+        """
+        with self._lock:
+            self._state |= {"status": status, "ended": time.time()}
+        self._save()
+        self._closing.set()
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        self._stop.set()
+        return self.unsent()
+
+    # ------------------------------------------------------------------ what the loop calls
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record numbers at `step` (completed optimizer steps): one line in `metrics.jsonl`, sent in the background."""
+        values = {key: _plain(float(value)) for key, value in metrics.items()}
+        line = json.dumps({"step": int(step), "time": time.time(), "metrics": values}) + "\n"
+        try:
+            with self._lock, open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(line)
+        except OSError as error:  # a full disk stops the run at its next checkpoint, with a clear message
+            self.problem = f"metrics.jsonl cannot be written: {error.strerror}"
+        self._wake.set()
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Send a file or folder as it is when its turn comes, under `folder` among the run's artifacts."""
+        self._change(lambda state: state["artifacts"].append([str(path.resolve()), folder]))
+
+    def set_tags(self, tags: Mapping[str, object]) -> None:
+        """Set tags of the MLflow run."""
+        self._change(lambda state: state["tags"].update({key: str(value)[:VALUE_CHARACTERS] for key, value in tags.items()}))
+
+    def rewind(self, step: int) -> None:
+        """Forget every point after `step`, the position of the checkpoint that the run goes on from."""
+        path = self.folder / "metrics.jsonl"
+        with self._lock, contextlib.suppress(OSError):
+            kept, sent, position = [], 0, 0
+            for line in path.read_bytes().splitlines(keepends=True):
+                position += len(line)
+                if (point := _parse(line)) is not None and point["step"] <= step:
+                    kept.append(line)
+                    sent += len(line) if position <= self._state["sent"] else 0
+            write_atomic(path, b"".join(kept))
+            self._state["sent"] = sent
+            self._rewinds += 1
+        self._save()
+
+    def unsent(self) -> int:
+        """Points, files, tags and the like that the server does not have yet."""
+        with self._lock:
+            state = self._state
+            waiting = len(state["params"]) + len(state["tags"]) + len(state["artifacts"]) + (state["status"] is not None)
+            points = 0
+            with contextlib.suppress(OSError), open(self.folder / "metrics.jsonl", "rb") as file:
+                file.seek(state["sent"])
+                points = sum(1 for _ in file)
+            return int(waiting + points)
+
+    # ------------------------------------------------------------------ the background
+
+    def _change(self, change: Any) -> None:
+        with self._lock:
+            change(self._state)
+        self._save()
+        self._wake.set()
+
+    def _save(self) -> None:
+        with self._saving, contextlib.suppress(OSError):
+            with self._lock:
+                state = copy.deepcopy(self._state)
+            write_json(self.folder / "tracking.json", state)
+
+    def _work(self) -> None:
+        while not self._stop.is_set():
+            self._wake.clear()
+            closing = self._closing.is_set()
+            try:
+                self.push()
+                self._failures, self.problem = 0, None
+                if closing:
+                    return
+                self._wake.wait()
+                self._closing.wait(1.0)  # let points gather into one call
+            except Exception as error:
+                self._failures += 1
+                self.problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+                if closing and self._failures >= 2:
+                    return
+                (self._stop if closing else self._closing).wait(1.0 if closing else min(LONGEST_PAUSE, 2.0 ** min(self._failures, 10)))
+
+    def push(self) -> int:
+        """Send everything that waits, on this thread; returns the number of points sent. Raises whatever MLflow raises."""
+        self._attach()
+        run_id, client = self._state["run_id"], self._client
+        self._send_once("params", run_id)
+        self._send_once("tags", run_id)
+        sent = self._send_points(run_id)
+        failed = self._send_artifacts(run_id)
+        status = self._state["status"]
+        if status not in (None, "RUNNING"):
+            client.set_terminated(run_id, status, end_time=int(1000 * self._state["ended"]))
+            self._state["status"] = None
+            self._save()
+        if failed is not None:
+            raise failed
+        return sent
+
+    def _attach(self) -> None:
+        """Find or make the MLflow run, once per process."""
+        if self._client is not None and self._state["attached"]:
+            return
+        client = mlflow_client(self._state["uri"])
+        run_id = self._state["run_id"]
+        if run_id and not _is_active(client, run_id):
+            run_id, self._state["sent"] = None, 0  # deleted on the server: it gets a new run with all points
+        if run_id is None:
+            where = experiment_id(client, self._state["uri"], self._state["experiment"])
+            # a request that timed out may have made the run all the same
+            found = client.search_runs([where], f"tags.`manyviews.key` = '{self._state['key']}'", max_results=1)
+            run = found[0] if found else client.create_run(
+                where,
+                start_time=int(1000 * self._state["started"]),
+                tags={"manyviews.key": self._state["key"]},
+                run_name=self._state["name"],
+            )
+            run_id = run.info.run_id
+        elif self._state["status"] == "RUNNING":
+            client.update_run(run_id, status="RUNNING")
+        self._client = client
+        with self._lock:
+            self._state |= {"run_id": run_id, "attached": True}
+            if self._state["status"] == "RUNNING":
+                self._state["status"] = None
+        self._save()
+        self._known.set()
+
+    def _send_once(self, what: Literal["params", "tags"], run_id: str) -> None:
+        from mlflow.entities import Param, RunTag
+
+        kind = {"params": Param, "tags": RunTag}[what]
+        with self._lock:
+            waiting = dict(self._state[what])
+        for some in _batched(waiting.items()):
+            self._client.log_batch(run_id, **{what: [kind(_mlflow_name(key), value) for key, value in some]})
+        with self._lock:
+            self._state[what] = {key: value for key, value in self._state[what].items() if waiting.get(key) != value}
+        if waiting:
+            self._save()
+
+    def _send_points(self, run_id: str) -> int:
+        from mlflow.exceptions import MlflowException
+
+        total = 0
+        while True:
+            with self._lock:
+                start, rewinds = self._state["sent"], self._rewinds
+                lines = _read_lines(self.folder / "metrics.jsonl", start)
+            if not lines:
+                return total
+            try:
+                self._client.log_batch(run_id, metrics=_mlflow_metrics(lines))
+            except MlflowException as error:
+                if error.error_code != "INVALID_PARAMETER_VALUE":
+                    raise
+                for line in lines:  # leave out the points that the server refuses, keep their neighbours
+                    with contextlib.suppress(MlflowException):
+                        self._client.log_batch(run_id, metrics=_mlflow_metrics([line]))
+            total += len(lines)
+            with self._lock:
+                if self._rewinds == rewinds:
+                    self._state["sent"] = start + sum(map(len, lines))
+            self._save()
+
+    def _send_artifacts(self, run_id: str) -> Exception | None:
+        failed = None
+        for entry in list(self._state["artifacts"]):
+            path, folder = entry
+            try:
+                if Path(path).is_dir():
+                    self._client.log_artifacts(run_id, path, artifact_path=folder or Path(path).name)
+                elif Path(path).is_file():
+                    self._client.log_artifact(run_id, path, artifact_path=folder)
+            except Exception as error:  # must not keep the run from being ended
+                failed = error
+                continue
+            with self._lock:
+                self._state["artifacts"].remove(entry)
+            self._save()
+        return failed
+
+
+def sync(folder: Path) -> int:
+    """Send what an earlier process could not, and end the MLflow run; returns the number of points sent.
+
+    Raises:
+        ConfigError: the run was never tracked, is in progress, or the server still does not answer.
+    """
+    folder = folder.resolve()
+    state = _read_state(folder)
+    if state is None:
+        raise ConfigError(f"run={folder.name}: has no tracking.json; only a run that was tracked can be sent")
+    if RunFolder(folder).locked():
+        raise ConfigError(f"run={folder.name}: is in progress and sends by itself; wait for its end")
+    if state["status"] == "RUNNING" or (state["status"] is None and state["ended"] is None):
+        state |= {"status": "KILLED", "ended": time.time()}  # its process went away without a word
+    _drop_torn_line(folder / "metrics.jsonl")
+    tracker = Tracker(folder, state | {"attached": False})
+    try:
+        return tracker.push()
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"track.uri={state['uri']}: does not take the points ({reason}); try again when it is up") from None
+
+
+def read_points(folder: Path) -> list[dict[str, Any]]:
+    """Every point of a run: `{"step": int, "time": float (s), "metrics": {name: float}}`, in the order logged."""
+    lines = _read_lines(folder / "metrics.jsonl", 0, limit=None)
+    points = [point for line in lines if (point := _parse(line)) is not None]
+    for point in points:
+        point["metrics"] = {key: float(value) for key, value in point["metrics"].items()}
+    return points
+
+
+def _plain(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)  # "nan", "inf": JSON has no such numbers, float() reads them back
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        point: dict[str, Any] = json.loads(line)
+        return point if isinstance(point["step"], int) and isinstance(point["metrics"], dict) else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _read_lines(path: Path, start: int, limit: int | None = METRICS_PER_CALL) -> list[bytes]:
+    """Whole lines from byte `start`, at least one if there is one, together not more than `limit` metrics (if given)."""
+    lines: list[bytes] = []
+    metrics = 0
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        file.seek(start)
+        for line in file:
+            metrics += len((_parse(line) or {"metrics": ()})["metrics"])
+            if not line.endswith(b"\n") or (limit is not None and lines and metrics > limit):
+                break
+            lines.append(line)
+    return lines
+
+
+def _mlflow_metrics(lines: Iterable[bytes]) -> list[Any]:
+    from mlflow.entities import Metric
+
+    points = [point for line in lines if (point := _parse(line)) is not None]
+    return [
+        Metric(_mlflow_name(key), float(value), int(1000 * point["time"]), point["step"])
+        for point in points
+        for key, value in point["metrics"].items()
+    ]
+
+
+def _mlflow_name(key: str) -> str:
+    return re.sub(r"[^\w\-. /:]", "_", key)[:250]
+
+
+def _batched(items: Iterable[tuple[str, str]]) -> Iterable[list[tuple[str, str]]]:
+    rows = list(items)
+    return (rows[i : i + PARAMS_PER_CALL] for i in range(0, len(rows), PARAMS_PER_CALL))
+
+
+def _is_active(client: Any, run_id: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+
+
+def _read_state(folder: Path) -> dict[str, Any] | None:
+    try:
+        state: dict[str, Any] = json.loads((folder / "tracking.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return state
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off the half line that a killed process may have left at the end."""
+    with contextlib.suppress(OSError), open(path, "rb+") as file:
+        data = file.read()
+        file.truncate(data.rfind(b"\n") + 1)
