@@ -1,0 +1,422 @@
+"""The front door: `manyviews VERB ...`. Every verb has `--help`; heavy imports wait until a verb needs them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
+    from pipeline.evaluate.protocols import Scores
+    from pipeline.train.launch import Outcome
+
+# Idle threads of one process must not spin on cores that another one needs; read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+ABOUT = """Pretrain a vision backbone on your own unlabelled images.
+
+  manyviews pretrain swav-small                            the demo: real pictures, two CPU cores, a few minutes
+  manyviews pretrain swav --data.path photos/              your own folder of images
+  manyviews pretrain swav --help                           every setting of a recipe, with type and default
+"""
+COMMON = """common settings (all of them: manyviews pretrain RECIPE --help):
+  --data.path PATH                folder, Parquet file or folder, or patches
+  --data.held-out 0.1             fraction of the training images kept for the online kNN
+  --evaluate.path PATH            test images with labels, read once at the end
+  --train.epochs N | --train.steps N
+  --train.global-batch-size N     images per optimizer step
+  --optim.base-lr X  --method.temperature X  --views.local.count N  --backbone.name resnet18
+  --train.seed N  --train.deterministic  --train.checkpoint-every STEPS
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    top = _Parser(prog="manyviews", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    verbs = top.add_subparsers(dest="verb", metavar="VERB", title="verbs")
+
+    def verb(name: str, run: Callable[..., int], summary: str, *, settings: str = "", epilog: str = "") -> argparse.ArgumentParser:
+        sub = verbs.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog="\n".join(filter(None, [epilog, settings])),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            add_help=False,
+        )
+        sub.add_argument("-h", "--help", action="store_true", help="show this help")
+        sub.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="where run folders lie (default: runs)")
+        sub.add_argument("--json", type=Path, metavar="FILE", help="also write the result for machines")
+        sub.set_defaults(do=run, takes_settings=bool(settings), sub=sub)
+        return sub
+
+    add = verb("pretrain", pretrain, "train a new run, evaluate it and register its backbone", settings=COMMON, epilog=_recipe_list())
+    add.add_argument("recipe", nargs="?", metavar="RECIPE", help="a starting point; its settings can be changed below")
+    add.add_argument("--run", metavar="NAME", help="name of the run (default: recipe, date and time)")
+
+    add = verb("resume", resume, "go on with an interrupted run: same plan, same settings, from its last checkpoint")
+    add.add_argument("run", metavar="RUN", help="name or folder of the run")
+
+    add = verb("continue", continue_run, "start a new phase from a run's full last state, with a new schedule", settings=COMMON)
+    add.add_argument("from_run", nargs="?", metavar="RUN", help="name or folder of the finished run")
+    add.add_argument("--run", metavar="NAME", help="name of the new run")
+
+    add = verb("evaluate", evaluate, "measure a backbone by kNN, beside raw pixels and the untrained backbone", settings=COMMON)
+    add.add_argument("model", nargs="?", metavar="RUN_OR_MODEL", help="a run, an exported folder, or models:/NAME@best")
+    add.add_argument("--protocol", nargs="+", default=["knn"], choices=["knn"], help="what to measure (default: knn)")
+
+    add = verb("embed", embed, "write the features of a folder of images to Parquet")
+    add.add_argument("model", metavar="RUN_OR_MODEL", help="a run, an exported folder, or models:/NAME@best")
+    add.add_argument("--data.path", dest="data_path", required=True, metavar="PATH", help="images: folder, Parquet, or patches")
+    add.add_argument("--to", type=Path, required=True, metavar="DIR", help="where the Parquet files go")
+    add.add_argument("--track.uri", dest="uri", metavar="URI", help="tracking server of models:/ (default: the runs folder's own)")
+
+    add = verb("views", views, "draw a contact sheet: the crops and augmentations that a recipe makes of your images", settings=COMMON)
+    add.add_argument("recipe", nargs="?", metavar="RECIPE")
+    add.add_argument("--images", type=int, default=6, metavar="N", help="how many images to show (default: 6)")
+    add.add_argument("--to", type=Path, default=Path("views.png"), metavar="FILE", help="the picture (default: views.png)")
+
+    verb("methods", methods, "list the methods with their papers")
+    verb("recipes", recipes, "list the recipes")
+
+    add = verb("runs", runs, "list runs, their state and how to go on; one run in detail")
+    add.add_argument("run", nargs="?", metavar="RUN")
+
+    add = verb("sync", sync, "send a run's points to MLflow that did not arrive while the server was down")
+    add.add_argument("run", metavar="RUN")
+
+    add = verb("doctor", doctor, "check machine, packages, data and tracking before time is spent", settings=COMMON)
+    add.add_argument("recipe", nargs="?", metavar="RECIPE", help="also check this recipe's settings against the data")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Returns 0 = done, 1 = failed or interrupted, 2 = something must be changed first."""
+    from methods.parts.errors import ConfigError
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    top = parser()
+    if not argv:
+        top.print_help()
+        return 0
+    try:
+        options, settings = top.parse_known_args(argv)
+        if settings and not options.takes_settings:
+            raise ConfigError(f"{settings[0]}: no such option of {options.verb}; see manyviews {options.verb} --help")
+        if options.help and not (options.takes_settings and getattr(options, "recipe", None)):
+            options.sub.print_help()
+            return 0
+        return int(options.do(options, [*settings, "--help"] if options.help else settings))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 1
+
+
+# ---------------------------------------------------------------------------- verbs
+
+
+def pretrain(options: Any, settings: list[str]) -> int:
+    config = configured(_given(options, "recipe", "RECIPE"), settings)
+    from pipeline.train import launch
+
+    return conclude(launch.pretrain(config, runs_dir=options.runs_dir, run=options.run, console=_console()), options)
+
+
+def resume(options: Any, settings: list[str]) -> int:
+    from pipeline.train import launch
+
+    return conclude(launch.resume(options.run, runs_dir=options.runs_dir, console=_console()), options)
+
+
+def continue_run(options: Any, settings: list[str]) -> int:
+    from pipeline.config import from_yaml
+    from pipeline.runs import find_run
+
+    earlier = find_run(_given(options, "from_run", "RUN"), options.runs_dir)
+    config = parse_settings(from_yaml(earlier.config_text()), settings, f"manyviews continue {earlier.name}")
+    from pipeline.train import launch
+
+    return conclude(launch.continue_run(earlier, config, runs_dir=options.runs_dir, run=options.run, console=_console()), options)
+
+
+def evaluate(options: Any, settings: list[str]) -> int:
+    from pipeline import registry
+
+    model = _given(options, "model", "RUN_OR_MODEL")
+    uri = next((b for a, b in zip(settings, settings[1:], strict=False) if a == "--track.uri"), None)
+    folder = registry.resolve_model(model, runs_dir=options.runs_dir, uri=uri)
+    from pipeline.evaluate import verb
+
+    config = parse_settings(verb.config_of(model, folder, options.runs_dir), settings, f"manyviews evaluate {model}")
+    scores = verb.evaluate(folder, config)
+    show_scores(scores)
+    _write_json(options, {"model": model} | scores.to_dict())
+    return 0
+
+
+def embed(options: Any, settings: list[str]) -> int:
+    from pipeline import registry
+    from pipeline.config import DataConfig
+    from pipeline.embed import embed as run
+
+    folder = registry.resolve_model(options.model, runs_dir=options.runs_dir, uri=options.uri)
+    report = run(folder, DataConfig(path=options.data_path), options.to)
+    _console().print(f"{report.rows:,} embeddings in {options.to} ({report.images_per_s:,.0f} images/s)", highlight=False)
+    if report.bad:
+        _console().print(f"{report.bad} images could not be decoded; {options.to / 'bad_images.jsonl'} lists them", highlight=False)
+    _write_json(options, {"rows": report.rows, "bad": report.bad, "seconds": report.seconds, "to": str(options.to)})
+    return 0
+
+
+def views(options: Any, settings: list[str]) -> int:
+    config = configured(_given(options, "recipe", "RECIPE"), settings)
+    from pipeline.gallery import views_sheet
+    from pipeline.ingest.sources import open_source
+
+    manifest = open_source(config.data)
+    picture = views_sheet(config, manifest, options.to, images=options.images)
+    for name, group in config.views.items():
+        print(f"{name}: {group.describe()}")
+    print(picture)
+    _write_json(options, {"picture": str(picture)})
+    return 0
+
+
+def methods(options: Any, settings: list[str]) -> int:
+    from methods.parts.contract import registered
+
+    rows = [(e.name, e.method.paper, (sys.modules[e.method.__module__].__doc__ or "").split("\n")[0]) for e in registered().values()]
+    _table(["method", "paper", "what it does"], rows)
+    _write_json(options, [{"name": n, "paper": p, "summary": s} for n, p, s in rows])
+    return 0
+
+
+def recipes(options: Any, settings: list[str]) -> int:
+    from pipeline.recipes import entries
+
+    _table(["recipe", "what it is"], [(e.name, e.summary) for e in entries()])
+    print("\nmanyviews pretrain RECIPE --help shows every setting; pipeline/recipes/ holds the files")
+    _write_json(options, [{"name": e.name, "summary": e.summary} for e in entries()])
+    return 0
+
+
+def runs(options: Any, settings: list[str]) -> int:
+    from pipeline.runs import find_run, list_runs
+
+    folders = [find_run(options.run, options.runs_dir)] if options.run else list_runs(options.runs_dir)
+    states = [folder.state() | {"folder": str(folder.path)} for folder in folders]
+    if options.run:
+        _table(["", ""], [(key, value) for key, value in states[0].items()])
+    elif states:
+        _table(
+            ["run", "state", "step", "kNN held-out", "how to go on"],
+            [(s["name"], s["status"], f"{s.get('step', 0)}/{s.get('total_steps', '?')}", _percent(s.get("knn")), _next(s)) for s in states],
+        )
+    else:
+        print(f"no runs in {options.runs_dir}; start one with: manyviews pretrain swav-small")
+    _write_json(options, states)
+    return 0
+
+
+def sync(options: Any, settings: list[str]) -> int:
+    from pipeline.runs import find_run
+    from pipeline.tracking import sync as replay
+
+    folder = find_run(options.run, options.runs_dir)
+    sent = replay(folder.path)
+    print(f"{sent} points sent to MLflow")
+    _write_json(options, {"run": folder.name, "sent": sent})
+    return 0
+
+
+def doctor(options: Any, settings: list[str]) -> int:
+    config = configured(options.recipe or "swav-small", settings)
+    from pipeline.doctor import diagnose, render
+
+    checks = diagnose(data=config.data, runs_dir=options.runs_dir, uri=config.track.uri, config=config)
+    _console().print(render(checks))
+    _write_json(options, [vars(check) for check in checks])
+    return 1 if any(check.ok == "fail" for check in checks) else 0
+
+
+# ---------------------------------------------------------------------------- settings
+
+
+def configured(recipe: str, settings: list[str]) -> RunConfig:
+    """A recipe with settings from the command line."""
+    from pipeline.recipes import load_recipe
+
+    return parse_settings(load_recipe(recipe), settings, f"manyviews pretrain {recipe}")
+
+
+def parse_settings(config: RunConfig, settings: list[str], prog: str) -> RunConfig:
+    """Settings given as `--group.key value` over a config.
+
+    Raises:
+        ConfigError: an unknown key, with the nearest names, or a value that does not fit, as one sentence.
+    """
+    import tyro
+
+    from methods.parts.errors import ConfigError
+    from pipeline.config import RunConfig, flatten, length_given, unknown_key
+
+    if "--help" in settings:
+        tyro.cli(RunConfig, default=config, args=["--help"], prog=prog)  # exits
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            parsed, unknown = tyro.cli(RunConfig, default=config, args=settings, prog=prog, return_unknown_args=True)
+    except SystemExit:
+        raise ConfigError(_sentence(said.getvalue())) from None
+    if unknown:
+        raise unknown_key(unknown[0].removeprefix("--").replace("-", "_").split("=")[0], flatten(config))
+    given = {s.removeprefix("--").replace("-", "_").split("=")[0] for s in settings if s.startswith("--")}
+    return length_given(parsed, given)
+
+
+def _sentence(boxed: str) -> str:
+    """tyro's message without its box and its footer."""
+    lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in boxed.splitlines() if not re.match(r"^[╭╰]", line)]
+    kept = []
+    for line in lines:
+        if re.match(r"^─+$", line) or line.startswith(("For full help", "Got errors")):
+            break
+        kept.append(line)
+    text = re.sub(r"\s+", " ", " ".join(kept)).strip()
+    match = re.match(r"Error parsing (--)?(\S+): (.*)", text)
+    if not match:
+        return text
+    where, what = match[2], match[3]
+    return what if what.startswith(where.split(".")[0] + ".") else f"{where}: {what}"
+
+
+# ---------------------------------------------------------------------------- words on the screen
+
+
+def conclude(outcome: Outcome, options: Any) -> int:
+    """Say how a run ended and what can be done next."""
+    console, name = _console(), outcome.folder.name
+    where = "" if options.runs_dir == Path("runs") else f" --runs-dir {options.runs_dir}"
+    _write_json(options, outcome.to_dict())
+    if outcome.status == "interrupted":
+        console.print(f"{outcome.message}\ngo on with: manyviews resume {name}{where}", highlight=False, soft_wrap=True)
+        return 1
+    if outcome.status != "finished":
+        print(f"error: {outcome.message}", file=sys.stderr)
+        return 1
+    if outcome.scores is not None:
+        show_scores(outcome.scores)
+    pictures = sorted(outcome.folder.figures.glob("*.png"))
+    for picture in pictures:
+        console.print(f"picture   {picture}", highlight=False, soft_wrap=True)
+    console.print(f"weights   {outcome.folder.model / 'backbone.safetensors'} (timm names)", highlight=False, soft_wrap=True)
+    if outcome.model is not None:
+        best = ", alias best" if outcome.model.alias_best else ""
+        console.print(f"model     {outcome.model.uri} (version {outcome.model.version}{best})", highlight=False, soft_wrap=True)
+    console.print(
+        "\n[bold]next[/bold]\n"
+        f"  manyviews embed {name} --data.path YOUR_IMAGES --to features/{where}   features of your images, as Parquet\n"
+        f"  manyviews pretrain {outcome.recipe} --data.path YOUR_IMAGES   the same on your own images\n"
+        f"  mlflow ui --backend-store-uri {outcome.tracking_uri}   curves, pictures and models in the browser",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def show_scores(scores: Scores) -> None:
+    from rich.table import Table
+
+    console = _console()
+    if not scores.rows:
+        console.print(scores.protocol, highlight=False, soft_wrap=True)
+        return
+    table = Table(title=None, show_edge=False, pad_edge=False)
+    table.add_column("")
+    table.add_column(f"kNN top-1, {scores.split} images", justify="right")
+    for row in scores.rows:
+        style = "bold" if row.key == "trained" else ""
+        table.add_row(row.label, f"{100 * row.accuracy:.1f} %", style=style)
+    console.print()
+    console.print(table)
+    console.print(f"{scores.gain:+.1f} points above the best of raw pixels (L2) and the untrained backbone", highlight=False, soft_wrap=True)
+    console.print(f"[dim]{scores.protocol}[/dim]\n", highlight=False, soft_wrap=True)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _table(columns: list[str], rows: list[tuple[Any, ...]]) -> None:
+    from rich.table import Table
+
+    table = Table(show_edge=False, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row))
+    _console().print(table)
+
+
+def _percent(fraction: float | None) -> str:
+    return "" if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def _next(state: dict[str, Any]) -> str:
+    name = state["name"]
+    return {
+        "finished": f"manyviews evaluate {name}",
+        "interrupted": f"manyviews resume {name}",
+        "failed": f"manyviews resume {name}  ({state.get('message', '')[:60]})",
+        "created": f"manyviews resume {name}",
+    }.get(state["status"], "")
+
+
+def _given(options: Any, name: str, shown: str) -> str:
+    from methods.parts.errors import ConfigError
+
+    value: str | None = getattr(options, name)
+    if value is None or value.startswith("-"):
+        raise ConfigError(f"{shown}: missing; see manyviews {options.verb} --help")
+    return value
+
+
+def _write_json(options: Any, value: Any) -> None:
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def _recipe_list() -> str:
+    from pipeline.recipes import entries
+
+    found = entries()
+    width = max(len(e.name) for e in found)
+    return "recipes:\n" + "\n".join(f"  {e.name:{width}}  {e.summary}" for e in found) + "\n"
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are one sentence and exit code 2."""
+
+    def error(self, message: str) -> Any:
+        from methods.parts.errors import ConfigError
+
+        verb = f" {self.prog.split(' ', 1)[1]}" if " " in self.prog else ""
+        raise ConfigError(f"{message}; see manyviews{verb} --help")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

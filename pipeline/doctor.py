@@ -1,0 +1,309 @@
+"""What can go wrong before money is spent: one check per row, each with a remedy. Nothing here raises."""
+
+from __future__ import annotations
+
+import math
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from methods.parts.errors import ConfigError
+from pipeline import machine
+from pipeline.config import DataConfig, RunConfig
+from pipeline.machine import Check
+
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
+
+    from methods.parts.views import Views
+
+SAMPLE = 64  # images decoded
+
+
+def diagnose(
+    *, data: DataConfig | None = None, runs_dir: Path, uri: str | None = None, config: RunConfig | None = None, ray: bool = True
+) -> list[Check]:
+    """Check the machine, Ray, the tracking server and the data. A check that breaks becomes a row; nothing is raised.
+
+    Args:
+        data: the images to open; None = `config`'s own, or no such check.
+        runs_dir: where runs are to be written; it is not created.
+        uri: tracking server; None = the SQLite file in `runs_dir`.
+        config: a run to estimate, in images/s and hours.
+        ray: start Ray and send one task round.
+    """
+    runs_dir = Path(runs_dir).expanduser()
+    data = data or (config.data if config else None)
+    checks: list[Check] = []
+    for name, look in (
+        ("Python", machine.python_version),
+        ("packages", machine.packages),
+        ("machine", machine.cores_and_memory),
+        ("device", machine.device),
+        ("shared memory", machine.shared_memory),
+        ("disk", lambda: machine.disk(runs_dir)),
+        ("tracking", lambda: _tracking(runs_dir, uri)),
+    ):
+        checks += _guard(name, look)
+    if ray:
+        checks += _guard("Ray", _ray)
+    if data is not None:
+        checks += _guard("data", lambda: _data(data, config))
+    return checks
+
+
+def render(checks: Iterable[Check]) -> Table:
+    """The checks as a table for the terminal; remedies stand where something is wrong."""
+    from rich.table import Table
+    from rich.text import Text
+
+    words = {"ok": ("✓ ok", "green"), "warn": ("! look", "yellow"), "fail": ("✗ fix", "bold red")}
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("check", "", "found", "what to do"):
+        table.add_column(heading, overflow="fold")
+    for check in checks:
+        # Text, because paths may hold square brackets, which rich takes for markup
+        table.add_row(Text(check.name), Text(*words[check.ok]), Text(check.found), Text(check.remedy))
+    return table
+
+
+def _guard(name: str, look: Callable[[], Iterable[Check]]) -> list[Check]:
+    try:
+        return list(look())
+    except ConfigError as error:
+        key, _, remedy = str(error).partition(": ")
+        return [Check(name, "fail", key, remedy or key)]
+    except Exception as error:  # a doctor that dies of the illness helps nobody
+        words = (str(error).strip().splitlines() or [""])[0][:200]
+        return [Check(name, "fail", f"{type(error).__name__}: {words}", "this check itself broke; the words on the left say why")]
+
+
+# ---------------------------------------------------------------------------- services
+
+
+def _tracking(runs_dir: Path, uri: str | None) -> Iterable[Check]:
+    from pipeline.tracking import default_uri
+
+    uri = uri or default_uri(runs_dir)
+    if uri.startswith("sqlite:///"):
+        yield _sqlite(Path(uri.removeprefix("sqlite:///")))
+    elif uri.startswith(("http://", "https://")):
+        yield _server(uri.rstrip("/"))
+    elif uri.startswith(("postgresql", "mysql", "mssql", "databricks")):
+        yield Check("tracking", "warn", uri.split("@")[-1], "a database or Databricks is not tried from here; the first run will tell")
+    else:
+        yield Check("tracking", "fail", f"track.uri={uri}", "use http://HOST:PORT, sqlite:////ABSOLUTE/PATH.db, or leave it out")
+
+
+def _sqlite(file: Path) -> Check:
+    if not file.exists():
+        place = file.resolve().parent
+        while not place.exists():
+            place = place.parent
+        good = os.access(place, os.W_OK)
+        return Check("tracking", "ok" if good else "fail", f"{file}, made by the first run", "" if good else f"make {place} writable")
+    try:
+        with closing(sqlite3.connect(file, timeout=2)) as database:
+            database.execute("BEGIN IMMEDIATE")
+            database.execute("ROLLBACK")
+    except sqlite3.Error as error:
+        return Check("tracking", "fail", f"{file}: {error}", "close what else uses it, or move it away: a new one is made")
+    return Check("tracking", "ok", f"{file}, {file.stat().st_size / 2**20:.1f} MiB")
+
+
+def _server(uri: str, timeout_s: float = 3.0) -> Check:
+    import urllib.error
+    import urllib.request
+
+    start = time.perf_counter()
+    remedy = "start it (mlflow server), or check --track.uri; training goes on without it, `sync RUN` sends the figures later"
+    try:
+        with urllib.request.urlopen(f"{uri}/health", timeout=timeout_s) as answer:
+            words = answer.read(64).decode(errors="replace").strip()
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        return Check("tracking", "fail", f"{uri} answers {error.code} {error.reason}", remedy)
+    except (OSError, ValueError) as error:
+        return Check("tracking", "fail", f"{uri}: {getattr(error, 'reason', error)}", remedy)
+    if words != "OK":
+        return Check("tracking", "warn", f"{uri} answers, but not as MLflow does", remedy)
+    return Check("tracking", "ok", f"{uri} answers in {1000 * (time.perf_counter() - start):.0f} ms")
+
+
+def _ray() -> Iterable[Check]:
+    import ray
+
+    from pipeline.ingest.stream import start_ray
+
+    started, begin = ray.is_initialized(), time.perf_counter()
+    try:
+        start_ray()
+
+        @ray.remote(num_cpus=1)
+        def worker() -> bool:
+            import importlib.util
+
+            return all(importlib.util.find_spec(room) for room in ("pipeline", "methods"))
+
+        reference = worker.remote()
+        try:
+            imports = ray.get(reference, timeout=20)
+        except ray.exceptions.GetTimeoutError:
+            ray.cancel(reference, force=True)
+            yield Check("Ray", "fail", "a task found no free CPU in 20 s", "see `ray status`: other jobs hold every CPU")
+            return
+        seconds = time.perf_counter() - begin
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        resources = ray.cluster_resources()
+        found = f"{len(nodes)} node{'s' * (len(nodes) != 1)}, {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
+        found += f"; {'first task' if started else 'start and first task'} {seconds:.1f} s"
+        remedy = "" if imports else "workers cannot import Manyviews: install it on every node, or submit with --working-dir ."
+        yield Check("Ray", "ok" if imports else "fail", found, remedy)
+    finally:
+        if not started and ray.is_initialized():
+            ray.shutdown()
+
+
+# ---------------------------------------------------------------------------- data
+
+
+def _data(data: DataConfig, config: RunConfig | None) -> Iterable[Check]:
+    import numpy as np
+
+    from pipeline.ingest.sources import open_source
+
+    begin = time.perf_counter()
+    manifest = open_source(data)
+    seconds = time.perf_counter() - begin
+    labelled = int((manifest.labels >= 0).sum())
+    words = f"{labelled:,} labelled in {len(manifest.class_names)} classes" if labelled else "no labels"
+    found = f"{len(manifest):,} images, {words}; opened in {seconds:.1f} s"
+    yield Check("data", "ok", found, "" if labelled else "fine for training; kNN figures need labels (class folders, or a label column)")
+    if manifest.skipped:
+        listed = _listed(manifest.skipped)
+        yield Check("stray files", "warn", f"{len(manifest.skipped):,} skipped\n{listed}", "nothing, if these are no images of yours")
+
+    ids = np.unique(np.linspace(0, len(manifest) - 1, SAMPLE).round().astype(np.int64))
+    sizes, bad, seconds = _decode(manifest, ids)
+    if sizes:
+        rate = len(sizes) / max(seconds, 1e-9)
+        heights, widths = zip(*sizes, strict=True)
+        middle = f"{sorted(widths)[len(sizes) // 2]} × {sorted(heights)[len(sizes) // 2]} px in the middle"
+        yield Check("decode", "ok", f"{len(sizes)} of {len(ids)} sampled, {middle}, {rate:,.0f} images/s on one core")
+    if bad:
+        stops = len(bad) > max(2, data.max_bad_fraction * len(ids))
+        remedy = "remove or repair them; a run skips and lists bad images and stops when more than "
+        yield Check(
+            "bad images",
+            "fail" if stops or not sizes else "warn",
+            f"{len(bad)} of {len(ids)} sampled\n{_listed(bad)}",
+            f"{remedy}{data.max_bad_fraction:.0%} are bad (data.max_bad_fraction)",
+        )
+    if config is not None and sizes:
+        yield from _guard("estimate", lambda: _estimate(config, manifest, seconds / len(sizes)))
+
+
+def _listed(files: list[tuple[str, str]], most: int = 20) -> str:
+    lines = [f"{path}: {reason}" for path, reason in files[:most]]
+    return "\n".join(lines + ([f"and {len(files) - most:,} more"] if len(files) > most else []))
+
+
+def _decode(manifest: Any, ids: Any) -> tuple[list[tuple[int, int]], list[tuple[str, str]], float]:
+    """Decode a sample in this thread: heights and widths, bad images with their reasons, seconds of decoding alone."""
+    import torch
+
+    from pipeline.ingest.decode import BadImage, decode
+
+    sizes: list[tuple[int, int]] = []
+    bad: list[tuple[str, str]] = []
+    seconds, threads = 0.0, torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a task, so that the speed is that of one core
+    try:
+        for id in ids:
+            try:
+                (row,) = manifest.read([int(id)])
+                if not sizes:
+                    decode(row.image)  # the first call pays for imports
+                begin = time.thread_time()  # CPU time: other work on this machine does not count
+                image = decode(row.image)
+                seconds += time.thread_time() - begin
+                sizes.append((image.shape[0], image.shape[1]))
+            except BadImage as error:
+                bad.append((row.path, str(error)))
+            except OSError as error:
+                bad.append((manifest.path(int(id)), error.strerror or str(error)))
+    finally:
+        torch.set_num_threads(threads)
+    return sizes, bad, seconds
+
+
+def _estimate(config: RunConfig, manifest: Any, decode_s: float, budget_s: float = 2.0) -> Iterable[Check]:
+    """Time the method's own step, forward and backward, on a small batch of noise; the optimizer and evaluation are left out."""
+    import torch
+
+    from methods.parts.contract import Progress
+    from pipeline.config import resolve
+    from pipeline.train.launch import build_method, choose_device
+
+    facts = resolve(config, len(manifest.training_ids(config.data.held_out))).facts
+    device, precision = choose_device(config)
+    method = build_method(config, facts).to(device).train()
+    pixels = sum(group.count * group.size**2 for group in config.views.values())
+    most = int((3e7 if device.type == "cuda" else 6e5) / pixels)  # a second or two at 224 pixels
+    batch = max(4, min(most, facts.global_batch_size // config.train.accumulation_steps))
+    views = _noise(config, batch, device)
+    progress = Progress(step=0, total_steps=facts.total_steps, steps_per_epoch=facts.steps_per_epoch)
+
+    def step() -> float:
+        begin = time.perf_counter()
+        with torch.autocast(device.type, dtype=precision, enabled=precision is not torch.float32):
+            loss = method(views, progress, method.draw_masks(views, progress)).loss
+        if loss is not None:
+            loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    times = [step()]
+    while sum(times) + min(times) < budget_s and len(times) < 8:
+        times.append(step())
+    train_s, data_s = min(times) / batch, decode_s / machine.available_cores()
+    on_gpu = device.type == "cuda"
+    # on a CPU the same cores decode and train; beside a GPU the slower of the two sets the pace
+    image_s = max(train_s, data_s) if on_gpu else train_s + data_s
+    hours = _duration(facts.total_steps * facts.global_batch_size * image_s)
+    found = (
+        f"about {1 / image_s:,.0f} images/s: {facts.total_steps:,} steps of {facts.global_batch_size:,} in about {hours}, evaluation aside"
+    )
+    starved = on_gpu and data_s > train_s
+    yield Check("estimate", "warn" if starved else "ok", found, "decoding is slower than the GPU: use more cores" if starved else "")
+
+
+def _noise(config: RunConfig, batch: int, device: torch.device) -> Views:
+    """Views of the declared counts and sizes that show nothing."""
+    import torch
+
+    from methods.parts.views import Views
+
+    used = {name: group for name, group in config.views.items() if group.count}
+    shapes = {name: (group.count * batch, 3, group.size, group.size) for name, group in used.items()}
+    return Views(
+        stacks={name: torch.randn(shape, device=device).to(memory_format=torch.channels_last) for name, shape in shapes.items()},
+        counts={name: group.count for name, group in used.items()},
+        image_ids=torch.arange(batch, device=device),
+        labels=torch.full((batch,), -1, device=device),
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    if seconds < 90 * 60:
+        return f"{math.ceil(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 72 * 3600 else f"{seconds / 86400:.1f} days"

@@ -1,0 +1,112 @@
+"""Our own checkpoints: whole or absent, whatever kills the process.
+
+    checkpoints/step-00000300/state.pt    tensors and plain values only
+    checkpoints/last.json, best.json      {"folder": "step-00000300", "step": 300, ...}, replaced after the folder is whole
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from methods.parts.errors import ConfigError
+from pipeline.runs import write_json
+
+State = dict[str, Any]
+
+
+class DiskFull(RuntimeError):
+    """A checkpoint could not be written; the last one is still whole."""
+
+
+def save(checkpoints: Path, state: State, *, step: int, best: bool = False, keep_every: int | None = None) -> Path:
+    """Write the checkpoint of `step`, point `last` (and `best`) at it, and prune those that nothing points to.
+
+    Raises:
+        DiskFull: the file system refused; earlier checkpoints are untouched.
+    """
+    name = f"step-{step:08d}"
+    folder, temporary = checkpoints / name, checkpoints / f".{name}.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        with open(temporary / "state.pt", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier life of this run
+        os.replace(temporary, folder)
+        pointer = {"folder": name, "step": step}
+        write_json(checkpoints / "last.json", pointer)
+        if best:
+            write_json(checkpoints / "best.json", pointer)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        shutil.rmtree(temporary, ignore_errors=True)
+        free = shutil.disk_usage(checkpoints).free / 1e6
+        raise DiskFull(f"checkpoint of step {step} could not be written to {checkpoints} ({free:.0f} MB free): {error}") from error
+    _prune(checkpoints, keep_every)
+    return folder
+
+
+def _prune(checkpoints: Path, keep_every: int | None) -> None:
+    pointed = {pointed_to(checkpoints, which) for which in ("last", "best")}
+    for folder in checkpoints.glob("step-*"):
+        step = int(folder.name.split("-")[1])
+        if folder not in pointed and not (keep_every and step % keep_every == 0):
+            shutil.rmtree(folder, ignore_errors=True)
+    for leftover in checkpoints.glob(".step-*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def pointed_to(checkpoints: Path, which: str = "last") -> Path | None:
+    """The folder that `last` or `best` points to, or None."""
+    try:
+        folder = checkpoints / json.loads((checkpoints / f"{which}.json").read_text())["folder"]
+    except FileNotFoundError:
+        return None
+    return folder if (folder / "state.pt").is_file() else None
+
+
+def load(folder: Path) -> State:
+    """Read a checkpoint; nothing in it can run code.
+
+    Raises:
+        ConfigError: the file is not readable as a checkpoint.
+    """
+    try:
+        state: State = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ConfigError(f"checkpoint={folder}: cannot be read ({error}); remove it to go on from an older one") from None
+    return state
+
+
+def state_hash(state: State) -> str:
+    """SHA-256 over every value of a state, tensors by their bytes; independent of memory layout."""
+    digest = hashlib.sha256()
+    for path, value in _leaves("", state):
+        digest.update(path.encode())
+        if isinstance(value, Tensor):
+            flat = value.detach().cpu().contiguous().flatten()
+            digest.update(str(flat.dtype).encode() + flat.view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(repr(value).encode())
+    return digest.hexdigest()
+
+
+def _leaves(path: str, value: Any) -> Iterable[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key in sorted(value, key=str):
+            yield from _leaves(f"{path}/{key}", value[key])
+    elif isinstance(value, (list, tuple)):
+        for i, inner in enumerate(value):
+            yield from _leaves(f"{path}/{i}", inner)
+    else:
+        yield path, value

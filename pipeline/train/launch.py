@@ -1,0 +1,390 @@
+"""From a config to a finished, evaluated and registered run: `pretrain`, `resume` and `continue_run`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from methods.parts.backbones import build_backbone
+from methods.parts.contract import Method, RunFacts, find
+from methods.parts.errors import ConfigError
+from pipeline import registry
+from pipeline.config import Resolved, RunConfig, absolute, flatten, from_yaml, resolve, to_yaml
+from pipeline.evaluate.protocols import KNNData, Scores, final_scores, online_knn
+from pipeline.ingest.plan import Plan
+from pipeline.ingest.sources import Manifest, open_source
+from pipeline.ingest.stream import Batch, start_ray, training_batches
+from pipeline.runs import RunFolder, create_run, find_run, write_atomic, write_json
+from pipeline.tracking import Tracker, default_uri
+from pipeline.train import checkpoint
+from pipeline.train.display import Display
+from pipeline.train.guards import TrainingStopped
+from pipeline.train.loop import Position, Trainer
+from pipeline.train.optim import build_optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended. `status` is finished, interrupted or failed."""
+
+    folder: RunFolder
+    status: str
+    message: str = ""
+    scores: Scores | None = None
+    model: registry.Registered | None = None
+
+    @property
+    def recipe(self) -> str:
+        return str(self.folder.state().get("recipe", ""))
+
+    @property
+    def tracking_uri(self) -> str:
+        return tracking_uri(from_yaml(self.folder.config_text()), self.folder)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for `--json`."""
+        scores = self.scores.to_dict() if self.scores else None
+        model = {"uri": self.model.uri, "version": self.model.version} if self.model else None
+        return self.folder.state() | {"folder": str(self.folder.path), "message": self.message, "scores": scores, "registered": model}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Everything checked before cluster time is spent: the data is open, the numbers resolved, the method built."""
+
+    config: RunConfig
+    manifest: Manifest
+    plan: Plan
+    resolved: Resolved
+    method: Method
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Open the data, resolve the numbers and build the method.
+
+    Raises:
+        ConfigError: anything that cannot work.
+    """
+    config = with_absolute_paths(config)
+    manifest = open_source(config.data)
+    if config.evaluate.path is not None:
+        open_source(dataclasses.replace(config.data, path=config.evaluate.path))
+    ids = manifest.training_ids(config.data.held_out)
+    resolved = resolve(config, len(ids))
+    plan = Plan(
+        spans=manifest.spans,
+        ids=ids,
+        seed=config.train.seed,
+        global_batch=config.train.global_batch_size,
+        lanes=config.data.lanes,
+        window=resolved.window,
+    )
+    return Prepared(config, manifest, plan, resolved, build_method(config, resolved.facts))
+
+
+def build_method(config: RunConfig, facts: RunFacts) -> Method:
+    """The method with its freshly initialised backbone; the same seed gives the same weights."""
+    entry = find(config.method)
+    if config.train.accumulation_steps > 1 and entry.method.accumulation == "refuse":
+        raise ConfigError(
+            f"train.accumulation_steps={config.train.accumulation_steps}: {entry.name} needs the whole batch at once; "
+            f"use 1 ({entry.method.accumulation_remedy})"
+        )
+    torch.manual_seed(config.train.seed)
+    backbone = build_backbone(config.backbone)
+    method: Method = entry.method(config.method, backbone, facts)  # type: ignore[call-arg]
+    return method.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Workers do not share the driver's folder."""
+    data = dataclasses.replace(config.data, path=_absolute_source(config.data.path))
+    path = config.evaluate.path
+    evaluate = dataclasses.replace(config.evaluate, path=path and _absolute_source(path))
+    return dataclasses.replace(config, data=data, evaluate=evaluate)
+
+
+def _absolute_source(path: str) -> str:
+    return path if path.split(":")[0] == "patches" else absolute(path)
+
+
+# ---------------------------------------------------------------------------- the three ways to begin
+
+
+def pretrain(config: RunConfig, *, runs_dir: Path, run: str | None, console: Console) -> Outcome:
+    """A new run from random (or `backbone.init`) weights."""
+    ready = prepare(config)
+    if config.backbone.init is not None:
+        registry.init_backbone(ready.method.evaluation_backbone(), config.backbone.init, runs_dir=runs_dir, uri=config.track.uri)
+    return _begin(ready, runs_dir=runs_dir, run=run, console=console, state=None)
+
+
+def continue_run(earlier: RunFolder, config: RunConfig, *, runs_dir: Path, run: str | None, console: Console) -> Outcome:
+    """A new run from the full last state of another, with a new schedule."""
+    saved = last_state(earlier)
+    before = from_yaml(earlier.config_text())
+    for key in ("backbone", "method"):
+        if getattr(config, key) != getattr(before, key):
+            raise ConfigError(f"{key}: another {key} cannot continue {earlier.name}; use pretrain --backbone.init {earlier.name}")
+    if config.optim.name != before.optim.name:
+        raise ConfigError(f"optim.name={config.optim.name}: {earlier.name} holds the state of {before.optim.name}; keep that one")
+    done = prepare(before).resolved.facts.steps_per_epoch
+    passes = before.train.first_epoch - (-int(saved["position"]["step"]) // done)  # whole and begun ones
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, first_epoch=passes))
+    return _begin(
+        prepare(config),
+        runs_dir=runs_dir,
+        run=run,
+        console=console,
+        state=saved | {"position": vars(Position())},
+        stem=f"{earlier.name}-continued",
+    )
+
+
+def resume(reference: str, *, runs_dir: Path, console: Console) -> Outcome:
+    """Go on with a run: same plan, same config, from its last checkpoint (or from the start if it has none)."""
+    folder = find_run(reference, runs_dir)
+    facts = folder.state()
+    if facts.get("status") == "finished":
+        raise ConfigError(f"run={folder.name}: it is finished; `manyviews continue {folder.name} --train.steps N` starts a new phase")
+    ready = prepare(from_yaml(folder.config_text()))
+    if facts.get("fingerprint") not in (None, ready.manifest.fingerprint):
+        raise ConfigError(f"data.path={ready.config.data.path}: the images have changed since the run began; restore them, or use continue")
+    with folder.working():
+        pointed = checkpoint.pointed_to(folder.checkpoints)
+        state = checkpoint.load(pointed) if pointed else None
+        return _train(ready, folder, console, state)
+
+
+def last_state(folder: RunFolder) -> checkpoint.State:
+    pointed = checkpoint.pointed_to(folder.checkpoints)
+    if pointed is None:
+        raise ConfigError(f"run={folder.name}: has no checkpoint yet; start again with pretrain")
+    return checkpoint.load(pointed)
+
+
+def _begin(ready: Prepared, *, runs_dir: Path, run: str | None, console: Console, state: Any, stem: str | None = None) -> Outcome:
+    folder = create_run(runs_dir, run, stem or ready.config.recipe or find(ready.config.method).name)
+    write_atomic(folder.path / "config.yaml", to_yaml(ready.config).encode())
+    folder.update(recipe=ready.config.recipe, fingerprint=ready.manifest.fingerprint, total_steps=ready.resolved.facts.total_steps, step=0)
+    with folder.working():
+        return _train(ready, folder, console, state)
+
+
+# ---------------------------------------------------------------------------- the run itself
+
+
+def _train(ready: Prepared, folder: RunFolder, console: Console, state: checkpoint.State | None) -> Outcome:
+    config, resolved = ready.config, ready.resolved
+    device, precision = choose_device(config)
+    set_threads(config, state)
+    start = int(state["position"]["step"]) if state else 0
+    tracker = Tracker.open(
+        folder.path,
+        uri=config.track.uri,
+        experiment=config.track.experiment,
+        name=folder.name,
+        params=flatten(config) | {"method": find(config.method).name},
+        tags={"recipe": config.recipe, "method": find(config.method).name, "data_fingerprint": ready.manifest.fingerprint},
+    )
+    tracker.rewind(start)
+    introduce(ready, folder, console, device, precision, start)
+    outcome = Outcome(folder, "failed", "ended unexpectedly")
+    try:
+        with interruptible() as stop:
+            start_ray()
+            knn_data = KNNData.load(ready.config, ready.manifest)
+            display = Display(
+                console,
+                total_steps=resolved.facts.total_steps,
+                start_step=start,
+                batch=resolved.facts.global_batch_size,
+                chance=ready.method.chance_loss(),
+            )
+            trainer = Trainer(
+                config=config,
+                resolved=resolved,
+                method=ready.method.to(device),
+                optimizer=build_optimizer(config.optim, ready.method.param_groups()),
+                folder=folder,
+                device=device,
+                precision=precision,
+                display=display,
+                report=tracker.log,
+                online_knn=online_knn(config, knn_data, device) if knn_data else None,
+                stop=stop.is_set,
+            )
+            if state is not None:
+                trainer.restore(state)
+                if checkpoint.pointed_to(folder.checkpoints) is None:  # a continued run owns its beginning
+                    trainer.save()
+            keep_listed_bad(folder, trainer.position)
+            with display:
+                trainer.run(batches(ready, start))
+            if trainer.position.step < resolved.facts.total_steps:
+                outcome = Outcome(folder, "interrupted", f"stopped at step {trainer.position.step}; its checkpoint is whole")
+                return outcome
+            folder.update(state_sha256=checkpoint.state_hash(trainer.state()))
+        outcome = finish(ready, folder, trainer, tracker, console, device)
+        return outcome
+    except (TrainingStopped, checkpoint.DiskFull) as error:
+        outcome = Outcome(folder, "failed", str(error))
+        return outcome
+    except KeyboardInterrupt:
+        outcome = Outcome(folder, "interrupted", "stopped at once; the last checkpoint is whole")
+        return outcome
+    finally:
+        ends = {"finished": "FINISHED", "interrupted": "KILLED"}
+        folder.update(status=outcome.status, message=outcome.message, ended=time.time())
+        unsent = tracker.close(ends.get(outcome.status, "FAILED"))
+        if unsent:
+            console.print(f"{unsent} points have not reached MLflow; they are kept in {folder.metrics}")
+
+
+def batches(ready: Prepared, start: int) -> Iterator[Batch]:
+    """The run's batches from completed step `start` on; a continued run begins behind its earlier phases' passes."""
+    facts = ready.resolved.facts
+    earlier = ready.config.train.first_epoch * facts.steps_per_epoch
+    return training_batches(
+        ready.manifest,
+        ready.plan,
+        ready.config.views,
+        ready.config.train.seed,
+        start_step=start + earlier,
+        total_steps=facts.total_steps + earlier,
+    )
+
+
+def finish(ready: Prepared, folder: RunFolder, trainer: Trainer, tracker: Tracker, console: Console, device: torch.device) -> Outcome:
+    """Final evaluation, export, pictures and registration of a complete run."""
+    from pipeline.gallery import run_figures
+
+    config = ready.config
+    console.print("evaluating and registering ...", highlight=False)
+    backbone = trainer.method.evaluation_backbone()
+    scores = final_scores(config, ready.manifest, backbone, untrained(config, ready.resolved), device)
+    write_json(folder.path / "evaluation.json", scores.to_dict())
+    held_out = trainer.position.best_knn if trainer.position.best_knn >= 0 else None
+    last_knn = trainer.display.knn
+    facts = {
+        "method": find(config.method).name,
+        "recipe": config.recipe,
+        "run": folder.name,
+        "data_fingerprint": ready.manifest.fingerprint,
+        "steps": trainer.position.step,
+    } | scores.tags()
+    registry.export(
+        backbone, config.backbone, folder.model, size=config.evaluation_size, mean=config.data.mean, std=config.data.std, facts=facts
+    )
+    tracker.log(trainer.position.step, scores.metrics())
+    pictures = run_figures(ready, folder, backbone, scores, device)
+    for picture in pictures:
+        tracker.artifact(picture)
+    model = None
+    if config.track.register:
+        model = registry.register(
+            folder.model,
+            name=config.track.model_name or config.recipe or find(config.method).name,
+            uri=tracking_uri(config, folder),
+            run_id=tracker.run_id(timeout=60.0),
+            tags={k: str(v) for k, v in facts.items()},
+            held_out_knn=last_knn if held_out is not None else None,
+        )
+        folder.update(model=model.uri, model_version=model.version)
+    return Outcome(folder, "finished", scores=scores, model=model)
+
+
+def tracking_uri(config: RunConfig, folder: RunFolder) -> str:
+    return config.track.uri or default_uri(folder.path.parent)
+
+
+def untrained(config: RunConfig, resolved: Resolved) -> nn.Module:
+    """The backbone as it was before the first step, had it started from random weights."""
+    return build_method(config, resolved.facts).evaluation_backbone()
+
+
+# ---------------------------------------------------------------------------- surroundings
+
+
+def choose_device(config: RunConfig) -> tuple[torch.device, torch.dtype]:
+    """The device and the type of autocast. `auto` takes bf16 where the hardware multiplies it natively."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.train.precision == "float32":
+        return device, torch.float32
+    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+    return device, torch.bfloat16 if config.train.precision == "bf16" or native else torch.float32
+
+
+def set_threads(config: RunConfig, state: checkpoint.State | None) -> None:
+    """Pin the thread count; in deterministic mode a resumed run must have the same one, because sums depend on it."""
+    wanted = config.train.threads or max(1, len(os.sched_getaffinity(0)) - 1)
+    if config.train.deterministic:
+        if state and state["threads"] != wanted:
+            raise ConfigError(f"train.threads={wanted}: the run began with {state['threads']} and is deterministic; give it as many cores")
+        torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(wanted)
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM ask the loop to stop after the current step; a second one stops at once."""
+    stop = threading.Event()
+
+    def ask(signum: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    earlier = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for s, handler in earlier.items():
+            signal.signal(s, handler)
+
+
+def keep_listed_bad(folder: RunFolder, position: Position) -> None:
+    """After a restart the list of bad images holds just those of the checkpoint; later ones are found again."""
+    if folder.bad_images.exists():
+        lines = [line for line in folder.bad_images.read_text().splitlines() if json.loads(line)["id"] in position.bad]
+        write_atomic(folder.bad_images, "".join(line + "\n" for line in lines).encode())
+
+
+def introduce(ready: Prepared, folder: RunFolder, console: Console, device: torch.device, precision: torch.dtype, start: int) -> None:
+    """What is about to happen, in a few lines."""
+    config, facts = ready.config, ready.resolved.facts
+    manifest = ready.manifest
+    labels = f"{len(manifest.class_names)} classes" if manifest.class_names else "no labels"
+    size = sum(p.numel() for p in ready.method.evaluation_backbone().parameters()) / 1e6
+    say = lambda key, text: console.print(f"[bold]{key:9}[/bold] {text}", highlight=False, soft_wrap=True)  # noqa: E731
+    say("run", str(folder.path))
+    say("data", f"{config.data.path}: {facts.num_images:,} training images of {len(manifest):,}, {labels}")
+    for path, reason in manifest.skipped[:3]:
+        say("", f"skipped {path}: {reason}")
+    if len(manifest.skipped) > 3:
+        say("", f"... and {len(manifest.skipped) - 3} more files skipped; `manyviews doctor --data.path` lists them")
+    for name, group in config.views.items():
+        if group.count:
+            say("views", f"{name}: {group.describe()}")
+    kind = str(precision).removeprefix("torch.")
+    say("model", f"{find(config.method).name}, {config.backbone.name} ({size:.1f} M parameters), {kind} on {device.type}")
+    passes = facts.total_steps / facts.steps_per_epoch
+    begin = f" from step {start}" if start else ""
+    say("plan", f"{facts.total_steps:,} steps of {facts.global_batch_size} images{begin} ({passes:.3g} passes over the data)")
+    for sentence in ready.method.advice(facts):
+        say("[yellow]advice[/yellow]   ", sentence)

@@ -1,0 +1,242 @@
+"""The training loop. It owns device, precision, accumulation, clipping, the optimizer, logging, checkpoints and online
+kNN, and never asks which method it runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from methods.parts.contract import Method, Progress, StepOutput
+from pipeline.config import Resolved, RunConfig
+from pipeline.ingest.photometric import finish_views
+from pipeline.ingest.stream import Batch
+from pipeline.runs import RunFolder
+from pipeline.train import checkpoint
+from pipeline.train.display import Display
+from pipeline.train.guards import Guards, TrainingStopped, check_finite
+from pipeline.train.optim import prepare_step, scheduled_lr
+
+Report = Callable[[int, Mapping[str, float]], None]
+
+
+@dataclass
+class Position:
+    """What a checkpoint holds beside the method and the optimizer."""
+
+    step: int = 0  # completed optimizer steps
+    best_knn: float = -1.0
+    best_step: int = -1
+    bad: dict[int, str] = field(default_factory=dict)  # id of every image that could not be decoded -> reason
+
+
+@dataclass
+class Trainer:
+    """One run in one process.
+
+    Args:
+        online_knn: maps the evaluation backbone to top-1 on held-out training images, or None without labels.
+        report: takes `(step, metrics)`; the sink decides where they go.
+        stop: asked after every step; True ends the run with a whole checkpoint.
+    """
+
+    config: RunConfig
+    resolved: Resolved
+    method: Method
+    optimizer: Optimizer
+    folder: RunFolder
+    device: torch.device
+    precision: torch.dtype
+    display: Display
+    report: Report
+    online_knn: Callable[[torch.nn.Module], float] | None = None
+    stop: Callable[[], bool] = lambda: False
+    position: Position = field(default_factory=Position)
+    saved_step: int | None = None
+
+    def run(self, batches: Iterator[Batch]) -> None:
+        """Train until the last step, or until `stop`.
+
+        Raises:
+            TrainingStopped: a loss that is no number, or too many images that cannot be decoded.
+            checkpoint.DiskFull: a checkpoint could not be written.
+        """
+        total, every = self.resolved.facts.total_steps, self.resolved.checkpoint_every
+        guards = Guards(self.method, patience_steps=min(2 * self.resolved.facts.steps_per_epoch, total // 2))
+        outputs: list[StepOutput] = []  # since the last point
+        if self.position.step == 0:
+            self.measure_knn()
+        self.method.train()
+        for batch in batches:
+            self.note_bad(batch)
+            outputs.append(self.step(batch))
+            step, stopping = self.position.step, self.stop()
+            save = step % every == 0 or step == total or stopping
+            measure = self.online_knn is not None and (step % self.resolved.knn_every == 0 or step == total)
+            if save or measure or step % self.config.train.log_every == 0:
+                metrics = self.flush(outputs)
+                outputs = []
+                for warning in guards.warnings(step, metrics):
+                    self.display.say(f"[yellow]warning:[/yellow] {warning}")
+                improved = self.measure_knn() if measure else False
+                if save or improved:
+                    self.save(best=improved)
+            else:
+                self.display.update(step)
+            if stopping:
+                return
+
+    def step(self, batch: Batch) -> StepOutput:
+        """One optimizer step over one global batch."""
+        config, facts = self.config.train, self.resolved.facts
+        progress = Progress(step=self.position.step, total_steps=facts.total_steps, steps_per_epoch=facts.steps_per_epoch)
+        if progress.step % facts.steps_per_epoch == 0:
+            self.method.start_epoch(progress)
+        self.method.before_step(progress)
+        micro_outputs: list[StepOutput] = []
+        for i, part in enumerate(micro_batches(batch, config.accumulation_steps)):
+            progress = self.seeded(progress, i)
+            views = finish_views(part, self.config.views, self.config.data.mean, self.config.data.std, self.device)
+            with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not torch.float32):
+                masks = self.method.draw_masks(views, progress)
+                output = self.method(views, progress, masks)
+            if output.loss is not None:
+                (output.loss / config.accumulation_steps).backward()
+                output.loss = output.loss.detach()
+            micro_outputs.append(output)
+        if micro_outputs[-1].loss is not None:
+            norm = prepare_step(self.optimizer, self.resolved, progress.step, self.config.optim.clip_norm)
+            if norm is not None:
+                micro_outputs[-1].metrics["gradient_norm"] = norm
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.method.after_step([o.outputs for o in micro_outputs], progress)
+        self.position.step += 1
+        if self.position.step % facts.steps_per_epoch == 0:
+            self.method.end_epoch(progress)
+        return joined(micro_outputs)
+
+    def seeded(self, progress: Progress, micro_step: int) -> Progress:
+        """Seed torch for drop path and masks, and a generator that all ranks share, from (seed, step, micro-step)."""
+        key = (self.config.train.seed, progress.step, micro_step)
+        torch.manual_seed(_seed(*key, "rank 0"))
+        generator = torch.Generator().manual_seed(_seed(*key, "shared"))
+        micro_steps = self.config.train.accumulation_steps
+        return Progress(**{**vars(progress), "micro_step": micro_step, "micro_steps": micro_steps, "generator": generator})
+
+    def flush(self, outputs: list[StepOutput]) -> dict[str, float]:
+        """Means over the steps since the last point; checked, shown and reported."""
+        step = self.position.step
+        losses = [float(o.loss) for o in outputs if o.loss is not None]
+        check_finite(losses, step - len(losses) + 1, self.saved_step)
+        metrics = {"loss": sum(losses) / len(losses)} if losses else {}
+        for name in outputs[-1].metrics:
+            values = [float(o.metrics[name]) for o in outputs if name in o.metrics]
+            metrics[name] = sum(values) / len(values)
+        chance = self.method.chance_loss()
+        if chance and "loss" in metrics:
+            metrics["loss_chance"] = chance[0]
+        metrics["lr"] = scheduled_lr(self.resolved, step - 1)
+        self.display.update(step, loss=metrics.get("loss"))
+        metrics["images_per_s"] = self.display.images_per_s
+        metrics["bad_images"] = float(len(self.position.bad))
+        self.report(step, metrics)
+        return metrics
+
+    def measure_knn(self) -> bool:
+        """Online kNN of the evaluation backbone. True if it is the best so far."""
+        if self.online_knn is None:
+            return False
+        self.average_statistics()
+        accuracy = self.online_knn(self.method.evaluation_backbone())
+        self.method.train()
+        step = self.position.step
+        self.display.update(step, knn=accuracy)
+        self.report(step, {"knn": accuracy})
+        if accuracy <= self.position.best_knn or step == 0:
+            return False
+        self.position.best_knn, self.position.best_step = accuracy, step
+        return True
+
+    def average_statistics(self) -> None:
+        """BN statistics are this worker's own; one process has nothing to average."""
+
+    def state(self) -> checkpoint.State:
+        """The whole state of the run, free of clocks and machine names."""
+        return {
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "position": vars(self.position),
+            "threads": torch.get_num_threads(),
+        }
+
+    def restore(self, state: checkpoint.State) -> None:
+        """The inverse of `state`."""
+        self.method.load_state_dict(state["method"])
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)  # the config is the truth: a new phase may have another weight decay
+        self.position = Position(**state["position"])
+        self.saved_step = self.position.step or None
+
+    def save(self, best: bool = False) -> None:
+        step = self.position.step
+        if step != self.saved_step or best:
+            checkpoint.save(self.folder.checkpoints, self.state(), step=step, best=best, keep_every=self.config.train.keep_every)
+            self.saved_step = step
+            self.folder.update(step=step, total_steps=self.resolved.facts.total_steps)
+
+    def note_bad(self, batch: Batch) -> None:
+        """List images that could not be decoded; stop when there are too many."""
+        new = [slot for slot in batch.bad if slot.id not in self.position.bad]
+        if not new:
+            return
+        with open(self.folder.bad_images, "a") as file:
+            for slot in new:
+                self.position.bad[slot.id] = slot.reason
+                file.write(json.dumps({"id": slot.id, "path": slot.path, "reason": slot.reason}) + "\n")
+        count, images = len(self.position.bad), self.resolved.facts.num_images or 1
+        if count > self.config.data.max_bad_fraction * images:
+            raise TrainingStopped(
+                f"{count} of {images} images cannot be decoded, more than data.max_bad_fraction={self.config.data.max_bad_fraction:g} "
+                f"allows (first: {new[0].path}: {new[0].reason}); they are listed in {self.folder.bad_images}. "
+                "Repair or remove them, or allow more"
+            )
+
+
+def micro_batches(batch: Batch, count: int) -> list[Batch]:
+    """A batch in `count` equal parts; part i holds every `count`-th image from i on, so each lane gives to each part."""
+    if count == 1:
+        return [batch]
+    return [
+        dataclasses.replace(
+            batch,
+            crops={name: crops[i::count] for name, crops in batch.crops.items()},
+            tables={name: table[i::count] for name, table in batch.tables.items()},
+            ids=batch.ids[i::count],
+            labels=batch.labels[i::count],
+        )
+        for i in range(count)
+    ]
+
+
+def joined(parts: list[StepOutput]) -> StepOutput:
+    """One output for the step: mean loss and metrics of its micro-batches."""
+    losses = [p.loss for p in parts if p.loss is not None]
+    metrics: dict[str, Any] = {}
+    for name in parts[-1].metrics:
+        values = [torch.as_tensor(p.metrics[name], dtype=torch.float64) for p in parts if name in p.metrics]
+        metrics[name] = torch.stack(values).mean()
+    return StepOutput(loss=torch.stack(losses).mean() if losses else None, metrics=metrics)
+
+
+def _seed(*key: Any) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "big")

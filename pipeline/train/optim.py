@@ -1,0 +1,140 @@
+"""Optimizers that carry out `ParamGroup`s, their schedule, freezing and clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from methods.parts.contract import ParamGroup
+from methods.parts.schedules import warmup_cosine
+from pipeline.config import OptimConfig, Resolved
+
+
+class _LayerwiseSGD(Optimizer):
+    """SGD with momentum whose gradients are first rescaled parameter by parameter: m = momentum m + g', p -= lr m.
+
+    Parameters without a gradient are skipped, momentum included.
+    """
+
+    def __init__(self, params: Any, *, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, trust: float = 0.001, eps: float = 1e-8):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust, "eps": eps, "adapt": True})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            grads = [p.grad for p in params]
+            directions = self.scaled(params, grads, group)
+            buffers = []
+            for p in params:
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                buffers.append(state["momentum_buffer"])
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, directions)
+            torch._foreach_add_(params, buffers, alpha=-group["lr"])
+
+    def scaled(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """The rescaled gradients g', one for each parameter."""
+        raise NotImplementedError
+
+
+def _norms(tensors: list[Tensor]) -> list[Tensor]:
+    wide = [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
+    return list(torch._foreach_norm(wide))
+
+
+class LARC(_LayerwiseSGD):
+    """Layer-wise adaptive rate, apex's rule without clipping (SwAV).
+
+    Where both norms are positive, g' = a (g + wd p) with a = trust |p| / (|g| + wd |p| + eps); elsewhere g' = g,
+    not decayed. Groups with `adapt=False` take g + wd p.
+    """
+
+    def scaled(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        decay = group["weight_decay"]
+        decayed = torch._foreach_add(grads, params, alpha=decay) if decay else grads
+        if not group["adapt"]:
+            return list(decayed)
+        result = []
+        for g, full, p_norm, g_norm in zip(grads, decayed, _norms(params), _norms(grads), strict=True):
+            rate = group["trust"] * p_norm / (g_norm + decay * p_norm + group["eps"])
+            result.append(torch.where((p_norm > 0) & (g_norm > 0), rate * full, g))
+        return result
+
+
+class LARS(_LayerwiseSGD):
+    """Layer-wise adaptive rate scaling in its popular form: g' = r (g + wd p), r = trust |p| / |g + wd p|, or 1 where a norm is 0.
+
+    Groups with `adapt=False` take g + wd p; biases and norms belong there, with `decay=False`.
+    """
+
+    def scaled(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        decayed = torch._foreach_add(grads, params, alpha=group["weight_decay"]) if group["weight_decay"] else grads
+        if not group["adapt"]:
+            return list(decayed)
+        result = []
+        for g, p_norm, g_norm in zip(decayed, _norms(params), _norms(list(decayed)), strict=True):
+            rate = torch.where((p_norm > 0) & (g_norm > 0), group["trust"] * p_norm / g_norm, torch.ones_like(p_norm))
+            result.append(rate * g)
+        return result
+
+
+def build_optimizer(config: OptimConfig, groups: Iterable[ParamGroup]) -> Optimizer:
+    """The configured optimizer over a method's parameter groups."""
+    settings: list[dict[str, Any]] = []
+    for group in groups:
+        one: dict[str, Any] = {
+            "params": group.params,
+            "weight_decay": config.weight_decay if group.decay else 0.0,
+            "lr_scale": group.lr_scale,
+            "lr_constant": group.lr_constant,
+            "clip": group.clip,
+            "frozen_steps": group.frozen_steps,
+        }
+        if config.name in ("larc", "lars"):
+            one["adapt"] = group.adapt
+        settings.append(one)
+    if config.name == "adamw":
+        return torch.optim.AdamW(settings, lr=config.base_lr, betas=config.betas, fused=True)
+    if config.name == "sgd":
+        return torch.optim.SGD(settings, lr=config.base_lr, momentum=config.momentum)
+    kind = LARC if config.name == "larc" else LARS
+    return kind(settings, lr=config.base_lr, momentum=config.momentum, trust=config.trust_coefficient)
+
+
+def scheduled_lr(resolved: Resolved, step: int) -> float:
+    """The learning rate of the step after `step` completed ones."""
+    return warmup_cosine(
+        step,
+        total_steps=resolved.facts.total_steps,
+        warmup_steps=resolved.warmup_steps,
+        start=resolved.start_lr,
+        base=resolved.lr,
+        final=resolved.final_lr,
+    )
+
+
+def prepare_step(optimizer: Optimizer, resolved: Resolved, step: int, clip_norm: float | None) -> Tensor | None:
+    """Set the learning rates, drop the gradients of frozen groups and clip the rest.
+
+    Returns:
+        The norm of the joint gradient before clipping, if there is clipping.
+    """
+    lr = scheduled_lr(resolved, step)
+    clipped: list[nn.Parameter] = []
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr_scale"] * (resolved.lr if group["lr_constant"] else lr)
+        if step < group["frozen_steps"]:
+            for p in group["params"]:
+                p.grad = None
+        if group["clip"]:
+            clipped += group["params"]
+    return torch.nn.utils.clip_grad_norm_(clipped, clip_norm) if clip_norm is not None else None
