@@ -1,0 +1,67 @@
+# Every target works on a fresh machine: the first one that needs Python packages makes $(VENV) by itself.
+#   make test PYTHON=python3.12        another interpreter for a new environment
+#   make test VENV=~/envs/manyviews    another place for it
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.manyviews-installed
+
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint types unit e2e bench study chaos clean
+
+help: ## this page
+	@echo "Manyviews: pretrain vision backbones without labels."
+	@echo
+	@echo "  First time?  make demo   trains a small SwAV on built-in pictures, on this machine, in minutes."
+	@echo "  Your images? $(BIN)/manyviews pretrain swav-small --data.path FOLDER"
+	@echo "  Then         $(BIN)/manyviews --help   lists every verb."
+	@echo
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  The first target that needs packages installs them into $(VENV) (about 3-5 minutes); VENV= and PYTHON= change that."
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] < (3, 14) else \
+	  "PYTHON=$(PYTHON): is %d.%d, but Python 3.11, 3.12 or 3.13 is needed; try make PYTHON=python3.12" % sys.version_info[:2])'
+	@test -x $(BIN)/python || { echo "Making the environment $(VENV)"; $(PYTHON) -m venv $(VENV); } \
+	  || { echo "PYTHON=$(PYTHON): cannot make an environment; install its venv module (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	@echo "Installing Manyviews and its packages into $(VENV): about 3-5 minutes, once"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
+install: $(STAMP) ## make the environment and nothing else
+
+demo: $(STAMP) ## train swav-small on built-in pictures and say what was learned
+	@$(BIN)/manyviews pretrain swav-small
+
+test: lint types $(STAMP) ## what must pass: lint, types and every test
+	@$(BIN)/python -m pytest
+
+lint: $(STAMP) ## ruff
+	@$(BIN)/python -m ruff check .
+
+types: $(STAMP) ## mypy, strict on methods/ and the config
+	@$(BIN)/python -m mypy
+
+unit: $(STAMP) ## the tests that do not train end to end
+	@$(BIN)/python -m pytest -m "not e2e"
+
+e2e: $(STAMP) ## the tests that do
+	@$(BIN)/python -m pytest -m e2e
+
+bench: $(STAMP) ## the measurements behind every published figure
+	@echo "Each file of benchmarks/ measures one thing; run it as $(BIN)/python FILE --help:"
+	@for file in $(wildcard benchmarks/*.py); do echo "  $$file  $$(sed -n '1s/"""//gp' $$file)"; done
+
+study: $(STAMP) ## the papers' findings as studies
+	@echo "This version has no studies yet; the verbs it has: $(BIN)/manyviews --help"
+
+chaos: $(STAMP) ## kill a run again and again, resume it, and compare with a run that was left alone
+	@$(BIN)/python benchmarks/chaos.py
+
+clean: ## remove caches and build output; runs, models and the environment stay
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@find manyviews.py methods pipeline tuning tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
