@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -154,11 +155,11 @@ def evaluate(options: Any, settings: list[str]) -> int:
     from pipeline import registry
 
     model = _given(options, "model", "RUN_OR_MODEL")
-    uri = next((b for a, b in zip(settings, settings[1:], strict=False) if a == "--track.uri"), None)
+    uri = next((b for a, b in itertools.pairwise(settings) if a == "--track.uri"), None)
     folder = registry.resolve_model(model, runs_dir=options.runs_dir, uri=uri)
     from pipeline.evaluate import verb
 
-    config = parse_settings(verb.config_of(model, folder, options.runs_dir), settings, f"manyviews evaluate {model}")
+    config = parse_settings(verb.config_of(folder), settings, f"manyviews evaluate {model}")
     scores = verb.evaluate(folder, config)
     show_scores(scores)
     _write_json(options, {"model": model} | scores.to_dict())
@@ -168,13 +169,14 @@ def evaluate(options: Any, settings: list[str]) -> int:
 def embed(options: Any, settings: list[str]) -> int:
     from pipeline import registry
     from pipeline.config import DataConfig
+    from pipeline.embed import BAD
     from pipeline.embed import embed as run
 
     folder = registry.resolve_model(options.model, runs_dir=options.runs_dir, uri=options.uri)
     report = run(folder, DataConfig(path=options.data_path), options.to)
     _console().print(f"{report.rows:,} embeddings in {options.to} ({report.images_per_s:,.0f} images/s)", highlight=False)
     if report.bad:
-        _console().print(f"{report.bad} images could not be decoded; {options.to / 'bad_images.jsonl'} lists them", highlight=False)
+        _console().print(f"{report.bad} images could not be decoded; {options.to / BAD} lists them", highlight=False)
     _write_json(options, {"rows": report.rows, "bad": report.bad, "seconds": report.seconds, "to": str(options.to)})
     return 0
 
@@ -230,13 +232,11 @@ def runs(options: Any, settings: list[str]) -> int:
 
 
 def sync(options: Any, settings: list[str]) -> int:
-    from pipeline.runs import find_run
-    from pipeline.tracking import sync as replay
+    from pipeline.train import launch
 
-    folder = find_run(options.run, options.runs_dir)
-    sent = replay(folder.path)
-    print(f"{sent} points sent to MLflow")
-    _write_json(options, {"run": folder.name, "sent": sent})
+    sent, model = launch.sync(options.run, runs_dir=options.runs_dir)
+    print(f"{sent} points sent to MLflow" + (f"; registered as {model.uri}" if model else ""))
+    _write_json(options, {"run": options.run, "sent": sent, "registered": model.uri if model else None})
     return 0
 
 
@@ -350,7 +350,8 @@ def show_scores(scores: Scores) -> None:
         table.add_row(row.label, f"{100 * row.accuracy:.1f} %", style=style)
     console.print()
     console.print(table)
-    console.print(f"{scores.gain:+.1f} points above the best of raw pixels (L2) and the untrained backbone", highlight=False, soft_wrap=True)
+    gain = f"{scores.gain:+.1f} points above the best of raw pixels (L2) and the untrained backbone"
+    console.print(gain, highlight=False, soft_wrap=True)
     console.print(f"[dim]{scores.protocol}[/dim]\n", highlight=False, soft_wrap=True)
 
 

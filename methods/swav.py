@@ -53,7 +53,7 @@ class SwAVConfig(MethodConfig):
     epsilon: float = searchable(0.05, SearchRange(0.01, 0.1, "log", reason="small: sharper codes; large: the loss sticks at ln K"))
     sinkhorn_iterations: int = 3
     # K; about ten times the number of kinds of things in the images
-    num_prototypes: int = searchable(3000, SearchRange(scale="choice", choices=(100, 300, 1000, 3000), reason="flat once K is large enough"))
+    num_prototypes: int = searchable(3000, SearchRange(scale="choice", choices=(100, 300, 1000, 3000), reason="flat once large enough"))
     projector_layers: int = 2
     projector_hidden: int = 2048
     projection_dim: int = 128  # D
@@ -138,12 +138,15 @@ class SwAV(Method):
         """Meters of one global crop; entropies as fractions of ln K."""
         k = self.config.num_prototypes
         used = torch.bincount(codes.argmax(dim=1), minlength=k) > 0
-        return {
+        metrics: Metrics = {
             "code_entropy": entropy(codes).mean() / math.log(k),
             "code_max": codes.amax(dim=1).mean(),
             "prototypes_used": used.double().mean(),
             "embedding_std": embedding_std(z),
-        } | ({"queue_fill": self.queue.filled / self.config.queue_length} if self.config.queue_length else {})
+        }
+        if self.config.queue_length:
+            metrics["queue_fill"] = self.queue.filled / self.config.queue_length
+        return metrics
 
     def param_groups(self) -> list[ParamGroup]:
         """All parameters adapt and decay, biases and BN too, as in the original; the prototypes wait."""

@@ -255,8 +255,8 @@ def _estimate(config: RunConfig, manifest: Any, decode_s: float, budget_s: float
     device, precision = choose_device(config)
     method = build_method(config, facts).to(device).train()
     pixels = sum(group.count * group.size**2 for group in config.views.values())
-    most = int((3e7 if device.type == "cuda" else 6e5) / pixels)  # a second or two at 224 pixels
-    batch = max(4, min(most, facts.global_batch_size // config.train.accumulation_steps))
+    most = (256, 3e7) if device.type == "cuda" else (32, 6e5)  # images, pixels: a second or two
+    batch = max(4, min(most[0], int(most[1] / pixels), facts.global_batch_size // config.train.accumulation_steps))
     views = _noise(config, batch, device)
     progress = Progress(step=0, total_steps=facts.total_steps, steps_per_epoch=facts.steps_per_epoch)
 
@@ -270,17 +270,18 @@ def _estimate(config: RunConfig, manifest: Any, decode_s: float, budget_s: float
             torch.cuda.synchronize()
         return time.perf_counter() - begin
 
-    times = [step()]
-    while sum(times) + min(times) < budget_s and len(times) < 8:
+    step()  # kernels are made for each shape of a batch; this costs a second
+    end, times = time.perf_counter() + budget_s, [step()]
+    while time.perf_counter() + min(times) < end:
         times.append(step())
-    train_s, data_s = min(times) / batch, decode_s / machine.available_cores()
+    train_s = min(times) / batch
+    data_s = decode_s / machine.available_cores()
     on_gpu = device.type == "cuda"
     # on a CPU the same cores decode and train; beside a GPU the slower of the two sets the pace
     image_s = max(train_s, data_s) if on_gpu else train_s + data_s
     hours = _duration(facts.total_steps * facts.global_batch_size * image_s)
-    found = (
-        f"about {1 / image_s:,.0f} images/s: {facts.total_steps:,} steps of {facts.global_batch_size:,} in about {hours}, evaluation aside"
-    )
+    steps = f"{facts.total_steps:,} steps of {facts.global_batch_size:,}"
+    found = f"about {1 / image_s:,.0f} images/s; {steps} in about {hours}, evaluation aside"
     starved = on_gpu and data_s > train_s
     yield Check("estimate", "warn" if starved else "ok", found, "decoding is slower than the GPU: use more cores" if starved else "")
 

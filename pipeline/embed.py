@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -24,11 +25,11 @@ from torch import nn
 from methods.parts.errors import ConfigError
 from pipeline.config import DataConfig
 from pipeline.evaluate.features import Precision, extract
-from pipeline.registry import ExportSpec, build_export, read_export
+from pipeline.exports import ExportSpec, build_export, read_export
 from pipeline.runs import write_atomic, write_json
 
 FACTS, BAD = "_embed.json", "_bad_images.jsonl"
-SMALL, WINDOWS = 64, (2048, 512)  # images that one task embeds: of up to SMALL pixels, and larger
+SMALL, WINDOWS = 64, (1024, 256)  # images that one task embeds: of up to SMALL pixels, and larger
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def embed(
         to: a new or empty folder, or the output of an earlier embed, which is replaced. On a cluster a shared path.
         batch_size: images in one forward pass.
         gpus: GPUs per task; 0 = the CPU.
-        window: images per task and per output file; None = 2048 small or 512 large ones.
+        window: images per task and per output file; None = 1024 small or 256 large ones.
 
     Raises:
         ConfigError: no such model or data, a folder with something else in it, or too many bad images.
@@ -123,6 +124,7 @@ def _parts(job: _Job, images: int, gpus: float) -> Any:
     """One task per window; yields each task's small report as it ends."""
     import ray.data
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that progress bars are off
     windows = -(-images // job.window)
     dataset = ray.data.range(windows, override_num_blocks=windows).map_batches(
         functools.partial(_embed_window, job=job),

@@ -79,8 +79,11 @@ def cores_and_memory() -> Iterable[Check]:
     import psutil
 
     cores = available_cores()
-    found = f"{cores:g} core{'s' * (cores != 1)}"
-    yield Check("cores", "ok" if cores >= 2 else "warn", found, "" if cores >= 2 else "use 2 or more: one cuts crops while one trains")
+    load = os.getloadavg()[0]
+    remedy = "use 2 or more: one cuts crops while one trains" if cores < 2 else ""
+    if load > cores:
+        remedy = "other programs keep them busy: training, and any estimate below, will be slow until they end"
+    yield Check("cores", "warn" if remedy else "ok", f"{cores:g} core{'s' * (cores != 1)}, load {load:.1f}", remedy)
     memory = psutil.virtual_memory()
     limit = _cgroup("memory.max", "memory/memory.limit_in_bytes")
     used = _cgroup("memory.current", "memory/memory.usage_in_bytes")

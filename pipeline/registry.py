@@ -1,15 +1,10 @@
-"""Backbones outside a run: the exported folder, MLflow's model registry, and finding a model by reference.
-
-An export is `backbone.safetensors` (plain timm names, float32) beside `backbone.json` (how to build it, how to feed it).
-"""
+"""MLflow's model registry, and finding a model by reference. The files themselves are made and read by `pipeline.exports`."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
 import io
-import json
 import math
 import re
 import tempfile
@@ -18,15 +13,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from methods.parts.backbones import BackboneConfig, build_backbone, num_features
 from methods.parts.errors import ConfigError
-from pipeline.runs import list_runs, write_atomic, write_json
+from pipeline.exports import SPEC, WEIGHTS, ExportSpec, build_export, export, fill, load_export, read_export, wording
+from pipeline.mlflow_client import default_uri, experiment_id, mlflow_client
+from pipeline.runs import list_runs, write_atomic
 
-Triple = tuple[float, float, float]
-WEIGHTS, SPEC = "backbone.safetensors", "backbone.json"
+__all__ = [
+    "ExportSpec",
+    "Registered",
+    "build_export",
+    "export",
+    "init_backbone",
+    "load_export",
+    "read_export",
+    "register",
+    "resolve_model",
+]
+
 SCORE_TAG = "knn_held_out"
 # ranges as in pyproject.toml, not pins: the export is plain weights, so any of these versions can run it
 REQUIREMENTS = [
@@ -39,142 +44,6 @@ REQUIREMENTS = [
     "pandas>=2.2,<4",
     "pillow>=11,<14",
 ]
-
-
-# ---------------------------------------------------------------------------- the exported folder
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportSpec:
-    """What `backbone.json` says."""
-
-    backbone: BackboneConfig
-    size: int  # side of an embedded image, pixels
-    mean: Triple  # normalisation, in [0, 1]
-    std: Triple
-    features: int  # width D of an embedding
-    facts: dict[str, Any]  # method, recipe, data fingerprint, scores ...: for people
-
-
-def export(
-    backbone: nn.Module,
-    backbone_config: BackboneConfig,
-    folder: Path,
-    *,
-    size: int,
-    mean: Triple,
-    std: Triple,
-    facts: dict[str, Any],
-) -> Path:
-    """Write a backbone so that it can be used without the run, and return the folder.
-
-    Args:
-        size: side at which images are embedded, pixels.
-        facts: plain values that describe the run.
-    """
-    from safetensors.torch import save
-
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: _plain(value) for name, value in backbone.state_dict().items()}
-    write_atomic(folder / WEIGHTS, save(weights))
-    config = dataclasses.replace(backbone_config, init=None)
-    spec = ExportSpec(backbone=config, size=size, mean=mean, std=std, features=num_features(backbone), facts=facts)
-    write_json(folder / SPEC, dataclasses.asdict(spec))
-    return folder
-
-
-def _plain(value: Tensor) -> Tensor:
-    value = value.detach().cpu()
-    return (value.float() if value.is_floating_point() else value).clone(memory_format=torch.contiguous_format)
-
-
-def read_export(path: Path) -> tuple[dict[str, Tensor], ExportSpec]:
-    """Weights and description of an export: its folder, or a `.safetensors` file with the JSON of the same name beside it.
-
-    Raises:
-        ConfigError: a file is missing or damaged.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    file = path if path.suffix == ".safetensors" else path / WEIGHTS
-    try:
-        tree = _tuples(json.loads(file.with_suffix(".json").read_text()))
-        spec = ExportSpec(backbone=BackboneConfig(**_tuples(tree.pop("backbone"))), **tree)
-        return load_file(file), spec
-    except FileNotFoundError as error:
-        raise ConfigError(f"model={path}: {Path(error.filename or file).name} is missing; an export has {WEIGHTS} and {SPEC}") from None
-    except (ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
-        raise ConfigError(f"model={path}: cannot be read as an export ({error}); export it again") from None
-
-
-def _tuples(tree: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in tree.items()}
-
-
-def build_export(weights: Mapping[str, Tensor], spec: ExportSpec) -> nn.Module:
-    """The backbone of an export, in evaluation mode."""
-    backbone = build_backbone(spec.backbone)
-    _fill(backbone, weights, "model", _wording(spec.backbone))
-    return backbone.eval()
-
-
-def load_export(path: Path) -> tuple[nn.Module, ExportSpec]:
-    """The backbone of an export, in evaluation mode on the CPU, with its description; nothing in the files can run code.
-
-    Raises:
-        ConfigError: a file is missing, damaged, or does not fit the other.
-    """
-    weights, spec = read_export(path)
-    return build_export(weights, spec), spec
-
-
-def init_backbone(backbone: nn.Module, reference: str, *, runs_dir: Path, uri: str | None = None) -> None:
-    """Warm start: fill `backbone` with the weights of a model, or of a bare `.safetensors` file with timm's names.
-
-    Raises:
-        ConfigError: no such model, or its architecture differs; the message names the parameters and the saved settings.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    file = Path(reference).expanduser()
-    if file.suffix == ".safetensors" and file.is_file() and not file.with_suffix(".json").is_file():
-        try:
-            weights, saved = load_file(file), "a file without settings"
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"backbone.init={reference}: cannot be read ({error}); give a whole .safetensors file") from None
-        names = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()
-        classifiers = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
-        weights = {name: value for name, value in weights.items() if not name.startswith(classifiers)} if classifiers else weights
-    else:
-        weights, spec = read_export(resolve_model(reference, runs_dir=runs_dir, uri=uri))
-        saved = _wording(spec.backbone)
-    _fill(backbone, weights, f"backbone.init={reference}", saved)
-
-
-def _wording(config: BackboneConfig) -> str:
-    plain = BackboneConfig(name="")
-    settings = {name: value for name, value in vars(config).items() if value != getattr(plain, name) and name not in ("init", "drop_path")}
-    return "backbone " + " ".join(f"{name}={value}" for name, value in settings.items())
-
-
-def _fill(backbone: nn.Module, weights: Mapping[str, Tensor], key: str, saved: str) -> None:
-    own = backbone.state_dict()
-    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    shapes = [f"{n} is {_shape(weights[n])}, not {_shape(own[n])}" for n in own if n in weights and weights[n].shape != own[n].shape]
-    problems = [
-        f"{len(found)} {what} ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})"
-        for found, what in ((shapes, "of another shape"), (missing, "missing"), (extra, "unknown"))
-        if found
-    ]
-    if problems:
-        raise ConfigError(f"{key}: the weights ({saved}) do not fit this backbone: {'; '.join(problems)}; use the same backbone.* settings")
-    backbone.load_state_dict(dict(weights))
-
-
-def _shape(value: Tensor) -> str:
-    return "x".join(map(str, value.shape)) or "scalar"
 
 
 # ---------------------------------------------------------------------------- the registry
@@ -226,14 +95,10 @@ def register(
         return Registered(name, int(version.version), f"models:/{name}/{version.version}", _promote(uri, version))
 
 
-def _add_version(
-    folder: Path, spec: ExportSpec, name: str, uri: str, run_id: str | None, tags: dict[str, str], experiment: str
-) -> Any:
+def _add_version(folder: Path, spec: ExportSpec, name: str, uri: str, run_id: str | None, tags: dict[str, str], experiment: str) -> Any:
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
     from mlflow.exceptions import MlflowException
     from mlflow.models import Model
-
-    from pipeline.tracking import experiment_id, mlflow_client
 
     client = mlflow_client(uri)
     where = client.get_run(run_id).info.experiment_id if run_id else experiment_id(client, uri, experiment)
@@ -250,15 +115,20 @@ def _add_version(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    # without a run MLflow would look the model's id up on its process-wide tracking server, which may be another
-    linked = logged.model_id if run_id else None
-    return client.create_model_version(name, logged.artifact_location, run_id=run_id, tags=tags, model_id=linked)
+    # A server takes only the model's own address. On a database MLflow would look that up at its process-wide tracking
+    # address, which may be another: there the place of the files is given, and the link only beside a run.
+    direct = not uri.startswith("http")
+    return client.create_model_version(
+        name,
+        logged.artifact_location if direct else logged.model_uri,
+        run_id=run_id,
+        tags=tags,
+        model_id=None if direct and not run_id else logged.model_id,
+    )
 
 
 def _promote(uri: str, version: Any) -> bool:
     """Move the alias `best` to a new version if its score is above all others."""
-    from pipeline.tracking import mlflow_client
-
     client = mlflow_client(uri)
     others = [_score(v) for v in client.search_model_versions(f"name = '{version.name}'") if int(v.version) != int(version.version)]
     best = all(_score(version) > other for other in others)
@@ -275,7 +145,8 @@ def _answers(uri: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        raise ConfigError(f"track.uri={uri}: the registry refuses or does not answer ({str(error)[:160]}); try again when it is up") from None
+        reason = str(error).strip().splitlines()[0][:160]
+        raise ConfigError(f"track.uri={uri}: the registry refuses or does not answer ({reason}); try again when it is up") from None
 
 
 def _score(version: Any) -> float:
@@ -326,8 +197,6 @@ def resolve_model(reference: str, *, runs_dir: Path, uri: str | None = None) -> 
     Raises:
         ConfigError: nothing there; the message says what was tried and what exists.
     """
-    from pipeline.tracking import default_uri
-
     if reference.startswith("models:"):
         return _from_registry(reference, runs_dir, uri or default_uri(runs_dir))
     path = Path(reference).expanduser()
@@ -352,10 +221,9 @@ def _from_registry(reference: str, runs_dir: Path, uri: str) -> Path:
         raise ConfigError(f"model={reference}: not an address in the registry; use models:/NAME@best or models:/NAME/3")
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
         raise ConfigError(f"model={reference}: there is no registry at {uri}; train a model first, or give --track.uri")
-    from pipeline.tracking import mlflow_client
-
     with _answers(uri):
-        return _downloaded(mlflow_client(uri), reference, *match.groups(), runs_dir, uri)
+        name, alias, number = match.groups()
+        return _downloaded(mlflow_client(uri), reference, name, alias, number, runs_dir, uri)
 
 
 def _downloaded(client: Any, reference: str, name: str, alias: str | None, number: str | None, runs_dir: Path, uri: str) -> Path:
@@ -390,3 +258,27 @@ def _what_exists(client: Any, name: str) -> str:
     aliases = client.get_registered_model(name).aliases
     numbers = ", ".join(str(v) for v in sorted(int(v.version) for v in versions))
     return f"{name} has versions {numbers}" + (f" and aliases {', '.join(sorted(aliases))}" if aliases else " and no alias")
+
+
+def init_backbone(backbone: nn.Module, reference: str, *, runs_dir: Path, uri: str | None = None) -> None:
+    """Warm start: fill `backbone` with the weights of a model, or of a bare `.safetensors` file with timm's names.
+
+    Raises:
+        ConfigError: no such model, or its architecture differs; the message names the parameters and the saved settings.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = Path(reference).expanduser()
+    if file.suffix == ".safetensors" and file.is_file() and not file.with_suffix(".json").is_file():
+        try:
+            weights, saved = load_file(file), "a file without settings"
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"backbone.init={reference}: cannot be read ({error}); give a whole .safetensors file") from None
+        names = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()
+        classifiers = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+        weights = {name: value for name, value in weights.items() if not name.startswith(classifiers)} if classifiers else weights
+    else:
+        weights, spec = read_export(resolve_model(reference, runs_dir=runs_dir, uri=uri))
+        saved = wording(spec.backbone)
+    fill(backbone, weights, f"backbone.init={reference}", saved)

@@ -25,7 +25,7 @@ class Embedder(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     """Embeds images with an exported backbone."""
 
     def load_context(self, context: Any) -> None:
-        from pipeline.registry import load_export
+        from pipeline.exports import load_export
 
         self.backbone, self.spec = load_export(Path(context.artifacts["export"]))
 

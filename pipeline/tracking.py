@@ -9,73 +9,24 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import logging
-import math
-import os
 import re
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from methods.parts.errors import ConfigError
+from pipeline.mlflow_client import default_uri, experiment_id, is_active, mlflow_client
+from pipeline.points import drop_torn_line, encode, parse, read_lines, read_points
 from pipeline.runs import RunFolder, write_atomic, write_json
+
+__all__ = ["EndStatus", "Tracker", "default_uri", "read_points", "sync"]
 
 EndStatus = Literal["FINISHED", "FAILED", "KILLED"]
 METRICS_PER_CALL, PARAMS_PER_CALL, VALUE_CHARACTERS = 1000, 100, 6000  # MLflow's own limits
 LONGEST_PAUSE = 60.0  # s between attempts on a server that does not answer
-
-
-def default_uri(runs_dir: Path) -> str:
-    """The SQLite database of a runs folder as a tracking URI; absolute, so that it means the same in every process."""
-    return f"sqlite:///{runs_dir.expanduser().resolve() / 'mlflow.db'}"
-
-
-def quiet_mlflow() -> None:
-    """Short timeouts, no telemetry, no log lines on the user's screen; settings of the environment win."""
-    defaults = {
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-        "MLFLOW_LOGGING_LEVEL": "ERROR",
-        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    for name in ("alembic", "mlflow", "urllib3.connectionpool"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def mlflow_client(uri: str) -> Any:
-    """An `MlflowClient` for tracking and registry; for SQLite the folder of the database is made."""
-    quiet_mlflow()
-    from mlflow import MlflowClient
-
-    quiet_mlflow()  # importing MLflow sets its own log level
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
-def experiment_id(client: Any, uri: str, name: str) -> str:
-    """The experiment of that name, made if need be; with SQLite its files go beside the database, not into the cwd."""
-    from mlflow.exceptions import MlflowException
-
-    location = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri() if uri.startswith("sqlite:////") else None
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        try:
-            return str(client.create_experiment(name, artifact_location=location))
-        except MlflowException:  # another run made it at the same moment
-            found = client.get_experiment_by_name(name)
-            if found is None:
-                raise
-    if found.lifecycle_stage == "deleted":
-        raise ConfigError(f"track.experiment={name}: was deleted on {uri}; restore it or use another name")
-    return str(found.experiment_id)
 
 
 class Tracker:
@@ -92,6 +43,7 @@ class Tracker:
         self._wake, self._known, self._closing, self._stop = (threading.Event() for _ in range(4))
         self._rewinds = self._failures = 0
         self._client: Any = None
+        self._params: dict[str, str] = {}
         self._thread: threading.Thread | None = None
         self.problem: str | None = None  # the last failure, for the user's screen
         if state["run_id"] and state["attached"]:
@@ -123,12 +75,13 @@ class Tracker:
         former = _read_state(folder)
         if former and (former["uri"], former["experiment"]) == (uri, experiment):
             state |= former
-        # MLflow's parameters cannot change: those of the first life stand
-        state["params"] |= {} if state["run_id"] else {key: str(value)[:VALUE_CHARACTERS] for key, value in params.items()}
+        given = {key: str(value)[:VALUE_CHARACTERS] for key, value in params.items()}
+        state["params"] |= {} if state["run_id"] else given  # MLflow's parameters cannot change: those of the first life stand
         state["tags"] |= {key: str(value)[:VALUE_CHARACTERS] for key, value in tags.items()}
         state |= {"status": "RUNNING", "ended": None, "attached": False}
-        _drop_torn_line(folder / "metrics.jsonl")
+        drop_torn_line(folder / "metrics.jsonl")
         tracker = cls(folder, state)
+        tracker._params = given
         tracker._save()
         tracker._thread = threading.Thread(target=tracker._work, name="tracking", daemon=True)
         tracker._thread.start()
@@ -163,8 +116,7 @@ class Tracker:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record numbers at `step` (completed optimizer steps): one line in `metrics.jsonl`, sent in the background."""
-        values = {key: _plain(float(value)) for key, value in metrics.items()}
-        line = json.dumps({"step": int(step), "time": time.time(), "metrics": values}) + "\n"
+        line = encode(step, metrics)
         try:
             with self._lock, open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(line)
@@ -187,7 +139,7 @@ class Tracker:
             kept, sent, position = [], 0, 0
             for line in path.read_bytes().splitlines(keepends=True):
                 position += len(line)
-                if (point := _parse(line)) is not None and point["step"] <= step:
+                if (point := parse(line)) is not None and point["step"] <= step:
                     kept.append(line)
                     sent += len(line) if position <= self._state["sent"] else 0
             write_atomic(path, b"".join(kept))
@@ -208,7 +160,7 @@ class Tracker:
 
     # ------------------------------------------------------------------ the background
 
-    def _change(self, change: Any) -> None:
+    def _change(self, change: Callable[[dict[str, Any]], object]) -> None:
         with self._lock:
             change(self._state)
         self._save()
@@ -261,19 +213,17 @@ class Tracker:
             return
         client = mlflow_client(self._state["uri"])
         run_id = self._state["run_id"]
-        if run_id and not _is_active(client, run_id):
-            run_id, self._state["sent"] = None, 0  # deleted on the server: it gets a new run with all points
+        if run_id and not is_active(client, run_id):
+            run_id, self._state["sent"] = None, 0  # deleted on the server: it gets a new run with everything
+            self._state["params"] = self._params | self._state["params"]
         if run_id is None:
             where = experiment_id(client, self._state["uri"], self._state["experiment"])
             # a request that timed out may have made the run all the same
             found = client.search_runs([where], f"tags.`manyviews.key` = '{self._state['key']}'", max_results=1)
-            run = found[0] if found else client.create_run(
-                where,
-                start_time=int(1000 * self._state["started"]),
-                tags={"manyviews.key": self._state["key"]},
-                run_name=self._state["name"],
-            )
-            run_id = run.info.run_id
+            if not found:
+                tags, begun = {"manyviews.key": self._state["key"]}, int(1000 * self._state["started"])
+                found = [client.create_run(where, start_time=begun, tags=tags, run_name=self._state["name"])]
+            run_id = found[0].info.run_id
         elif self._state["status"] == "RUNNING":
             client.update_run(run_id, status="RUNNING")
         self._client = client
@@ -304,7 +254,7 @@ class Tracker:
         while True:
             with self._lock:
                 start, rewinds = self._state["sent"], self._rewinds
-                lines = _read_lines(self.folder / "metrics.jsonl", start)
+                lines = read_lines(self.folder / "metrics.jsonl", start, METRICS_PER_CALL)
             if not lines:
                 return total
             try:
@@ -353,7 +303,7 @@ def sync(folder: Path) -> int:
         raise ConfigError(f"run={folder.name}: is in progress and sends by itself; wait for its end")
     if state["status"] == "RUNNING" or (state["status"] is None and state["ended"] is None):
         state |= {"status": "KILLED", "ended": time.time()}  # its process went away without a word
-    _drop_torn_line(folder / "metrics.jsonl")
+    drop_torn_line(folder / "metrics.jsonl")
     tracker = Tracker(folder, state | {"attached": False})
     try:
         return tracker.push()
@@ -364,45 +314,10 @@ def sync(folder: Path) -> int:
         raise ConfigError(f"track.uri={state['uri']}: does not take the points ({reason}); try again when it is up") from None
 
 
-def read_points(folder: Path) -> list[dict[str, Any]]:
-    """Every point of a run: `{"step": int, "time": float (s), "metrics": {name: float}}`, in the order logged."""
-    lines = _read_lines(folder / "metrics.jsonl", 0, limit=None)
-    points = [point for line in lines if (point := _parse(line)) is not None]
-    for point in points:
-        point["metrics"] = {key: float(value) for key, value in point["metrics"].items()}
-    return points
-
-
-def _plain(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)  # "nan", "inf": JSON has no such numbers, float() reads them back
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        point: dict[str, Any] = json.loads(line)
-        return point if isinstance(point["step"], int) and isinstance(point["metrics"], dict) else None
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def _read_lines(path: Path, start: int, limit: int | None = METRICS_PER_CALL) -> list[bytes]:
-    """Whole lines from byte `start`, at least one if there is one, together not more than `limit` metrics (if given)."""
-    lines: list[bytes] = []
-    metrics = 0
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-        file.seek(start)
-        for line in file:
-            metrics += len((_parse(line) or {"metrics": ()})["metrics"])
-            if not line.endswith(b"\n") or (limit is not None and lines and metrics > limit):
-                break
-            lines.append(line)
-    return lines
-
-
 def _mlflow_metrics(lines: Iterable[bytes]) -> list[Any]:
     from mlflow.entities import Metric
 
-    points = [point for line in lines if (point := _parse(line)) is not None]
+    points = [point for line in lines if (point := parse(line)) is not None]
     return [
         Metric(_mlflow_name(key), float(value), int(1000 * point["time"]), point["step"])
         for point in points
@@ -419,27 +334,9 @@ def _batched(items: Iterable[tuple[str, str]]) -> Iterable[list[tuple[str, str]]
     return (rows[i : i + PARAMS_PER_CALL] for i in range(0, len(rows), PARAMS_PER_CALL))
 
 
-def _is_active(client: Any, run_id: str) -> bool:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return False
-        raise
-
-
 def _read_state(folder: Path) -> dict[str, Any] | None:
     try:
         state: dict[str, Any] = json.loads((folder / "tracking.json").read_text())
     except (FileNotFoundError, ValueError):
         return None
     return state
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Cut off the half line that a killed process may have left at the end."""
-    with contextlib.suppress(OSError), open(path, "rb+") as file:
-        data = file.read()
-        file.truncate(data.rfind(b"\n") + 1)

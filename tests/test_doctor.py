@@ -190,6 +190,16 @@ def test_missing_and_untested_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert python.ok == "fail" and ">=3.99" in python.remedy
 
 
+@pytest.mark.parametrize(
+    ("cores", "load", "verdict", "word"), [(8, 0.5, "ok", ""), (8, 9.0, "warn", "other programs"), (1, 0.5, "warn", "2 or more")]
+)
+def test_few_or_busy_cores(monkeypatch: pytest.MonkeyPatch, cores: int, load: float, verdict: str, word: str) -> None:
+    monkeypatch.setattr(machine, "available_cores", lambda: cores)
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    check = next(iter(machine.cores_and_memory()))
+    assert check.ok == verdict and word in check.remedy and f"load {load}" in check.found
+
+
 def test_cores_respect_the_affinity_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: {0}, raising=False)
     assert machine.available_cores() <= 1

@@ -21,8 +21,9 @@ from torch import nn
 
 from methods.parts.backbones import BackboneConfig, build_backbone
 from methods.parts.errors import ConfigError
+from pipeline.mlflow_client import default_uri, mlflow_client
 from pipeline.registry import Registered, export, init_backbone, load_export, register, resolve_model
-from pipeline.tracking import Tracker, default_uri, mlflow_client
+from pipeline.tracking import Tracker
 
 CONFIG = BackboneConfig(name="resnet18", width=0.25, depth=(1, 1, 1, 1), stem_stride=1, drop_path=0.1)
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -183,7 +184,7 @@ def test_nothing_in_the_registered_model_is_pickled(world: dict[str, Any]) -> No
     version = mlflow_client(world["uri"]).get_model_version("swav-small", "1")
     folder = Path(version.source.removeprefix("file://"))
     files = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
-    assert {"MLmodel", "served.py", "artifacts/model/backbone.safetensors", "code/pipeline/registry.py"} <= set(files)
+    assert {"MLmodel", "served.py", "artifacts/model/backbone.safetensors", "code/pipeline/exports.py"} <= set(files)
     assert not [f for f in files if f.endswith((".pkl", ".pickle", ".pt", ".pth", ".bin", ".pyc"))]
 
 

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from methods.parts.errors import ConfigError
-from pipeline.tracking import Tracker, default_uri, mlflow_client, read_points, sync
+from pipeline.mlflow_client import default_uri, mlflow_client
+from pipeline.points import read_points
+from pipeline.tracking import Tracker, sync
 
 DEAD = "http://127.0.0.1:9"  # nothing listens on the discard port
 
@@ -207,6 +209,7 @@ def test_a_run_deleted_on_the_server_is_made_anew(tmp_path: Path, uri: str) -> N
     second.log(2, {"loss": 2.0})
     assert second.close() == 0
     assert state(folder)["run_id"] != gone
+    assert run_of(folder, uri).data.params["lr"] == "0.1"
     assert history(folder, uri, "loss") == [(1, 1.0), (2, 2.0)]
 
 

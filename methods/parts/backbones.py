@@ -53,7 +53,8 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
         backbone: nn.Module = timm.create_model(config.name, pretrained=False, num_classes=0, **settings)
     except (RuntimeError, TypeError) as error:
         close = timm.list_models(f"*{config.name[:5]}*")[:5]
-        raise ConfigError(f"backbone.name={config.name}: timm cannot build it ({error}); near names: {', '.join(close) or 'none'}") from None
+        near = f"near names: {', '.join(close)}" if close else "timm.list_models() has the names"
+        raise ConfigError(f"backbone.name={config.name}: timm cannot build it ({error}); {near}") from None
     if config.stem_stride < 4:
         _small_stem(backbone, config)
     return backbone
@@ -62,9 +63,13 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
 def _small_stem(backbone: nn.Module, config: BackboneConfig) -> None:
     conv = getattr(backbone, "conv1", None)
     if conv is None or not hasattr(backbone, "maxpool"):
-        raise ConfigError(f"backbone.stem_stride={config.stem_stride}: {config.name} has no ResNet stem; use 4 (for a ViT set backbone.patch_size)")
+        raise ConfigError(
+            f"backbone.stem_stride={config.stem_stride}: {config.name} has no ResNet stem; use 4 (for a ViT set backbone.patch_size)"
+        )
     if isinstance(conv, nn.Sequential):
-        conv[0].stride = (1, 1)
+        first = conv[0]
+        assert isinstance(first, nn.Conv2d)
+        first.stride = (1, 1)
     else:
         backbone.conv1 = nn.Conv2d(3, conv.out_channels, 3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")

@@ -103,7 +103,7 @@ class Method(nn.Module):
     needs_dense_ids: ClassVar[bool] = False
     needs_passes: ClassVar[bool] = False
 
-    config: MethodConfig
+    config: Any  # the method's own frozen config
 
     @classmethod
     def default_views(cls) -> ViewsConfig:

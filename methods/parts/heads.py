@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import nn
 
 
@@ -9,6 +11,6 @@ def mlp(in_features: int, hidden_features: int, out_features: int, layers: int =
     """Linear-BN-ReLU blocks, then a Linear: `(B, in) -> (B, out)`. One layer is a plain Linear. Framework default init."""
     widths = [in_features] + [hidden_features] * (layers - 1)
     blocks: list[nn.Module] = []
-    for narrow, wide in zip(widths[:-1], widths[1:], strict=True):
+    for narrow, wide in pairwise(widths):
         blocks += [nn.Linear(narrow, wide), nn.BatchNorm1d(wide), nn.ReLU(inplace=True)]
     return nn.Sequential(*blocks, nn.Linear(widths[-1], out_features))

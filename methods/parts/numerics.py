@@ -29,12 +29,14 @@ def l2_normalize(x: Tensor) -> Tensor:
 
 def cross_entropy(target: Tensor, logits: Tensor) -> Tensor:
     """Mean over rows of - sum_k target_k log softmax(logits)_k. Both `(B, K)`; no gradient to `target`."""
-    return -(target.detach() * torch.log_softmax(logits, dim=-1)).sum(dim=-1).mean()
+    loss: Tensor = -(target.detach() * torch.log_softmax(logits, dim=-1)).sum(dim=-1).mean()
+    return loss
 
 
 def entropy(probabilities: Tensor) -> Tensor:
     """Entropy in nats of each row: `(B, K) -> (B,)`; 0 log 0 = 0."""
-    return -torch.special.xlogy(probabilities, probabilities).sum(dim=-1)
+    rows: Tensor = torch.special.xlogy(probabilities, probabilities).sum(dim=-1)
+    return -rows
 
 
 def embedding_std(z: Tensor) -> Tensor:

@@ -31,10 +31,7 @@ def extract(
     and the random state do not change. It must already be on `device`; only one batch of floats exists at a time.
     """
     with _evaluating(backbone), torch.no_grad():
-        parts = [
-            _forward(backbone, batch, mean, std, device, precision).float().cpu()
-            for batch in images.split(batch_size)
-        ]
+        parts = [_forward(backbone, batch, mean, std, device, precision).float().cpu() for batch in images.split(batch_size)]
     return torch.cat(parts) if parts else torch.empty(0, int(getattr(backbone, "num_features", 0)))
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
-from methods.parts.backbones import BackboneConfig, build_backbone
+from methods.parts.backbones import build_backbone
 from methods.parts.errors import ConfigError
 from methods.parts.views import CropGroup
 from pipeline import registry
@@ -17,17 +16,17 @@ from pipeline.ingest.sources import open_source
 from pipeline.ingest.stream import start_ray
 
 
-def config_of(reference: str, export: Path, runs_dir: Path) -> RunConfig:
+def config_of(export: Path) -> RunConfig:
     """The settings under which an export is measured: its run's, or for a registered model its own size and normalisation."""
     saved = export.parent / "config.yaml"
     if saved.is_file():
         return from_yaml(saved.read_text())
-    spec = json.loads((export / "backbone.json").read_text())
+    _, spec = registry.read_export(export)
     return RunConfig(
-        data=DataConfig(mean=tuple(spec["mean"]), std=tuple(spec["std"])),
-        views={"global": CropGroup(size=spec["size"])},
-        backbone=BackboneConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in spec["backbone"].items()}),
-        evaluate=EvaluateConfig(size=spec["size"]),
+        data=DataConfig(mean=spec.mean, std=spec.std),
+        views={"global": CropGroup(size=spec.size)},
+        backbone=spec.backbone,
+        evaluate=EvaluateConfig(size=spec.size),
     )
 
 

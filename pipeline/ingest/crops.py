@@ -13,7 +13,10 @@ from methods.parts.views import CropGroup, ViewsConfig
 from pipeline.ingest.philox import uniforms
 
 # One row of a table of views: the box, then what photometric.py needs. Float32 holds every value exactly enough.
-COLUMNS = "top left height width flip brightness contrast saturation hue order jitter grayscale blur_sigma solarize".split()
+COLUMNS = (
+    *("top", "left", "height", "width", "flip"),
+    *("brightness", "contrast", "saturation", "hue", "order", "jitter", "grayscale", "blur_sigma", "solarize"),
+)
 COLUMN = {name: place for place, name in enumerate(COLUMNS)}
 TRIES = 10  # torchvision's RandomResizedCrop gives up after ten boxes that do not fit
 DRAWS = 16 + 2 * TRIES  # random numbers of one view: photometric and position, then area and ratio of every try
@@ -47,7 +50,10 @@ def draw_views(
 def _table(u: np.ndarray, heights: np.ndarray, widths: np.ndarray, group: CropGroup) -> np.ndarray:
     """One view of every image: uniforms `(B, DRAWS)` to `(B, len(COLUMNS))` float32."""
     table = np.empty((len(u), len(COLUMNS)), np.float32)
-    put = lambda name, values: table.__setitem__((slice(None), COLUMN[name]), values)  # noqa: E731
+
+    def put(name: str, values: np.ndarray | float) -> None:
+        table[:, COLUMN[name]] = values
+
     height, width = _box(u[:, 16 : 16 + TRIES], u[:, 16 + TRIES :], heights, widths, group)
     fits = height > 0
     fallback_height, fallback_width = _fallback(heights, widths, group)
@@ -70,9 +76,7 @@ def _table(u: np.ndarray, heights: np.ndarray, widths: np.ndarray, group: CropGr
     return table
 
 
-def _box(
-    areas: np.ndarray, ratios: np.ndarray, heights: np.ndarray, widths: np.ndarray, group: CropGroup
-) -> tuple[np.ndarray, np.ndarray]:
+def _box(areas: np.ndarray, ratios: np.ndarray, heights: np.ndarray, widths: np.ndarray, group: CropGroup) -> tuple[np.ndarray, np.ndarray]:
     """Height and width `(B,)` of the first try that fits; 0 where none does."""
     low, high = np.log(group.ratio)
     area = (heights * widths)[:, None] * (group.scale[0] + areas * (group.scale[1] - group.scale[0]))
@@ -81,8 +85,8 @@ def _box(
     fits = (width > 0) & (width <= widths[:, None]) & (height > 0) & (height <= heights[:, None])
     first = fits.argmax(axis=1)[:, None]
     found = fits.any(axis=1)
-    pick = lambda values: np.where(found, np.take_along_axis(values, first, axis=1)[:, 0], 0)  # noqa: E731
-    return pick(height), pick(width)
+    height, width = (np.where(found, np.take_along_axis(sides, first, axis=1)[:, 0], 0) for sides in (height, width))
+    return height, width
 
 
 def _fallback(heights: np.ndarray, widths: np.ndarray, group: CropGroup) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb
 PPM_HEADER = re.compile(rb"P6\s(\d{1,5})\s(\d{1,5})\s255\s")
@@ -50,7 +50,7 @@ def decode(data: bytes) -> np.ndarray:
         raise
     except Image.DecompressionBombError:
         raise BadImage(f"more than {MAX_PIXELS // 10**6} million pixels") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise BadImage("not an image that Pillow can read") from None
     except MemoryError:
         raise BadImage("does not fit in memory") from None
@@ -60,7 +60,7 @@ def decode(data: bytes) -> np.ndarray:
 
 def _short(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:120]
+    return re.sub(r"^\w+, \S+\.cpp:\d+, ", "", lines[0])[:120]  # without torchvision's own file name
 
 
 def _check_size(width: int, height: int) -> None:
@@ -86,8 +86,8 @@ def _jpeg(data: bytes) -> np.ndarray:
     if bits != 8 or components not in (1, 3):  # CMYK and YCCK: Pillow knows Adobe's inversion
         return _pillow(Image.open(io.BytesIO(data)))
     buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a copy, because torch warns of read-only buffers
-    pixels = decode_jpeg(buffer, mode=ImageReadMode.RGB, apply_exif_orientation=True)
-    return pixels.permute(1, 2, 0).numpy()
+    pixels: np.ndarray = decode_jpeg(buffer, mode=ImageReadMode.RGB, apply_exif_orientation=True).permute(1, 2, 0).numpy()
+    return pixels
 
 
 def _jpeg_frame(data: bytes) -> tuple[int, int, int, int]:
@@ -131,7 +131,8 @@ def _to_8_bits(image: Image.Image) -> np.ndarray:
         values *= 255 / largest
     elif image.mode == "F" and largest <= 1:
         values *= 255
-    return np.rint(values.clip(0, 255)).astype(np.uint8)
+    levels: np.ndarray = np.rint(values.clip(0, 255)).astype(np.uint8)
+    return levels
 
 
 def evaluation_crop(image: np.ndarray, size: int) -> np.ndarray:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from methods.parts.errors import ConfigError, require
 from pipeline.ingest.philox import PATCH, TILE, permutation, uniforms
@@ -99,8 +100,6 @@ class PatchManifest(Manifest):
         return ids[ids % self.each >= self.options.per_photo]
 
     def _read(self, ids: Sequence[int] | np.ndarray) -> Iterator[tuple[bytes, str | None]]:
-        from PIL import Image
-
         options = self.options
         header = f"P6\n{options.pixels} {options.pixels}\n255\n".encode()
         draws = uniforms(options.seed, int(options.split == "test"), np.asarray(ids), PATCH, 4)
@@ -117,15 +116,13 @@ class PatchManifest(Manifest):
             yield header + patch.tobytes(), None
 
 
-@lru_cache(maxsize=None)
-def load_photo(index: int):  # type: ignore[no-untyped-def]  # a PIL image, imported late
+@cache
+def load_photo(index: int) -> Image.Image:
     """One photograph as an RGB Pillow image, kept for the life of the process.
 
     Raises:
         ConfigError: the package that brings it is not installed.
     """
-    from PIL import Image
-
     package, folder, name = FILES[index]
     found = importlib.util.find_spec(package)  # finds the folder without importing the package
     path = Path(next(iter(found.submodule_search_locations or [])), folder, name) if found else None

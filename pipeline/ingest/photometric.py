@@ -20,7 +20,7 @@ from pipeline.ingest.crops import COLUMN
 
 ORDERS = np.array(list(itertools.permutations(range(4))))  # (24, 4): 0 brightness, 1 contrast, 2 saturation, 3 hue
 HUE = 3
-CHUNK_VALUES = 2**18  # float32 values worked on at a time on a CPU: they stay in its cache
+CHUNK_VALUES = 2**20  # float32 values worked on at a time on a CPU: fewer miss its cache, more pay less overhead (measured)
 
 
 class CutBatch(Protocol):

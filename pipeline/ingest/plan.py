@@ -73,8 +73,9 @@ class Plan:
     def window(self, epoch: int, group: int, lane: int) -> np.ndarray:
         """The image ids of one window in order of its chunks, `(chunks(group) * chunk,)` int64."""
         first = (lane * self.steps_per_epoch + group * self.chunks_per_window) * self.chunk
-        rows = self._order(epoch)[first : first + self.chunks(group) * self.chunk]
-        return rows[permutation(self.seed, epoch, len(rows), WINDOW_ORDER, first=group * self.lanes + lane)]
+        rows: np.ndarray = self._order(epoch)[first : first + self.chunks(group) * self.chunk]
+        rows = rows[permutation(self.seed, epoch, len(rows), WINDOW_ORDER, first=group * self.lanes + lane)]
+        return rows
 
     def batch(self, epoch: int, step: int) -> np.ndarray:
         """The image ids of one global batch, `(global_batch,)` int64; `step` counts within the epoch."""

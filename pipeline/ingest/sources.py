@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from methods.parts.errors import ConfigError
-from pipeline.config import DataConfig
 from pipeline.ingest.philox import HELD_OUT, uniforms
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-IMAGE_EXTENSIONS = frozenset("jpg jpeg jfif png webp gif bmp tif tiff ppm".split())
+    from pipeline.config import DataConfig  # importing it costs seconds (timm), and every task imports this file
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 ROW_GROUP_CACHE = 128 * 2**20  # bytes of row groups each process keeps
 
 
@@ -157,11 +158,11 @@ def _open_folder(root: Path, data: DataConfig) -> Manifest:
 
     images, skipped = [], []
     for name, size in sorted(_walk(root)):
-        extension = name.rsplit("/", 1)[-1].rpartition(".")[2].lower()
+        extension = os.path.splitext(name)[1].lower()
         if extension in IMAGE_EXTENSIONS:
             images.append((name, size))
         else:
-            skipped.append((str(root / name), f"no image: .{extension} file" if "." in name.rsplit("/", 1)[-1] else "no image: no extension"))
+            skipped.append((str(root / name), f"no image: {extension} file" if extension else "no image: no extension"))
     if not images:
         if not skipped:
             raise ConfigError(f"data.path={data.path}: the folder is empty; give a folder with images, or patches")
@@ -282,6 +283,8 @@ def _open_parquet(files: list[Path], data: DataConfig) -> Manifest:
 
 def _check_columns(schema: pa.Schema, file: Path, data: DataConfig) -> None:
     import pyarrow as pa
+
+    from pipeline.config import DataConfig
 
     there = ", ".join(schema.names)
     if data.image_column not in schema.names:

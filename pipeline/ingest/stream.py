@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +14,11 @@ import torch
 from torch import Tensor
 
 from methods.parts.views import ViewsConfig
-from pipeline.config import group_sizes
 from pipeline.ingest.crops import COLUMNS, cut_window, draw_views
 from pipeline.ingest.decode import BadImage, decode, evaluation_crop
 from pipeline.ingest.plan import Plan
+from pipeline.ingest.ray_data import run
+from pipeline.ingest.ray_data import start_ray as start_ray  # callers of the stream find it here
 from pipeline.ingest.sources import Manifest, Row
 
 ITEMS_PER_PASS = 256  # tasks of one Ray Data execution; starting one costs 0.1 to 0.5 s
@@ -94,16 +92,53 @@ def training_batches(
     items = _Items(plan, start_step, total_steps, rank, world_size)
     cut = partial(_cut_item, shared=shared, items=items, views=views, seed=seed)
     workers = tasks or max(1, int(ray.cluster_resources().get("CPU", 1)))
-    pixels = sum(count * (3 * size * size + 4 * len(COLUMNS)) for count, size in group_sizes(views).values())
+    pixels = sum(g.count * (3 * g.size * g.size + 4 * len(COLUMNS)) for g in views.values())
     block = plan.chunks_per_window * plan.chunk * (pixels + 64)
 
     def blocks() -> Iterator[dict[str, np.ndarray]]:
         per_pass = max(1, ITEMS_PER_PASS // items.lanes) * items.lanes
         for first in range(items.first, items.last, per_pass):
             # room for the next group and what is being cut; the current group has left Ray Data by then
-            yield from _run(cut, first, min(first + per_pass, items.last), workers, (items.lanes + 2 * workers) * block)
+            yield from run(cut, first, min(first + per_pass, items.last), workers, (items.lanes + 2 * workers) * block)
 
     return _ahead(batches_of(blocks(), manifest, plan, views, items), BATCHES_AHEAD)
+
+
+def _ahead(batches: Generator[Batch], depth: int) -> Iterator[Batch]:
+    """Iterate in a thread, `depth` batches ahead: also the start of the next Ray Data execution is hidden."""
+    ready: queue.Queue[Any] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(value: Any) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(value, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for batch in batches:
+                if not put(batch):
+                    return
+            put(None)
+        except BaseException as error:  # raised again in the trainer
+            put(error)
+        finally:
+            batches.close()  # ends the Ray Data execution
+
+    thread = threading.Thread(target=work, name="manyviews-stream", daemon=True)
+    thread.start()
+    try:
+        while (value := ready.get()) is not None:
+            if isinstance(value, BaseException):
+                raise value
+            yield value
+    finally:
+        stop.set()
+        thread.join(timeout=30)
 
 
 class _Items:
@@ -116,7 +151,11 @@ class _Items:
         self.lanes = plan.lanes // world_size
         self.groups = plan.groups
         self.start_step, self.total_steps = start_step, total_steps
-        place = lambda step: self.groups * (step // plan.steps_per_epoch) + step % plan.steps_per_epoch // plan.chunks_per_window  # noqa: E731
+
+        def place(step: int) -> int:
+            epoch, within = divmod(step, plan.steps_per_epoch)
+            return epoch * plan.groups + within // plan.chunks_per_window
+
         self.first = place(start_step) * self.lanes
         self.last = (place(total_steps - 1) + 1) * self.lanes if total_steps > start_step else self.first
 
@@ -130,7 +169,7 @@ def batches_of(
     blocks: Iterable[dict[str, np.ndarray]], manifest: Manifest, plan: Plan, views: ViewsConfig, items: _Items
 ) -> Generator[Batch]:
     """Slice blocks, one for each lane of a rank in turn, into batches; refuses blocks that are not the planned ones."""
-    names = list(group_sizes(views))
+    names = [name for name, group in views.items() if group.count]
     held: list[dict[str, np.ndarray]] = []
     for number, block in enumerate(blocks, start=items.first):
         epoch, group, lane = items.at(number)
@@ -154,7 +193,9 @@ def _first_slot(plan: Plan, group: int, lane: int) -> int:
 
 
 def _batch(parts: list[dict[str, np.ndarray]], names: list[str], manifest: Manifest, epoch: int, step: int) -> Batch:
-    column = lambda key: np.concatenate([part[key] for part in parts])  # noqa: E731  # copies out of shared memory
+    def column(key: str) -> np.ndarray:
+        return np.concatenate([part[key] for part in parts])  # copies out of shared memory
+
     reasons, planned = column("reason"), column("planned")
     bad = [BadSlot(int(planned[i]), manifest.path(int(planned[i])), str(reasons[i])) for i in np.flatnonzero(reasons != "")]
     return Batch(
@@ -202,7 +243,8 @@ def cut_images(rows: list[Row], epoch: int, views: ViewsConfig, seed: int, chunk
     shown = substitutes([not reason for reason in reasons], chunk)
     pictures = [images[s] for s in shown]
     ids = np.array([rows[s].id for s in shown])
-    tables = draw_views(seed, epoch, ids, *(np.array([p.shape[axis] for p in pictures]) for axis in (0, 1)), views)
+    heights, widths = (np.array([picture.shape[axis] for picture in pictures]) for axis in (0, 1))
+    tables = draw_views(seed, epoch, ids, heights, widths, views)
     columns = {f"crops/{name}": crops for name, crops in cut_window(pictures, tables, views).items()}
     columns |= {f"table/{name}": table for name, table in tables.items()}
     columns["id"], columns["planned"] = ids, np.array([row.id for row in rows])
@@ -250,7 +292,7 @@ def evaluation_images(manifest: Manifest, ids: np.ndarray, size: int, tasks: int
     reasons = np.empty(len(ids), object)
     crop = partial(_evaluate_item, shared=shared, size=size, window=window)
     first = 0
-    for block in _run(crop, 0, -(-len(ids) // window), workers, 4 * workers * EVALUATION_BYTES):
+    for block in run(crop, 0, -(-len(ids) // window), workers, 4 * workers * EVALUATION_BYTES):
         last = first + len(block["reason"])
         images[first:last], reasons[first:last] = block["image"], block["reason"]
         first = last
@@ -269,112 +311,3 @@ def _evaluate_item(item: dict[str, np.ndarray], shared: Any, size: int, window: 
     images, reasons = _decode_all(manifest.read(ids[first : first + window]))
     crops = np.stack([evaluation_crop(image, size) for image in images])
     return {"image": crops, "reason": np.array(reasons, dtype=object)}
-
-
-# ---------------------------------------------------------------------------- Ray
-
-
-def _run(
-    function: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]], first: int, last: int, tasks: int, store: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """Blocks of `function({"id": [k]})` for k in first .. last-1, in order, from one Ray Data execution.
-
-    Args:
-        tasks: how many run at the same time.
-        store: bytes of finished blocks that may wait in the object store.
-    """
-    import ray
-    from ray.data import DataContext, ExecutionResources, TaskPoolStrategy
-
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    context = DataContext.get_current().copy()
-    context.enable_progress_bars = context.print_on_execution_start = False
-    context.target_max_block_size = None  # one task gives one block, however large
-    context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = ExecutionResources(object_store_memory=store)
-    if last <= first:
-        return
-    with DataContext.current(context):
-        items = ray.data.range(last - first, override_num_blocks=last - first)
-        blocks = items.map_batches(partial(_shifted, function, first), batch_size=None, compute=TaskPoolStrategy(size=tasks))
-    yield from blocks.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1)
-
-
-def _shifted(function: Callable[[dict[str, np.ndarray]], Any], first: int, item: dict[str, np.ndarray]) -> Any:
-    return function({"id": item["id"] + first})
-
-
-def _ahead(batches: Generator[Batch], depth: int) -> Iterator[Batch]:
-    """Iterate in a thread, `depth` batches ahead: also the start of the next Ray Data execution is hidden."""
-    ready: queue.Queue[Any] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(value: Any) -> bool:
-        while not stop.is_set():
-            try:
-                ready.put(value, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for batch in batches:
-                if not put(batch):
-                    return
-            put(None)
-        except BaseException as error:  # raised again in the trainer
-            put(error)
-        finally:
-            batches.close()  # ends the Ray Data execution
-
-    thread = threading.Thread(target=work, name="manyviews-stream", daemon=True)
-    thread.start()
-    try:
-        while (value := ready.get()) is not None:
-            if isinstance(value, BaseException):
-                raise value
-            yield value
-    finally:
-        stop.set()
-        thread.join(timeout=30)
-
-
-def start_ray(num_cpus: int | None = None) -> None:
-    """Start Ray in this process, quietly, or join the cluster that RAY_ADDRESS names. Does nothing if Ray runs.
-
-    Args:
-        num_cpus: logical CPUs of a local Ray; None = the machine's, at least 2.
-    """
-    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    root = str(Path(__file__).resolve().parents[2])
-    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    workers = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
-    os.environ.update({k: v for k, v in quiet.items() if k not in os.environ})
-    import ray
-
-    if ray.is_initialized():
-        return
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        ray.init(address, runtime_env={"env_vars": quiet | workers}, log_to_driver=False, logging_level="ERROR")
-        return
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    before = {key: os.environ.get(key) for key in workers}
-    os.environ.update(workers)  # a local Ray hands its environment to its workers, at no cost
-    try:
-        ray.init(
-            "local",
-            num_cpus=num_cpus or max(2, os.cpu_count() or 2),
-            object_store_memory=int(min(2e9, 0.3 * memory)),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
-    finally:
-        for key, value in before.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value

@@ -78,7 +78,7 @@ def cifar10_small() -> RunConfig:
         large,
         views={"global": large.views["global"], "local": replace(large.views["local"], count=2)},
         backbone=BackboneConfig(name="resnet18", stem_stride=2, width=0.25),
-        method=replace(SwAVConfig(), num_prototypes=128, epsilon=0.03, projector_hidden=256, freeze_prototypes_epochs=0.5),
+        method=SwAVConfig(num_prototypes=128, epsilon=0.03, projector_hidden=256, freeze_prototypes_epochs=0.5),
         optim=OptimConfig(name="adamw", base_lr=2e-3, warmup_epochs=0.5, weight_decay=1e-4),
         train=TrainConfig(global_batch_size=128, steps=1500),
     )
@@ -91,6 +91,6 @@ def small() -> RunConfig:
     return replace(
         base,
         data=DataConfig(path="patches"),
-        method=replace(base.method, num_prototypes=64, freeze_prototypes_epochs=1.0),
+        method=SwAVConfig(num_prototypes=64, epsilon=0.03, projector_hidden=256, freeze_prototypes_epochs=1.0),
         train=TrainConfig(global_batch_size=128, steps=300),
     )

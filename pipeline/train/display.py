@@ -17,7 +17,16 @@ class Display:
     least every `quiet_s` seconds, so that a job's log stays short.
     """
 
-    def __init__(self, console: Console, *, total_steps: int, start_step: int, batch: int, chance: tuple[float, str] | None, quiet_s: float = 60.0):
+    def __init__(
+        self,
+        console: Console,
+        *,
+        total_steps: int,
+        start_step: int,
+        batch: int,
+        chance: tuple[float, str] | None,
+        quiet_s: float = 60.0,
+    ) -> None:
         self.console, self.total, self.batch, self.chance, self.quiet_s = console, total_steps, batch, chance, quiet_s
         self.knn: float | None = None
         self.loss: float | None = None

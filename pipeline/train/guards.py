@@ -36,7 +36,8 @@ class Guards:
         """New warnings after `step` completed steps, from the latest logged metrics."""
         std = metrics.get("embedding_std")
         if std is not None and std < 0.05 and step >= self.patience_steps // 4:
-            yield from self._once("collapse", f"embeddings collapse: their spread is {std:.3f} of a healthy 1 at step {step}; {self.remedies}")
+            text = f"embeddings collapse: their spread is {std:.3f} of a healthy 1 at step {step}; {self.remedies}"
+            yield from self._once("collapse", text)
         if self.chance is None or step < self.patience_steps:
             return
         level, name = self.chance

@@ -20,14 +20,14 @@ from torch import nn
 from methods.parts.backbones import build_backbone
 from methods.parts.contract import Method, RunFacts, find
 from methods.parts.errors import ConfigError
-from pipeline import registry
+from pipeline import registry, tracking
 from pipeline.config import Resolved, RunConfig, absolute, flatten, from_yaml, resolve, to_yaml
 from pipeline.evaluate.protocols import KNNData, Scores, final_scores, online_knn
 from pipeline.ingest.plan import Plan
 from pipeline.ingest.sources import Manifest, open_source
 from pipeline.ingest.stream import Batch, start_ray, training_batches
 from pipeline.runs import RunFolder, create_run, find_run, write_atomic, write_json
-from pipeline.tracking import Tracker, default_uri
+from pipeline.tracking import EndStatus, Tracker, default_uri
 from pipeline.train import checkpoint
 from pipeline.train.display import Display
 from pipeline.train.guards import TrainingStopped
@@ -246,11 +246,11 @@ def _train(ready: Prepared, folder: RunFolder, console: Console, state: checkpoi
         outcome = Outcome(folder, "interrupted", "stopped at once; the last checkpoint is whole")
         return outcome
     finally:
-        ends = {"finished": "FINISHED", "interrupted": "KILLED"}
+        ends: dict[str, EndStatus] = {"finished": "FINISHED", "interrupted": "KILLED"}
         folder.update(status=outcome.status, message=outcome.message, ended=time.time())
         unsent = tracker.close(ends.get(outcome.status, "FAILED"))
         if unsent:
-            console.print(f"{unsent} points have not reached MLflow; they are kept in {folder.metrics}")
+            console.print(f"{unsent} entries have not reached MLflow; they are kept. Later: manyviews sync {folder.name}", soft_wrap=True)
 
 
 def batches(ready: Prepared, start: int) -> Iterator[Batch]:
@@ -268,45 +268,70 @@ def batches(ready: Prepared, start: int) -> Iterator[Batch]:
 
 
 def finish(ready: Prepared, folder: RunFolder, trainer: Trainer, tracker: Tracker, console: Console, device: torch.device) -> Outcome:
-    """Final evaluation, export, pictures and registration of a complete run."""
+    """Final evaluation, pictures, export and registration of a complete run."""
     from pipeline.gallery import run_figures
 
     config = ready.config
-    console.print("evaluating and registering ...", highlight=False)
+    console.print("evaluating ...", highlight=False)
     backbone = trainer.method.evaluation_backbone()
     scores = final_scores(config, ready.manifest, backbone, untrained(config, ready.resolved), device)
     write_json(folder.path / "evaluation.json", scores.to_dict())
-    held_out = trainer.position.best_knn if trainer.position.best_knn >= 0 else None
-    last_knn = trainer.display.knn
+    for picture in run_figures(ready, folder, backbone, scores, device):
+        tracker.artifact(picture)
+    tracker.log(trainer.position.step, scores.metrics())
     facts = {
         "method": find(config.method).name,
         "recipe": config.recipe,
         "run": folder.name,
         "data_fingerprint": ready.manifest.fingerprint,
         "steps": trainer.position.step,
+        "knn_held_out": trainer.last_knn,
     } | scores.tags()
     registry.export(
         backbone, config.backbone, folder.model, size=config.evaluation_size, mean=config.data.mean, std=config.data.std, facts=facts
     )
-    tracker.log(trainer.position.step, scores.metrics())
-    pictures = run_figures(ready, folder, backbone, scores, device)
-    for picture in pictures:
-        tracker.artifact(picture)
     model = None
     if config.track.register:
-        model = registry.register(
-            folder.model,
-            name=config.track.model_name or config.recipe or find(config.method).name,
-            uri=tracking_uri(config, folder),
-            run_id=tracker.run_id(timeout=60.0),
-            tags={k: str(v) for k, v in facts.items()},
-            held_out_knn=last_knn if held_out is not None else None,
-        )
-        folder.update(model=model.uri, model_version=model.version)
+        console.print("registering ...", highlight=False)
+        try:
+            model = publish(folder, tracker.run_id(timeout=60.0))
+        except ConfigError as error:  # the weights are safe; a server that is down must not fail the run
+            console.print(f"not registered: {error}; later: manyviews sync {folder.name}", highlight=False, soft_wrap=True)
     return Outcome(folder, "finished", scores=scores, model=model)
 
 
+def publish(folder: RunFolder, run_id: str | None) -> registry.Registered:
+    """Register a finished run's export; alias `best` if its held-out kNN is the highest of its name.
+
+    Raises:
+        ConfigError: the registry does not answer, or does not take the name.
+    """
+    config = from_yaml(folder.config_text())
+    _, spec = registry.read_export(folder.model)
+    model = registry.register(
+        folder.model,
+        name=config.track.model_name or config.recipe or find(config.method).name,
+        uri=tracking_uri(config, folder),
+        run_id=run_id,
+        tags={key: str(value) for key, value in spec.facts.items() if value is not None},
+        held_out_knn=spec.facts.get("knn_held_out"),
+        experiment=config.track.experiment,
+    )
+    folder.update(model=model.uri, model_version=model.version)
+    return model
+
+
+def sync(reference: str, *, runs_dir: Path) -> tuple[int, registry.Registered | None]:
+    """Send a run's points that MLflow does not have, and register its backbone if that is still due."""
+    folder = find_run(reference, runs_dir)
+    sent = tracking.sync(folder.path)
+    facts = folder.state()
+    due = facts.get("status") == "finished" and "model" not in facts and from_yaml(folder.config_text()).track.register
+    return sent, publish(folder, json.loads((folder.path / "tracking.json").read_text())["run_id"]) if due else None
+
+
 def tracking_uri(config: RunConfig, folder: RunFolder) -> str:
+    """The tracking server of a run, and its registry."""
     return config.track.uri or default_uri(folder.path.parent)
 
 

@@ -60,6 +60,7 @@ class Trainer:
     stop: Callable[[], bool] = lambda: False
     position: Position = field(default_factory=Position)
     saved_step: int | None = None
+    last_knn: float | None = None
 
     def run(self, batches: Iterator[Batch]) -> None:
         """Train until the last step, or until `stop`.
@@ -158,7 +159,9 @@ class Trainer:
         accuracy = self.online_knn(self.method.evaluation_backbone())
         self.method.train()
         step = self.position.step
+        self.last_knn = accuracy
         self.display.update(step, knn=accuracy)
+        self.folder.update(knn=accuracy)
         self.report(step, {"knn": accuracy})
         if accuracy <= self.position.best_knn or step == 0:
             return False

@@ -95,12 +95,12 @@ def bomb_jpeg() -> bytes:
     [
         (b"", "empty"),
         (b"hello, this is a text", "not an image"),
-        (encode(Image.fromarray(GRADIENT), "JPEG")[:500], ""),
+        (encode(Image.fromarray(GRADIENT), "JPEG")[:500], "truncated|premature"),
         (encode(Image.fromarray(GRADIENT), "JPEG")[:3], "header"),
-        (encode(Image.fromarray(GRADIENT), "PNG")[:-60], ""),
+        (encode(Image.fromarray(GRADIENT), "PNG")[:-60], "truncated"),
         (encode(Image.fromarray(GRADIENT), "PPM")[:-60], "truncated"),
-        (encode(Image.fromarray(GRADIENT), "TIFF")[:-2000], ""),
-        (encode(Image.fromarray(GRADIENT), "WEBP")[:60], ""),
+        (encode(Image.fromarray(GRADIENT), "TIFF")[:-2000], "."),
+        (encode(Image.fromarray(GRADIENT), "WEBP")[:60], "."),
         (b"P6\n70000 70000\n255\n", "million pixels"),
         (bomb_png(40_000), "million pixels"),
         (bomb_jpeg(), "million pixels"),
@@ -110,7 +110,7 @@ def bomb_jpeg() -> bytes:
 def test_bad_images(data: bytes, reason: str) -> None:
     with pytest.raises(BadImage, match=reason) as caught:
         decode(data)
-    assert 0 < len(str(caught.value)) <= 160 and "\n" not in str(caught.value)
+    assert 0 < len(str(caught.value)) <= 160 and not set("\n/") & set(str(caught.value))
 
 
 def test_random_damage_never_escapes() -> None:

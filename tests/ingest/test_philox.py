@@ -52,5 +52,10 @@ def test_permutation_is_one(count: int) -> None:
 
 def test_permutations_differ_by_stream() -> None:
     base = permutation(3, 1, 100, 0xF004).tolist()
-    others = [permutation(4, 1, 100, 0xF004), permutation(3, 2, 100, 0xF004), permutation(3, 1, 100, 0xF005), permutation(3, 1, 100, 0xF004, 9)]
+    others = [
+        permutation(4, 1, 100, 0xF004),
+        permutation(3, 2, 100, 0xF004),
+        permutation(3, 1, 100, 0xF005),
+        permutation(3, 1, 100, 0xF004, 9),
+    ]
     assert all(base != other.tolist() for other in others)

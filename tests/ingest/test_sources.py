@@ -49,7 +49,8 @@ def test_folder(tree: Path) -> None:
     names = [os.path.relpath(manifest.path(i), tree) for i in range(5)]
     assert names == ["ant/z.png", "cat/a.JPG", "cat/b.png", "cat/deep/c.webp", "loose.png"]
     assert manifest.labels.tolist() == [0, 1, 1, 1, -1]
-    assert [(os.path.basename(path), reason.split(":")[0]) for path, reason in manifest.skipped] == [("README", "no image"), ("notes.txt", "no image")]
+    assert [os.path.basename(path) for path, _ in manifest.skipped] == ["README", "notes.txt"]
+    assert all("no image" in reason for _, reason in manifest.skipped)
     assert manifest.spans.tolist() == [[i, 1] for i in range(5)]
     rows = manifest.read([3, 0])
     assert [(row.id, row.label, row.path) for row in rows] == [(3, 1, manifest.path(3)), (0, 0, manifest.path(0))]

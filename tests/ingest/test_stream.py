@@ -154,7 +154,7 @@ def test_leaving_early_ends_the_stream(ray_local: None, tmp_path: Path) -> None:
 def test_a_failing_task_reaches_the_trainer(ray_local: None, tmp_path: Path) -> None:
     manifest = write(tmp_path, 200)
     (tmp_path / "a.parquet").unlink()
-    with pytest.raises(Exception, match="a.parquet"):
+    with pytest.raises(Exception, match=r"a\.parquet"):
         collect(manifest, make_plan(manifest), 2)
 
 
@@ -183,3 +183,22 @@ def test_long_streams_hold_little_memory(ray_local: None, tmp_path: Path) -> Non
             resources = ray.available_resources().get("object_store_memory", 0), ray.cluster_resources()["object_store_memory"]
             used.append(resources[1] - resources[0])
     assert max(used) < 16 * block  # this group, the next, and what is being cut; 120 steps make 100 blocks or more
+
+
+def test_ray_starts_once_and_tasks_find_the_package(ray_local: None) -> None:
+    import ray
+
+    before = ray.get_runtime_context().get_job_id()
+    stream.start_ray()
+    assert ray.get_runtime_context().get_job_id() == before
+
+    @ray.remote
+    def inside() -> tuple[str, str, bool]:
+        import os
+        import sys
+
+        import pipeline.ingest.stream as there
+
+        return there.__file__, os.environ["OMP_NUM_THREADS"], "timm" in sys.modules
+
+    assert ray.get(inside.remote()) == (stream.__file__, "1", False)  # timm would cost every worker seconds

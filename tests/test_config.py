@@ -1,0 +1,99 @@
+"""Overrides, YAML, rules into numbers, recipes."""
+
+from __future__ import annotations
+
+import pytest
+
+from methods.parts.errors import ConfigError
+from pipeline.config import flatten, from_yaml, override, resolve, to_yaml
+from pipeline.recipes import entries, load_recipe
+
+NAMES = [entry.name for entry in entries()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_survives_yaml(name: str) -> None:
+    config = load_recipe(name)
+    assert config.recipe == name
+    assert from_yaml(to_yaml(config)) == config
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_resolves_for_an_imagenet_sized_source(name: str) -> None:
+    config = load_recipe(name)
+    numbers = resolve(config, 1_281_167)
+    assert numbers.facts.steps_per_epoch == 1_281_167 // config.train.global_batch_size
+    assert numbers.window % numbers.chunk == 0
+    assert numbers.chunk * config.data.lanes == config.train.global_batch_size
+
+
+def test_recipes_are_listed_with_a_summary() -> None:
+    assert {"swav", "swav-imagenet", "swav-batch256", "swav-cifar10", "swav-small", "swav-cifar10-small"} <= set(NAMES)
+    assert all(len(entry.summary) > 20 for entry in entries())
+
+
+def test_paper_settings_of_the_large_run() -> None:
+    config = load_recipe("swav-imagenet")
+    numbers = resolve(config, 1_281_167)
+    assert (numbers.facts.steps_per_epoch, numbers.warmup_steps) == (312, 3120)
+    assert (numbers.lr, numbers.start_lr, numbers.final_lr) == (4.8, 0.3, 0.0048)
+    small = load_recipe("swav-batch256")
+    assert (small.method.queue_length, small.method.queue_start_epoch, small.optim.base_lr) == (3840, 15, 0.6)
+
+
+def test_overrides_reach_every_level_and_are_validated_together() -> None:
+    config = override(load_recipe("swav-small"), {"method.temperature": 0.2, "views.local.count": 5, "train.seed": 7})
+    assert (config.method.temperature, config.views["local"].count, config.train.seed) == (0.2, 5, 7)
+    assert config.views["global"] == load_recipe("swav-small").views["global"]
+    with pytest.raises(ConfigError, match=r"method\.temperature=-1: use a positive number"):
+        override(config, {"method.temperature": -1})
+    # each of the two alone would be refused
+    assert override(config, {"views.local.scale": (0.5, 0.9)}).views["local"].scale == (0.5, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [("method.temperatur", "method.temperature"), ("data.held_aut", "data.held_out"), ("views.local.cuont", "views.local.count")],
+)
+def test_misspelt_keys_are_refused_with_the_nearest_name(key: str, near: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{key}: no such key; did you mean .*{near}"):
+        override(load_recipe("swav-small"), {key: 1})
+
+
+def test_a_length_in_epochs_replaces_one_in_steps() -> None:
+    config = load_recipe("swav-small")
+    assert config.train.steps is not None
+    assert resolve(override(config, {"train.epochs": 3}), 1280).facts.total_steps == 30
+    assert resolve(override(config, {"train.epochs": 3, "train.steps": 4}), 1280).facts.total_steps == 4
+
+
+def test_learning_rate_rules() -> None:
+    config = override(load_recipe("swav-batch256"), {"train.global_batch_size": 64, "optim.lr_rule": "linear", "optim.final_lr": 0.4})
+    assert resolve(config, 1000).lr == pytest.approx(0.6 / 4)
+    assert resolve(config, 1000).final_lr == pytest.approx(0.1)
+    assert resolve(override(config, {"optim.lr_rule": "sqrt"}), 1000).lr == pytest.approx(0.3)
+
+
+def test_a_batch_larger_than_the_data_names_a_size_that_works() -> None:
+    config = load_recipe("swav-small")
+    with pytest.raises(ConfigError, match=r"train\.global_batch_size=128: larger than the 100 training images; use 96 or fewer"):
+        resolve(config, 100)
+    assert resolve(override(config, {"train.global_batch_size": 96}), 100).facts.steps_per_epoch == 1
+
+
+def test_a_batch_that_lanes_cannot_share_names_its_neighbours() -> None:
+    with pytest.raises(ConfigError, match=r"train\.global_batch_size=100: not a multiple of data\.lanes=8; use 96 or 104"):
+        resolve(override(load_recipe("swav-small"), {"train.global_batch_size": 100}), 1000)
+
+
+def test_yaml_with_an_unknown_key_is_refused() -> None:
+    text = to_yaml(load_recipe("swav-small")).replace("held_out:", "held_uot:")
+    with pytest.raises(ConfigError, match=r"data\.held_uot: no such key; did you mean data\.held_out"):
+        from_yaml(text)
+
+
+def test_flat_names_are_unique_and_complete() -> None:
+    flat = flatten(load_recipe("swav"))
+    assert flat["views.global.size"] == 224
+    assert flat["method.num_prototypes"] == 300
+    assert not any(isinstance(value, dict) for value in flat.values())

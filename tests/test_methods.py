@@ -1,0 +1,152 @@
+"""Every registered method, in one place: it builds, learns one batch, restores bit-exactly. New methods join by existing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from methods.parts.backbones import BackboneConfig, build_backbone
+from methods.parts.contract import Method, Progress, RunFacts, find, registered
+from methods.parts.errors import ConfigError
+from methods.parts.views import CropGroup, Views
+from pipeline.config import OptimConfig
+from pipeline.recipes import entries, load_recipe
+from pipeline.train.optim import build_optimizer
+
+SMALL = [entry.name for entry in entries() if entry.name.endswith("-small")]
+BATCH = 16
+
+
+def built(recipe: str) -> tuple[Method, Views]:
+    """A method with its small recipe's settings on a tiny backbone, and one fixed batch."""
+    config = load_recipe(recipe)
+    torch.manual_seed(0)
+    facts = RunFacts(global_batch_size=BATCH, steps_per_epoch=4, total_steps=400)
+    backbone = build_backbone(BackboneConfig(name="resnet18", width=0.125, stem_stride=2))
+    method = find(config.method).method(config.method, backbone, facts)
+    counts = {name: group.count for name, group in config.views.items()}
+    stacks = {name: torch.randn(group.count * BATCH, 3, group.size, group.size) for name, group in config.views.items()}
+    return method, Views(stacks=stacks, counts=counts, image_ids=torch.arange(BATCH), labels=torch.full((BATCH,), -1))
+
+
+def progress(step: int) -> Progress:
+    return Progress(step=step, total_steps=400, steps_per_epoch=4, generator=torch.Generator().manual_seed(step))
+
+
+def advance(method: Method, optimizer: torch.optim.Optimizer, views: Views, steps: range) -> list[float]:
+    losses = []
+    for step in steps:
+        torch.manual_seed(step)
+        method.before_step(progress(step))
+        out = method(views, progress(step))
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        method.after_step([out.outputs], progress(step))
+        losses.append(out.loss.item())
+    return losses
+
+
+def test_each_registered_method_has_a_small_recipe_and_a_paper() -> None:
+    covered = {find(load_recipe(recipe).method).name for recipe in SMALL}
+    assert covered == set(registered())
+    assert all("arXiv" in entry.method.paper for entry in registered().values())
+
+
+@pytest.mark.parametrize("recipe", SMALL)
+def test_learns_one_fixed_batch(recipe: str) -> None:
+    method, views = built(recipe)
+    optimizer = build_optimizer(OptimConfig(name="adamw", base_lr=3e-3), method.param_groups())
+    losses = advance(method, optimizer, views, range(20))
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("recipe", SMALL)
+def test_state_is_complete_before_the_first_step_and_restores_bit_exactly(recipe: str) -> None:
+    method, views = built(recipe)
+    keys = set(method.state_dict())
+    optimizer = build_optimizer(OptimConfig(name="adamw"), method.param_groups())
+    advance(method, optimizer, views, range(3))
+    assert set(method.state_dict()) == keys
+    again, _ = built(recipe)
+    again.load_state_dict(method.state_dict())
+    other = build_optimizer(OptimConfig(name="adamw"), again.param_groups())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert advance(again, other, views, range(3, 6)) == advance(method, optimizer, views, range(3, 6))
+    for name, value in method.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("recipe", SMALL)
+def test_parameter_groups_hold_every_trained_parameter_once(recipe: str) -> None:
+    method, _ = built(recipe)
+    held = [id(p) for group in method.param_groups() for p in group.params]
+    assert sorted(held) == sorted(id(p) for p in method.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("recipe", SMALL)
+def test_backbone_to_evaluate_gives_features(recipe: str) -> None:
+    method, views = built(recipe)
+    backbone = method.evaluation_backbone().eval()
+    features = backbone(views.crops[0])
+    assert features.shape == (BATCH, backbone.num_features)
+
+
+def test_views_group_and_join_crops_in_declared_order() -> None:
+    stacks = {"a": torch.arange(8.0).view(4, 1, 1, 2), "b": torch.arange(4.0).view(2, 1, 1, 2), "c": torch.zeros(2, 1, 3, 3)}
+    views = Views(stacks=stacks, counts={"a": 2, "b": 1, "c": 1}, image_ids=torch.arange(2), labels=torch.arange(2))
+    assert views.groups == {"a": [0, 1], "b": [2], "c": [3]}
+    assert [crop.shape[0] for crop in views.crops] == [2, 2, 2, 2]
+    assert torch.equal(views.crops[1], stacks["a"][2:])
+    assert [tuple(stack.shape) for stack in views.by_resolution()] == [(6, 1, 1, 2), (2, 1, 3, 3)]
+    with pytest.raises(ConfigError, match=r"views\.a"):
+        Views(stacks=stacks, counts={"a": 3, "b": 1, "c": 1}, image_ids=torch.arange(2), labels=torch.arange(2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"scale": (0.0, 1.0)}, "scale="), ({"flip": 1.5}, "flip=1.5"), ({"size": 1}, "size=1"), ({"jitter": (1, 1, 1, 0.6)}, "jitter=")],
+)
+def test_crop_groups_refuse_what_cannot_be_drawn(settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CropGroup(**settings)
+
+
+def test_a_small_stem_keeps_small_images_large_and_names_as_in_timm() -> None:
+    x = torch.randn(2, 3, 32, 32)
+    sizes = {}
+    for stride in (1, 2, 4):
+        backbone = build_backbone(BackboneConfig(name="resnet18", stem_stride=stride)).eval()
+        sizes[stride] = backbone.forward_features(x).shape[-1]
+        names = set(backbone.state_dict())
+        assert names == set(build_backbone(BackboneConfig(name="resnet18")).state_dict())
+    assert sizes == {1: 4, 2: 2, 4: 1}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (BackboneConfig(name="resnet81"), "backbone.name=resnet81: timm cannot build it"),
+        (BackboneConfig(name="vit_tiny_patch16_224", stem_stride=1), "backbone.stem_stride=1: vit_tiny_patch16_224 has no ResNet stem"),
+    ],
+)
+def test_backbones_that_cannot_be_built_are_refused(config: BackboneConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_backbone(config)
+
+
+def test_swav_prototypes_wait_and_its_queue_must_fit_the_batch() -> None:
+    from methods.swav import SwAV, SwAVConfig
+
+    facts = RunFacts(global_batch_size=500, steps_per_epoch=40, total_steps=400)
+    backbone = nn.Identity()
+    backbone.num_features = 8
+    method = SwAV(SwAVConfig(num_prototypes=10, projector_hidden=8), backbone, facts)
+    assert [(g.name, g.frozen_steps) for g in method.param_groups()] == [("network", 0), ("prototypes", 40)]
+    with pytest.raises(ConfigError, match=r"method\.queue_length=3840: not a multiple of train\.global_batch_size=500; use 3500 or 4000"):
+        SwAV(SwAVConfig(queue_length=3840), backbone, facts)
+    advice = list(SwAV(SwAVConfig(num_prototypes=3000), backbone, facts).advice(facts))
+    assert any("3000 is more than the 500 features" in sentence for sentence in advice)

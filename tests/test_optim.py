@@ -1,0 +1,107 @@
+"""Optimizers against literal transcriptions and the original's values; freezing, clipping, constant rates."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from methods.parts.contract import ParamGroup, RunFacts
+from pipeline.config import OptimConfig, Resolved
+from pipeline.train.optim import LARC, build_optimizer, prepare_step, scheduled_lr
+
+
+def resolved(**changes: float) -> Resolved:
+    settings = dict(lr=0.5, start_lr=0.1, final_lr=0.0, warmup_steps=3, chunk=1, window=1, checkpoint_every=1, knn_every=1)
+    return Resolved(facts=RunFacts(global_batch_size=8, steps_per_epoch=5, total_steps=10), **{**settings, **changes})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_larc_equals_the_original(golden, dtype: torch.dtype) -> None:
+    """apex LARC without clipping over SGD(momentum 0.9, wd 1e-2); parameter 0 is frozen for two steps, parameter 3 is all zeros."""
+    values = golden("clustering_schedules_optim")
+    params = [nn.Parameter(torch.from_numpy(values[f"opt_p{j}_init"]).to(dtype)) for j in range(4)]
+    optimizer = LARC(params, lr=1.0, momentum=0.9, weight_decay=1e-2, trust=1e-3)
+    for step, lr in enumerate(values["opt_lrs"]):
+        for j, p in enumerate(params):
+            p.grad = None if j == 0 and step < 2 else torch.from_numpy(values[f"opt_g{j}"][step]).to(dtype)
+        optimizer.param_groups[0]["lr"] = float(lr)
+        optimizer.step()
+        for j, p in enumerate(params):
+            tolerance = 1e-9 if dtype == torch.float64 else 2e-5
+            np.testing.assert_allclose(p.detach().numpy(), values[f"opt_larc_p{j}_step{step}"], atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["larc", "lars"])
+def test_layerwise_rates_equal_their_equations(name: str) -> None:
+    rng = np.random.default_rng(0)
+    p, wd, trust, lr, momentum = rng.normal(size=(4, 3)), 0.02, 0.001, 0.3, 0.9
+    plain = rng.normal(size=3)
+    groups = [
+        ParamGroup(params=[nn.Parameter(torch.from_numpy(p.copy()))]),
+        ParamGroup(params=[nn.Parameter(torch.from_numpy(plain.copy()))], adapt=False, decay=False),
+    ]
+    optimizer = build_optimizer(OptimConfig(name=name, weight_decay=wd, momentum=momentum, trust_coefficient=trust), groups)
+    m, m_plain = np.zeros_like(p), np.zeros_like(plain)
+    for _ in range(4):
+        g, g_plain = rng.normal(size=p.shape), rng.normal(size=3)
+        groups[0].params[0].grad, groups[1].params[0].grad = torch.from_numpy(g.copy()), torch.from_numpy(g_plain.copy())
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        p_norm, g_norm = np.sqrt((p**2).sum()), np.sqrt((g**2).sum())
+        decayed = g + wd * p
+        rate = trust * p_norm / (g_norm + wd * p_norm + 1e-8) if name == "larc" else trust * p_norm / np.sqrt((decayed**2).sum())
+        m = momentum * m + rate * decayed
+        p = p - lr * m
+        m_plain = momentum * m_plain + g_plain
+        plain = plain - lr * m_plain
+        np.testing.assert_allclose(groups[0].params[0].detach().numpy(), p, atol=1e-12)
+        np.testing.assert_allclose(groups[1].params[0].detach().numpy(), plain, atol=1e-12)
+
+
+def test_groups_are_frozen_scaled_held_and_clipped() -> None:
+    frozen, held, free = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    groups = [
+        ParamGroup(params=[frozen], frozen_steps=2),
+        ParamGroup(params=[held], lr_constant=True, lr_scale=2, clip=False),
+        ParamGroup(params=[free]),
+    ]
+    optimizer = build_optimizer(OptimConfig(name="sgd", weight_decay=0), groups)
+    plan = resolved()
+    for step in (1, 2):
+        for p in (frozen, held, free):
+            p.grad = torch.full((2,), 3.0)
+        norm = prepare_step(optimizer, plan, step, clip_norm=1.0)
+        assert (frozen.grad is None) == (step < 2)
+        assert float(norm) == pytest.approx(3 * (2 if step < 2 else 4) ** 0.5)
+        assert float(free.grad.norm()) == pytest.approx(1 if step < 2 else 0.5**0.5, abs=1e-5)
+        torch.testing.assert_close(held.grad, torch.full((2,), 3.0))
+        assert [g["lr"] for g in optimizer.param_groups] == [scheduled_lr(plan, step), 2 * plan.lr, scheduled_lr(plan, step)]
+
+
+@pytest.mark.parametrize("name", ["larc", "lars", "sgd", "adamw"])
+def test_state_of_every_optimizer_goes_on_bit_exactly(name: str) -> None:
+    def fresh() -> tuple[nn.Parameter, torch.optim.Optimizer]:
+        p = nn.Parameter(torch.arange(6.0).view(2, 3) / 7)
+        return p, build_optimizer(OptimConfig(name=name, weight_decay=0.1), [ParamGroup(params=[p])])
+
+    def advance(p: nn.Parameter, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            p.grad = torch.sin(torch.arange(6.0) + step).view(2, 3)
+            prepare_step(optimizer, resolved(), step, None)
+            optimizer.step()
+
+    whole, optimizer = fresh()
+    advance(whole, optimizer, range(6))
+    half, first = fresh()
+    advance(half, first, range(3))
+    again, second = fresh()
+    with torch.no_grad():
+        again.copy_(half)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    advance(again, second, range(3, 6))
+    assert torch.equal(again, whole)
