@@ -119,6 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 1
@@ -272,7 +275,8 @@ def parse_settings(config: RunConfig, settings: list[str], prog: str) -> RunConf
     from pipeline.config import RunConfig, flatten, length_given, unknown_key
 
     if "--help" in settings:
-        tyro.cli(RunConfig, default=config, args=["--help"], prog=prog)  # exits
+        about = f"Every setting of {config.recipe or 'this run'}, with its type and default."
+        tyro.cli(RunConfig, default=config, args=["--help"], prog=prog, description=about)  # exits
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):

@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -76,8 +75,9 @@ class SwAVConfig(MethodConfig):
 
 @register("swav", SwAVConfig)
 class SwAV(Method):
+    config: SwAVConfig
     paper = "Caron et al. 2020, arXiv:2006.09882"
-    accumulation: Literal["exact", "refuse"] = "refuse"  # codes need the whole batch at once
+    accumulation = "refuse"  # codes need the whole batch at once
     accumulation_remedy = "method.queue_length enlarges the batch that the codes see"
 
     def __init__(self, config: SwAVConfig, backbone: nn.Module, facts: RunFacts, global_crops: int = 2) -> None:
@@ -86,7 +86,7 @@ class SwAV(Method):
         if length % batch:
             near = f"{length // batch * batch} or {(length // batch + 1) * batch}" if length > batch else str(batch)
             raise ConfigError(f"method.queue_length={length}: not a multiple of train.global_batch_size={batch}; use {near}")
-        self.config: SwAVConfig = config
+        self.config = config
         self.backbone = backbone
         self.projector = mlp(num_features(backbone), config.projector_hidden, config.projection_dim, config.projector_layers)
         self.prototypes = nn.Linear(config.projection_dim, config.num_prototypes, bias=False)

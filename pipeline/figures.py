@@ -153,7 +153,7 @@ def curves(metrics_jsonl: Path, path: Path, *, chance: tuple[float, str] | None 
     Raises:
         ConfigError: there is no point to draw.
     """
-    series = read_metrics(metrics_jsonl)
+    series = {name: points for name, points in read_metrics(metrics_jsonl).items() if _is_curve(name, points[1])}
     if not series:
         raise ConfigError(f"metrics={metrics_jsonl}: holds no points yet; draw the curves after the first steps of training")
     first = [name for name in ("loss", "knn", "lr") if name in series]
@@ -189,6 +189,11 @@ def curves(metrics_jsonl: Path, path: Path, *, chance: tuple[float, str] | None 
                 note(axes, words, (1, chance[0]), ("axes fraction", "data"), (0, 3), ha="right", size=8, color=VERMILLION)
                 axes.margins(y=0.14)
     return path
+
+
+def _is_curve(name: str, values: np.ndarray) -> bool:
+    """Figures of the finished run and the chance level are no curves; bad images are one once there are any."""
+    return not (name.startswith("final/") or name == "loss_chance" or (name == "bad_images" and not values.any()))
 
 
 def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, most: int = 200) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
@@ -41,4 +42,5 @@ def entropy(probabilities: Tensor) -> Tensor:
 
 def embedding_std(z: Tensor) -> Tensor:
     """Collapse meter: mean over dimensions of the std of unit rows `(B, D)`, times sqrt(D). About 1 when spread out, 0 when collapsed."""
-    return z.std(dim=0, unbiased=False).mean() * z.shape[-1] ** 0.5
+    spread: Tensor = z.std(dim=0, unbiased=False).mean()
+    return spread * math.sqrt(z.shape[-1])

@@ -26,10 +26,14 @@ CHUNK_VALUES = 2**20  # float32 values worked on at a time on a CPU: fewer miss 
 class CutBatch(Protocol):
     """What `finish_views` needs of a batch (see `stream.Batch`)."""
 
-    crops: dict[str, Tensor]
-    tables: Mapping[str, np.ndarray]
-    ids: Tensor
-    labels: Tensor
+    @property
+    def crops(self) -> Mapping[str, Tensor]: ...
+    @property
+    def tables(self) -> Mapping[str, np.ndarray]: ...
+    @property
+    def ids(self) -> Tensor: ...
+    @property
+    def labels(self) -> Tensor: ...
 
 
 def finish_views(

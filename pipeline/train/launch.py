@@ -223,6 +223,7 @@ def _train(ready: Prepared, folder: RunFolder, console: Console, state: checkpoi
                 precision=precision,
                 display=display,
                 report=tracker.log,
+                images=len(ready.manifest),
                 online_knn=online_knn(config, knn_data, device) if knn_data else None,
                 stop=stop.is_set,
             )
@@ -231,6 +232,8 @@ def _train(ready: Prepared, folder: RunFolder, console: Console, state: checkpoi
                 if checkpoint.pointed_to(folder.checkpoints) is None:  # a continued run owns its beginning
                     trainer.save()
             keep_listed_bad(folder, trainer.position)
+            if knn_data:
+                trainer.note_bad([*knn_data.bank.bad, *knn_data.queries.bad])
             with display:
                 trainer.run(batches(ready, start))
             if trainer.position.step < resolved.facts.total_steps:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from methods.parts.contract import Method, Progress, StepOutput
 from pipeline.config import Resolved, RunConfig
 from pipeline.ingest.photometric import finish_views
-from pipeline.ingest.stream import Batch
+from pipeline.ingest.stream import BadSlot, Batch
 from pipeline.runs import RunFolder
 from pipeline.train import checkpoint
 from pipeline.train.display import Display
@@ -56,6 +56,7 @@ class Trainer:
     precision: torch.dtype
     display: Display
     report: Report
+    images: int  # of the whole source
     online_knn: Callable[[torch.nn.Module], float] | None = None
     stop: Callable[[], bool] = lambda: False
     position: Position = field(default_factory=Position)
@@ -76,7 +77,7 @@ class Trainer:
             self.measure_knn()
         self.method.train()
         for batch in batches:
-            self.note_bad(batch)
+            self.note_bad(batch.bad)
             outputs.append(self.step(batch))
             step, stopping = self.position.step, self.stop()
             save = step % every == 0 or step == total or stopping
@@ -197,16 +198,16 @@ class Trainer:
             self.saved_step = step
             self.folder.update(step=step, total_steps=self.resolved.facts.total_steps)
 
-    def note_bad(self, batch: Batch) -> None:
+    def note_bad(self, slots: Iterable[BadSlot]) -> None:
         """List images that could not be decoded; stop when there are too many."""
-        new = [slot for slot in batch.bad if slot.id not in self.position.bad]
+        new = [slot for slot in slots if slot.id not in self.position.bad]
         if not new:
             return
         with open(self.folder.bad_images, "a") as file:
             for slot in new:
                 self.position.bad[slot.id] = slot.reason
                 file.write(json.dumps({"id": slot.id, "path": slot.path, "reason": slot.reason}) + "\n")
-        count, images = len(self.position.bad), self.resolved.facts.num_images or 1
+        count, images = len(self.position.bad), self.images
         if count > self.config.data.max_bad_fraction * images:
             raise TrainingStopped(
                 f"{count} of {images} images cannot be decoded, more than data.max_bad_fraction={self.config.data.max_bad_fraction:g} "

@@ -1,0 +1,190 @@
+"""The whole way on one machine: images in, a registered model out, through kills, Ctrl-C and bad files."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from benchmarks import chaos
+from pipeline.ingest.patches import open_patches
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+ROOT = Path(__file__).parent.parent.parent
+TINY = [
+    "--train.global-batch-size=32",
+    "--backbone.width=0.125",
+    "--method.projector-hidden=64",
+    "--method.num-prototypes=16",
+    "--evaluate.knn-every=10",
+]
+
+
+def manyviews(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, str(ROOT / "manyviews.py"), *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders of real patches as PNG and JPEG, two files that are no images, one stray text file."""
+    root = tmp_path_factory.mktemp("images")
+    source = open_patches("patches:per_photo=16")
+    for row in source.read(np.arange(len(source))[: 19 * 16]):
+        name = source.class_names[row.label]
+        (root / name).mkdir(exist_ok=True)
+        image = Image.open(io.BytesIO(row.image))
+        image.resize((40 + row.id % 9, 44)).save(root / name / f"{row.id:05}.{'png' if row.id % 2 else 'jpg'}")
+    (root / "coins" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
+    (root / "coins" / "empty.png").write_bytes(b"")
+    (root / "coins" / "notes.txt").write_text("not an image")
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run `first` on the folder; returns the runs folder."""
+    runs = tmp_path_factory.mktemp("runs")
+    done = manyviews(
+        "pretrain", "swav-small", f"--data.path={folder}", f"--runs-dir={runs}", "--run=first", "--train.steps=30", *TINY,
+        f"--json={runs / 'first.json'}",
+    )  # fmt: skip
+    assert "step 30/30" in done.stdout
+    assert "ln K" in done.stdout
+    return runs
+
+
+def test_a_run_leaves_a_table_pictures_points_and_a_model(finished: Path) -> None:
+    said = json.loads((finished / "first.json").read_text())
+    assert said["status"] == "finished"
+    assert set(said["scores"]) >= {"raw_l2", "raw_cosine", "untrained", "untrained_calibrated", "trained"}
+    assert 1.5 / 19 < said["scores"]["trained"] <= 1, "better than guessing"
+    run = finished / "first"
+    assert {p.name for p in run.glob("figures/*.png")} == {"views.png", "curves.png", "neighbours.png", "scores.png"}
+    losses = [json.loads(line)["metrics"].get("loss") for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len([loss for loss in losses if loss is not None]) >= 3
+
+
+def test_bad_images_are_listed_and_stray_files_skipped(finished: Path) -> None:
+    listed = [json.loads(line) for line in (finished / "first" / "bad_images.jsonl").read_text().splitlines()]
+    assert {Path(row["path"]).name for row in listed} == {"broken.jpg", "empty.png"}
+    assert all(row["reason"] for row in listed)
+
+
+def test_the_registered_model_embeds_bytes_in_a_process_of_its_own(finished: Path, folder: Path, tmp_path: Path) -> None:
+    images = [next(folder.glob(f"coffee/*.{kind}")) for kind in ("png", "jpg")]
+    big = tmp_path / "big.jpg"
+    Image.open(images[0]).convert("RGB").resize((400, 300)).save(big)
+    code = (
+        "import sys, json, pathlib, mlflow, pandas as pd\n"
+        "mlflow.set_tracking_uri(sys.argv[1])\n"
+        "model = mlflow.pyfunc.load_model('models:/swav-small@best')\n"
+        "frame = pd.DataFrame({'image': [pathlib.Path(p).read_bytes() for p in sys.argv[2:]]})\n"
+        "print(json.dumps([list(map(float, row)) for row in model.predict(frame)]))\n"
+    )
+    call = [sys.executable, "-c", code, f"sqlite:///{finished / 'mlflow.db'}", *map(str, [*images, big])]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = np.array(json.loads(done.stdout.splitlines()[-1]))
+    assert rows.shape[0] == 3
+    assert np.isfinite(rows).all()
+    manyviews("embed", "first", f"--runs-dir={finished}", f"--data.path={folder}", f"--to={tmp_path / 'features'}")
+    table = pd.concat(pq.read_table(p).to_pandas() for p in sorted((tmp_path / "features").glob("*.parquet")))
+    ours = table.set_index("path").loc[[str(p) for p in images], "embedding"]
+    np.testing.assert_allclose(np.stack(list(ours)), rows[:2], atol=1e-4)
+    assert len(table) == 19 * 16
+
+
+def test_mlflow_holds_the_curves_and_no_run_is_left_running(finished: Path) -> None:
+    from pipeline.tracking import mlflow_client
+
+    client = mlflow_client(f"sqlite:///{finished / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("manyviews")
+    runs = client.search_runs([experiment.experiment_id])
+    assert [run.info.status for run in runs if run.info.run_name == "first"] == ["FINISHED"]
+    run = next(run for run in runs if run.info.run_name == "first")
+    assert run.data.params["method.num_prototypes"] == "16"
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")][-1] == 30
+    version = client.get_model_version_by_alias("swav-small", "best")
+    assert version.tags["recipe"] == "swav-small"
+
+
+def test_evaluate_by_run_and_by_registered_name_agree_with_the_run(finished: Path, folder: Path, tmp_path: Path) -> None:
+    scores = json.loads((finished / "first" / "evaluation.json").read_text())
+    for reference, extra in (("first", []), ("models:/swav-small@best", [f"--data.path={folder}"])):
+        manyviews("evaluate", reference, f"--runs-dir={finished}", f"--json={tmp_path / 'scores.json'}", *extra)
+        again = json.loads((tmp_path / "scores.json").read_text())
+        assert again["trained"] == pytest.approx(scores["trained"], abs=1e-6)
+        assert again["protocol"] == scores["protocol"]
+
+
+def test_continue_starts_a_new_phase_from_the_full_state_and_a_warm_start_from_weights(finished: Path, folder: Path) -> None:
+    common = [f"--runs-dir={finished}", "--track.no-register"]
+    manyviews("continue", "first", "--run=second", "--train.steps=10", *common)
+    state = json.loads((finished / "second" / "run.json").read_text())
+    assert (state["status"], state["step"]) == ("finished", 10)
+    assert "first_epoch: 4" in (finished / "second" / "config.yaml").read_text()  # 30 steps of 8 or 9 an epoch
+    assert "run=first: it is finished" in manyviews("resume", "first", *common, code=2).stderr
+    manyviews("pretrain", "swav-small", f"--data.path={folder}", "--run=third", "--train.steps=2", "--backbone.init=first", *TINY, *common)
+    other = ["--backbone.init=first", "--backbone.name=resnet34", "--run=fourth"]
+    assert "do not fit" in manyviews("pretrain", "swav-small", f"--data.path={folder}", *TINY, *common, *other, code=2).stderr
+
+
+def test_too_many_bad_images_stop_the_run_with_their_count(folder: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "images"
+    bad.mkdir()
+    for i, path in enumerate(sorted(folder.glob("*/*.jpg"))[:60]):
+        (bad / f"{i:03}.jpg").write_bytes(path.read_bytes()[: 10 if i % 10 == 0 else None])
+    done = manyviews(
+        "pretrain", "swav-small", f"--data.path={bad}", f"--runs-dir={tmp_path}", "--run=bad", "--train.steps=5", *TINY, code=1
+    )  # fmt: skip
+    assert "cannot be decoded, more than data.max_bad_fraction=0.01 allows" in done.stderr
+    assert json.loads((tmp_path / "bad" / "run.json").read_text())["status"] == "failed"
+
+
+def test_ctrl_c_leaves_a_whole_checkpoint_and_resume_finishes(folder: Path, tmp_path: Path) -> None:
+    call = ["pretrain", "swav-small", f"--data.path={folder}", f"--runs-dir={tmp_path}", "--run=stopped", "--train.steps=400", *TINY]
+    call += ["--track.no-register", "--train.checkpoint-every=1000"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "manyviews.py"), *call],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    points = tmp_path / "stopped" / "metrics.jsonl"
+    while process.poll() is None and (not points.exists() or '"loss"' not in points.read_text()):
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, said
+    assert "manyviews resume stopped" in said
+    assert "Traceback" not in said
+    step = json.loads((tmp_path / "stopped" / "checkpoints" / "last.json").read_text())["step"]
+    assert 10 <= step < 400
+    listed = manyviews("runs", f"--runs-dir={tmp_path}").stdout
+    assert "interrupted" in listed
+    text = (tmp_path / "stopped" / "config.yaml").read_text()
+    (tmp_path / "stopped" / "config.yaml").write_text(text.replace("steps: 400", f"steps: {step + 5}"))
+    assert f"from step {step}" in manyviews("resume", "stopped", f"--runs-dir={tmp_path}").stdout
+
+
+def test_a_killed_run_ends_in_the_state_of_an_undisturbed_one(tmp_path: Path) -> None:
+    """Two kills here; `make chaos` does ten."""
+    got, steps = chaos.disturbed(tmp_path, kills=2, seed=1)
+    assert len(steps) == 2
+    assert got == chaos.undisturbed(tmp_path)
