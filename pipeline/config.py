@@ -30,7 +30,7 @@ class DataConfig:
     path: str = "patches"  # folder, Parquet file or folder, or the built-in "patches[:pixels=32,per_photo=320,seed=0]"
     image_column: str = "image"  # Parquet: the column of encoded bytes
     label_column: str = "label"  # Parquet: the column of labels; absent is fine
-    held_out: float = 0.1  # fraction of the training images kept away from training for the online kNN
+    held_out: float = 0.1  # fraction of labelled images kept from training for the online kNN, at most 5,000; 0 without labels
     max_bad_fraction: float = 0.01  # stop when a larger fraction of the images cannot be decoded
     mean: Triple = (0.485, 0.456, 0.406)  # normalisation, in [0, 1]
     std: Triple = (0.229, 0.224, 0.225)

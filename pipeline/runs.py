@@ -1,6 +1,6 @@
 """The run folder: where everything about one run lies, and what state it is in.
 
-    RUNS/NAME/config.yaml  run.json  metrics.jsonl  bad_images.jsonl  checkpoints/  figures/  model/  evaluation.json
+RUNS/NAME/config.yaml  run.json  metrics.jsonl  bad_images.jsonl  checkpoints/  figures/  model/  evaluation.json
 """
 
 from __future__ import annotations

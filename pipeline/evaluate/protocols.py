@@ -180,4 +180,3 @@ def final_data(config: RunConfig, manifest: Manifest) -> KNNData | None:
     if data is not None and bool((data.queries.labels < 0).all()):
         raise ConfigError(f"evaluate.path={path}: none of its classes occur in the training images; give the matching test split")
     return data
-

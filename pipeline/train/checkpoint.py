@@ -1,7 +1,7 @@
 """Our own checkpoints: whole or absent, whatever kills the process.
 
-    checkpoints/step-00000300/state.pt    tensors and plain values only
-    checkpoints/last.json, best.json      {"folder": "step-00000300", "step": 300, ...}, replaced after the folder is whole
+checkpoints/step-00000300/state.pt    tensors and plain values only
+checkpoints/last.json, best.json      {"folder": "step-00000300", "step": 300, ...}, replaced after the folder is whole
 """
 
 from __future__ import annotations

@@ -167,15 +167,20 @@ def test_errors_name_the_remedy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fraction, count", [(0, 0), (0.001, 1), (0.1, 2), (0.999, 22)])
 def test_held_out(tmp_path: Path, fraction: float, count: int) -> None:
-    write(tmp_path / "a.parquet", 23)
+    write(tmp_path / "a.parquet", 23, label=list(range(23)))
     manifest = open_path(tmp_path)
     held_out, training = manifest.held_out_ids(fraction), manifest.training_ids(fraction)
     assert len(held_out) == count and sorted([*held_out, *training]) == list(range(23))
     assert (held_out == open_path(tmp_path).held_out_ids(fraction)).all() and (np.diff(held_out) > 0).all()
 
 
+def test_nothing_is_held_out_without_labels(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", 23)
+    assert open_path(tmp_path).training_ids(0.5).tolist() == list(range(23))
+
+
 def test_one_image_is_never_held_out(tmp_path: Path) -> None:
-    write(tmp_path / "a.parquet", 1)
+    write(tmp_path / "a.parquet", 1, label=[0])
     assert open_path(tmp_path).training_ids(0.5).tolist() == [0]
 
 
