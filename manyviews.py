@@ -235,9 +235,9 @@ def runs(options: Any, settings: list[str]) -> int:
 
 
 def sync(options: Any, settings: list[str]) -> int:
-    from pipeline.train import launch
+    from pipeline.train import finish
 
-    sent, model = launch.sync(options.run, runs_dir=options.runs_dir)
+    sent, model = finish.sync(options.run, runs_dir=options.runs_dir)
     print(f"{sent} points sent to MLflow" + (f"; registered as {model.uri}" if model else ""))
     _write_json(options, {"run": options.run, "sent": sent, "registered": model.uri if model else None})
     return 0

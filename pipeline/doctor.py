@@ -249,7 +249,7 @@ def _estimate(config: RunConfig, manifest: Any, decode_s: float, budget_s: float
 
     from methods.parts.contract import Progress
     from pipeline.config import resolve
-    from pipeline.train.launch import build_method, choose_device
+    from pipeline.train.prepare import build_method, choose_device
 
     facts = resolve(config, len(manifest.training_ids(config.data.held_out))).facts
     device, precision = choose_device(config)

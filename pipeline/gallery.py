@@ -23,7 +23,7 @@ from pipeline.ingest.stream import Batch, evaluation_images
 from pipeline.runs import RunFolder
 
 if TYPE_CHECKING:
-    from pipeline.train.launch import Prepared
+    from pipeline.train.prepare import Prepared
 
 
 def views_sheet(config: RunConfig, manifest: Manifest, path: Path, *, images: int = 6) -> Path:

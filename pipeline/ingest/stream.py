@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import queue
 import threading
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -21,8 +21,7 @@ from pipeline.ingest.ray_data import run
 from pipeline.ingest.ray_data import start_ray as start_ray  # callers of the stream find it here
 from pipeline.ingest.sources import Manifest, Row
 
-ITEMS_PER_PASS = 256  # tasks of one Ray Data execution; starting one costs 0.1 to 0.5 s
-BATCHES_AHEAD = 2  # finished batches that wait for the trainer
+PASS_BYTES = 128 * 2**20  # views of one Ray Data execution, or one group of windows if that is more; starting one costs 0.1 to 0.5 s
 EVALUATION_BYTES = 16 * 2**20  # pixels one evaluation task returns
 
 
@@ -94,50 +93,62 @@ def training_batches(
     workers = tasks or max(1, int(ray.cluster_resources().get("CPU", 1)))
     pixels = sum(g.count * (3 * g.size * g.size + 4 * len(COLUMNS)) for g in views.values())
     block = plan.chunks_per_window * plan.chunk * (pixels + 64)
+    per_pass = items.lanes * max(1, PASS_BYTES // (items.lanes * block))
 
-    def blocks() -> Iterator[dict[str, np.ndarray]]:
-        per_pass = max(1, ITEMS_PER_PASS // items.lanes) * items.lanes
+    def passes() -> Iterator[Iterator[dict[str, np.ndarray]]]:
         for first in range(items.first, items.last, per_pass):
-            # room for the next group and what is being cut; the current group has left Ray Data by then
-            yield from run(cut, first, min(first + per_pass, items.last), workers, (items.lanes + 2 * workers) * block)
+            yield run(cut, first, min(first + per_pass, items.last), workers, 2 * per_pass * block)
 
-    return _ahead(batches_of(blocks(), manifest, plan, views, items), BATCHES_AHEAD)
+    # the next pass begins when the trainer has begun the last group of this one
+    return batches_of(_ahead(passes(), waiting=items.lanes - 1), manifest, plan, views, items)
 
 
-def _ahead(batches: Generator[Batch], depth: int) -> Iterator[Batch]:
-    """Iterate in a thread, `depth` batches ahead: also the start of the next Ray Data execution is hidden."""
-    ready: queue.Queue[Any] = queue.Queue(depth)
-    stop = threading.Event()
+def _ahead(passes: Iterator[Iterator[Any]], waiting: int) -> Generator[Any]:
+    """What successive Ray Data executions yield, fetched in a thread; the next one starts when `waiting` or fewer blocks wait.
 
-    def put(value: Any) -> bool:
-        while not stop.is_set():
-            try:
-                ready.put(value, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
+    Each execution is drained as fast as it delivers. One whose output waits for its consumer would spin on a whole core
+    (seen with Ray 2.60), in the trainer's process and under its interpreter lock: that cost a factor of five.
+    """
+    blocks: deque[Any] = deque()
+    change = threading.Condition()
+    stopped = False
+
+    def put(value: Any) -> None:
+        with change:
+            blocks.append(value)
+            change.notify_all()
 
     def work() -> None:
         try:
-            for batch in batches:
-                if not put(batch):
-                    return
+            for execution in passes:
+                for block in execution:
+                    put(block)
+                    if stopped:
+                        return
+                with change:
+                    change.wait_for(lambda: stopped or len(blocks) <= waiting)
             put(None)
         except BaseException as error:  # raised again in the trainer
             put(error)
-        finally:
-            batches.close()  # ends the Ray Data execution
 
     thread = threading.Thread(target=work, name="manyviews-stream", daemon=True)
     thread.start()
     try:
-        while (value := ready.get()) is not None:
+        while True:
+            with change:
+                change.wait_for(lambda: bool(blocks))
+                value = blocks.popleft()
+                change.notify_all()
+            if value is None:
+                return
             if isinstance(value, BaseException):
                 raise value
             yield value
     finally:
-        stop.set()
+        with change:
+            stopped = True
+            blocks.clear()
+            change.notify_all()
         thread.join(timeout=30)
 
 

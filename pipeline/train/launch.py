@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
 import threading
 import time
@@ -15,24 +14,22 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
 
-from methods.parts.backbones import build_backbone
-from methods.parts.contract import Method, RunFacts, find
+from methods.parts.contract import find
 from methods.parts.errors import ConfigError
-from pipeline import registry, tracking
-from pipeline.config import Resolved, RunConfig, absolute, flatten, from_yaml, resolve, to_yaml
-from pipeline.evaluate.protocols import KNNData, Scores, final_scores, online_knn
-from pipeline.ingest.plan import Plan
-from pipeline.ingest.sources import Manifest, open_source
+from pipeline import registry
+from pipeline.config import RunConfig, flatten, from_yaml, to_yaml
+from pipeline.evaluate.protocols import KNNData, Scores, online_knn
 from pipeline.ingest.stream import Batch, start_ray, training_batches
-from pipeline.runs import RunFolder, create_run, find_run, write_atomic, write_json
-from pipeline.tracking import EndStatus, Tracker, default_uri
+from pipeline.runs import RunFolder, create_run, find_run, write_atomic
+from pipeline.tracking import EndStatus, Tracker
 from pipeline.train import checkpoint
 from pipeline.train.display import Display
+from pipeline.train.finish import finish, tracking_uri
 from pipeline.train.guards import TrainingStopped
 from pipeline.train.loop import Position, Trainer
 from pipeline.train.optim import build_optimizer
+from pipeline.train.prepare import Prepared, choose_device, prepare, set_threads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,66 +55,6 @@ class Outcome:
         scores = self.scores.to_dict() if self.scores else None
         model = {"uri": self.model.uri, "version": self.model.version} if self.model else None
         return self.folder.state() | {"folder": str(self.folder.path), "message": self.message, "scores": scores, "registered": model}
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """Everything checked before cluster time is spent: the data is open, the numbers resolved, the method built."""
-
-    config: RunConfig
-    manifest: Manifest
-    plan: Plan
-    resolved: Resolved
-    method: Method
-
-
-def prepare(config: RunConfig) -> Prepared:
-    """Open the data, resolve the numbers and build the method.
-
-    Raises:
-        ConfigError: anything that cannot work.
-    """
-    config = with_absolute_paths(config)
-    manifest = open_source(config.data)
-    if config.evaluate.path is not None:
-        open_source(dataclasses.replace(config.data, path=config.evaluate.path))
-    ids = manifest.training_ids(config.data.held_out)
-    resolved = resolve(config, len(ids))
-    plan = Plan(
-        spans=manifest.spans,
-        ids=ids,
-        seed=config.train.seed,
-        global_batch=config.train.global_batch_size,
-        lanes=config.data.lanes,
-        window=resolved.window,
-    )
-    return Prepared(config, manifest, plan, resolved, build_method(config, resolved.facts))
-
-
-def build_method(config: RunConfig, facts: RunFacts) -> Method:
-    """The method with its freshly initialised backbone; the same seed gives the same weights."""
-    entry = find(config.method)
-    if config.train.accumulation_steps > 1 and entry.method.accumulation == "refuse":
-        raise ConfigError(
-            f"train.accumulation_steps={config.train.accumulation_steps}: {entry.name} needs the whole batch at once; "
-            f"use 1 ({entry.method.accumulation_remedy})"
-        )
-    torch.manual_seed(config.train.seed)
-    backbone = build_backbone(config.backbone)
-    method: Method = entry.method(config.method, backbone, facts)  # type: ignore[call-arg]
-    return method.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
-
-
-def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """Workers do not share the driver's folder."""
-    data = dataclasses.replace(config.data, path=_absolute_source(config.data.path))
-    path = config.evaluate.path
-    evaluate = dataclasses.replace(config.evaluate, path=path and _absolute_source(path))
-    return dataclasses.replace(config, data=data, evaluate=evaluate)
-
-
-def _absolute_source(path: str) -> str:
-    return path if path.split(":")[0] == "patches" else absolute(path)
 
 
 # ---------------------------------------------------------------------------- the three ways to begin
@@ -240,7 +177,8 @@ def _train(ready: Prepared, folder: RunFolder, console: Console, state: checkpoi
                 outcome = Outcome(folder, "interrupted", f"stopped at step {trainer.position.step}; its checkpoint is whole")
                 return outcome
             folder.update(state_sha256=checkpoint.state_hash(trainer.state()))
-        outcome = finish(ready, folder, trainer, tracker, console, device)
+        scores, model = finish(ready, folder, trainer, tracker, console, device)
+        outcome = Outcome(folder, "finished", scores=scores, model=model)
         return outcome
     except (TrainingStopped, checkpoint.DiskFull) as error:
         outcome = Outcome(folder, "failed", str(error))
@@ -270,99 +208,7 @@ def batches(ready: Prepared, start: int) -> Iterator[Batch]:
     )
 
 
-def finish(ready: Prepared, folder: RunFolder, trainer: Trainer, tracker: Tracker, console: Console, device: torch.device) -> Outcome:
-    """Final evaluation, pictures, export and registration of a complete run."""
-    from pipeline.gallery import run_figures
-
-    config = ready.config
-    console.print("evaluating ...", highlight=False)
-    backbone = trainer.method.evaluation_backbone()
-    scores = final_scores(config, ready.manifest, backbone, untrained(config, ready.resolved), device)
-    write_json(folder.path / "evaluation.json", scores.to_dict())
-    for picture in run_figures(ready, folder, backbone, scores, device):
-        tracker.artifact(picture)
-    tracker.log(trainer.position.step, scores.metrics())
-    facts = {
-        "method": find(config.method).name,
-        "recipe": config.recipe,
-        "run": folder.name,
-        "data_fingerprint": ready.manifest.fingerprint,
-        "steps": trainer.position.step,
-        "knn_held_out": trainer.last_knn,
-    } | scores.tags()
-    registry.export(
-        backbone, config.backbone, folder.model, size=config.evaluation_size, mean=config.data.mean, std=config.data.std, facts=facts
-    )
-    model = None
-    if config.track.register:
-        console.print("registering ...", highlight=False)
-        try:
-            model = publish(folder, tracker.run_id(timeout=60.0))
-        except ConfigError as error:  # the weights are safe; a server that is down must not fail the run
-            console.print(f"not registered: {error}; later: manyviews sync {folder.name}", highlight=False, soft_wrap=True)
-    return Outcome(folder, "finished", scores=scores, model=model)
-
-
-def publish(folder: RunFolder, run_id: str | None) -> registry.Registered:
-    """Register a finished run's export; alias `best` if its held-out kNN is the highest of its name.
-
-    Raises:
-        ConfigError: the registry does not answer, or does not take the name.
-    """
-    config = from_yaml(folder.config_text())
-    _, spec = registry.read_export(folder.model)
-    model = registry.register(
-        folder.model,
-        name=config.track.model_name or config.recipe or find(config.method).name,
-        uri=tracking_uri(config, folder),
-        run_id=run_id,
-        tags={key: str(value) for key, value in spec.facts.items() if value is not None},
-        held_out_knn=spec.facts.get("knn_held_out"),
-        experiment=config.track.experiment,
-    )
-    folder.update(model=model.uri, model_version=model.version)
-    return model
-
-
-def sync(reference: str, *, runs_dir: Path) -> tuple[int, registry.Registered | None]:
-    """Send a run's points that MLflow does not have, and register its backbone if that is still due."""
-    folder = find_run(reference, runs_dir)
-    sent = tracking.sync(folder.path)
-    facts = folder.state()
-    due = facts.get("status") == "finished" and "model" not in facts and from_yaml(folder.config_text()).track.register
-    return sent, publish(folder, json.loads((folder.path / "tracking.json").read_text())["run_id"]) if due else None
-
-
-def tracking_uri(config: RunConfig, folder: RunFolder) -> str:
-    """The tracking server of a run, and its registry."""
-    return config.track.uri or default_uri(folder.path.parent)
-
-
-def untrained(config: RunConfig, resolved: Resolved) -> nn.Module:
-    """The backbone as it was before the first step, had it started from random weights."""
-    return build_method(config, resolved.facts).evaluation_backbone()
-
-
 # ---------------------------------------------------------------------------- surroundings
-
-
-def choose_device(config: RunConfig) -> tuple[torch.device, torch.dtype]:
-    """The device and the type of autocast. `auto` takes bf16 where the hardware multiplies it natively."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if config.train.precision == "float32":
-        return device, torch.float32
-    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
-    return device, torch.bfloat16 if config.train.precision == "bf16" or native else torch.float32
-
-
-def set_threads(config: RunConfig, state: checkpoint.State | None) -> None:
-    """Pin the thread count; in deterministic mode a resumed run must have the same one, because sums depend on it."""
-    wanted = config.train.threads or max(1, len(os.sched_getaffinity(0)) - 1)
-    if config.train.deterministic:
-        if state and state["threads"] != wanted:
-            raise ConfigError(f"train.threads={wanted}: the run began with {state['threads']} and is deterministic; give it as many cores")
-        torch.use_deterministic_algorithms(True)
-    torch.set_num_threads(wanted)
 
 
 @contextmanager

@@ -1,0 +1,101 @@
+"""Everything that is checked before time is spent: data open, numbers resolved, method built, device chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import torch
+from torch import nn
+
+from methods.parts.backbones import build_backbone
+from methods.parts.contract import Method, RunFacts, find
+from methods.parts.errors import ConfigError
+from pipeline.config import Resolved, RunConfig, absolute, resolve
+from pipeline.ingest.plan import Plan
+from pipeline.ingest.sources import Manifest, open_source
+from pipeline.train import checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Everything checked before cluster time is spent: the data is open, the numbers resolved, the method built."""
+
+    config: RunConfig
+    manifest: Manifest
+    plan: Plan
+    resolved: Resolved
+    method: Method
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Open the data, resolve the numbers and build the method.
+
+    Raises:
+        ConfigError: anything that cannot work.
+    """
+    config = with_absolute_paths(config)
+    manifest = open_source(config.data)
+    if config.evaluate.path is not None:
+        open_source(dataclasses.replace(config.data, path=config.evaluate.path))
+    ids = manifest.training_ids(config.data.held_out)
+    resolved = resolve(config, len(ids))
+    plan = Plan(
+        spans=manifest.spans,
+        ids=ids,
+        seed=config.train.seed,
+        global_batch=config.train.global_batch_size,
+        lanes=config.data.lanes,
+        window=resolved.window,
+    )
+    return Prepared(config, manifest, plan, resolved, build_method(config, resolved.facts))
+
+
+def build_method(config: RunConfig, facts: RunFacts) -> Method:
+    """The method with its freshly initialised backbone; the same seed gives the same weights."""
+    entry = find(config.method)
+    if config.train.accumulation_steps > 1 and entry.method.accumulation == "refuse":
+        raise ConfigError(
+            f"train.accumulation_steps={config.train.accumulation_steps}: {entry.name} needs the whole batch at once; "
+            f"use 1 ({entry.method.accumulation_remedy})"
+        )
+    torch.manual_seed(config.train.seed)
+    backbone = build_backbone(config.backbone)
+    method: Method = entry.method(config.method, backbone, facts)  # type: ignore[call-arg]
+    return method.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Workers do not share the driver's folder."""
+    data = dataclasses.replace(config.data, path=_absolute_source(config.data.path))
+    path = config.evaluate.path
+    evaluate = dataclasses.replace(config.evaluate, path=path and _absolute_source(path))
+    return dataclasses.replace(config, data=data, evaluate=evaluate)
+
+
+def _absolute_source(path: str) -> str:
+    return path if path.split(":")[0] == "patches" else absolute(path)
+
+
+def untrained(config: RunConfig, resolved: Resolved) -> nn.Module:
+    """The backbone as it was before the first step, had it started from random weights."""
+    return build_method(config, resolved.facts).evaluation_backbone()
+
+
+def choose_device(config: RunConfig) -> tuple[torch.device, torch.dtype]:
+    """The device and the type of autocast. `auto` takes bf16 where the hardware multiplies it natively."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.train.precision == "float32":
+        return device, torch.float32
+    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+    return device, torch.bfloat16 if config.train.precision == "bf16" or native else torch.float32
+
+
+def set_threads(config: RunConfig, state: checkpoint.State | None) -> None:
+    """Pin the thread count; in deterministic mode a resumed run must have the same one, because sums depend on it."""
+    wanted = config.train.threads or max(1, len(os.sched_getaffinity(0)) - 1)
+    if config.train.deterministic:
+        if state and state["threads"] != wanted:
+            raise ConfigError(f"train.threads={wanted}: the run began with {state['threads']} and is deterministic; give it as many cores")
+        torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(wanted)
