@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 90
+STEPS = 200
 # eleven steps make an epoch, a checkpoint is written every other step: kills fall inside epochs and into writes
 RUN = [
     "pretrain",
@@ -23,7 +23,11 @@ RUN = [
     f"--train.steps={STEPS}",
     "--train.global-batch-size=64",
     "--train.checkpoint-every=2",
-    "--evaluate.knn-every=20",
+    "--evaluate.knn-every=50",
+    "--backbone.width=0.125",
+    "--backbone.stem-stride=4",
+    "--method.projector-hidden=64",
+    "--method.num-prototypes=32",
     "--method.queue-length=128",
     "--method.queue-start-epoch=1",
     "--method.freeze-prototypes-epochs=1",

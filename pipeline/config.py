@@ -108,7 +108,8 @@ class EvaluateConfig:
     knn_every: int | None = None  # steps between online kNN figures; None = about ten in a run
     knn_k: int = 20
     knn_temperature: float = 0.07
-    knn_bank: int = 10_000  # at most this many labelled training images vote
+    knn_bank: int = 10_000  # at most this many labelled training images vote in the final kNN
+    online_bank: int = 4_000  # and in the online kNN
     knn_queries: int = 2_000  # at most this many held-out images are asked
     test_images: int = 10_000  # at most this many images of the test split are asked
     size: int | None = None  # side of an evaluated image, pixels; None = that of the largest crop
@@ -118,6 +119,7 @@ class EvaluateConfig:
         require(self.knn_temperature > 0, "evaluate.knn_temperature", self.knn_temperature, "use a positive number")
         require(self.knn_every is None or self.knn_every >= 1, "evaluate.knn_every", self.knn_every, "use 1 or more, or leave it out")
         require(self.knn_bank >= 1, "evaluate.knn_bank", self.knn_bank, "use 1 or more images")
+        require(self.online_bank >= 1, "evaluate.online_bank", self.online_bank, "use 1 or more images")
         require(self.test_images >= 1, "evaluate.test_images", self.test_images, "use 1 or more images")
         require(self.knn_queries >= 1, "evaluate.knn_queries", self.knn_queries, "use 1 or more images")
 

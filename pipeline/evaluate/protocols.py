@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from methods.parts.errors import ConfigError
-from pipeline.config import EvaluateConfig, RunConfig
-from pipeline.evaluate.features import calibrate_batchnorm, extract, raw_pixels
+from pipeline.config import RunConfig
+from pipeline.evaluate.features import Precision, calibrate_batchnorm, extract, raw_pixels
 from pipeline.evaluate.knn import centred, knn_accuracy
 from pipeline.ingest.sources import Manifest, open_source
 from pipeline.ingest.stream import EvaluationImages, evaluation_images
@@ -33,28 +33,35 @@ class KNNData:
     split: str  # "held-out" or "test"
 
     @classmethod
-    def load(cls, config: RunConfig, manifest: Manifest) -> KNNData | None:
+    def load(cls, config: RunConfig, manifest: Manifest, most_bank: int) -> KNNData | None:
         """Training images against held-out ones; None when there are no labels of two classes or nothing is held out."""
         fraction = config.data.held_out
-        return cls.between(manifest, manifest.training_ids(fraction), manifest, manifest.held_out_ids(fraction), "held-out", config)
+        asked = manifest.held_out_ids(fraction)
+        return cls.between(
+            config, manifest, manifest.training_ids(fraction), most_bank, manifest, asked, config.evaluate.knn_queries, "held-out"
+        )
 
     @classmethod
-    def between(cls, bank: Manifest, bank_ids: Any, asked: Manifest, asked_ids: Any, split: str, config: RunConfig) -> KNNData | None:
-        most_bank, most_asked = capped(config.evaluate, config.evaluation_size, split)
-        bank_ids, asked_ids = labelled(bank, bank_ids, most_bank), labelled(asked, asked_ids, most_asked)
+    def between(
+        cls,
+        config: RunConfig,
+        bank: Manifest,
+        bank_ids: np.ndarray,
+        most_bank: int,
+        asked: Manifest,
+        asked_ids: np.ndarray,
+        most_asked: int,
+        split: str,
+    ) -> KNNData | None:
+        """At most so many labelled images of each, fewer where they would not fit into `MEMORY_LIMIT`."""
+        share = min(1.0, MEMORY_LIMIT / ((most_bank + most_asked) * config.evaluation_size**2 * 3))
+        bank_ids, asked_ids = labelled(bank, bank_ids, int(most_bank * share)), labelled(asked, asked_ids, int(most_asked * share))
         if not len(asked_ids) or len(np.unique(bank.labels[bank_ids])) < 2:
             return None
         size = config.evaluation_size
         queries = evaluation_images(asked, asked_ids, size)
         queries = dataclasses.replace(queries, labels=same_classes(asked, bank, queries.labels))
         return cls(evaluation_images(bank, bank_ids, size), queries, split)
-
-
-def capped(settings: EvaluateConfig, size: int, split: str) -> tuple[int, int]:
-    """How many images may vote and be asked, within the settings and the memory."""
-    bank, asked = settings.knn_bank, settings.knn_queries if split == "held-out" else settings.test_images
-    share = min(1.0, MEMORY_LIMIT / ((bank + asked) * size * size * 3))
-    return max(1, int(bank * share)), max(1, int(asked * share))
 
 
 def labelled(manifest: Manifest, ids: np.ndarray, most: int) -> np.ndarray:
@@ -72,13 +79,15 @@ def same_classes(source: Manifest, target: Manifest, labels: Tensor) -> Tensor:
     return table[labels]  # an unknown label, -1, takes the last entry
 
 
-def online_knn(config: RunConfig, data: KNNData, device: torch.device) -> Callable[[nn.Module], float]:
-    """A function from a backbone to its top-1 on held-out images."""
+def online_knn(config: RunConfig, data: KNNData, device: torch.device, dtype: torch.dtype) -> Callable[[nn.Module], float]:
+    """A function from a backbone to its top-1 on held-out images; features in the precision of training."""
     settings = config.evaluate
+    precision: Precision = "bf16" if dtype is torch.bfloat16 else "float32"
 
     def measure(backbone: nn.Module) -> float:
         bank, queries = (
-            extract(backbone, part.images, mean=config.data.mean, std=config.data.std, device=device) for part in (data.bank, data.queries)
+            extract(backbone, part.images, mean=config.data.mean, std=config.data.std, device=device, precision=precision)
+            for part in (data.bank, data.queries)
         )
         return knn_accuracy(bank, data.bank.labels, queries, data.queries.labels, settings.knn_k, settings.knn_temperature)
 
@@ -174,9 +183,10 @@ def final_data(config: RunConfig, manifest: Manifest) -> KNNData | None:
     bank_ids = manifest.training_ids(config.data.held_out)
     path = config.evaluate.path or manifest.test_path
     if path is None:
-        return KNNData.load(config, manifest)
+        return KNNData.load(config, manifest, config.evaluate.knn_bank)
     test = open_source(dataclasses.replace(config.data, path=path))
-    data = KNNData.between(manifest, bank_ids, test, np.arange(len(test)), "test", config)
+    settings = config.evaluate
+    data = KNNData.between(config, manifest, bank_ids, settings.knn_bank, test, np.arange(len(test)), settings.test_images, "test")
     if data is not None and bool((data.queries.labels < 0).all()):
         raise ConfigError(f"evaluate.path={path}: none of its classes occur in the training images; give the matching test split")
     return data

@@ -7,7 +7,7 @@ from dataclasses import replace
 from methods.parts.backbones import BackboneConfig
 from methods.parts.views import CropGroup
 from methods.swav import SwAV, SwAVConfig
-from pipeline.config import DataConfig, OptimConfig, RunConfig, TrainConfig
+from pipeline.config import DataConfig, EvaluateConfig, OptimConfig, RunConfig, TrainConfig
 from pipeline.recipes import recipe
 
 # the original code's 0.228 for red, instead of the usual 0.229
@@ -110,4 +110,5 @@ def small() -> RunConfig:
         views=views,
         method=SwAVConfig(num_prototypes=64, epsilon=0.03, projector_hidden=256, freeze_prototypes_epochs=1.0),
         train=TrainConfig(global_batch_size=128, steps=300),
+        evaluate=EvaluateConfig(knn_every=60),
     )

@@ -140,9 +140,9 @@ def _train(ready: Prepared, folder: RunFolder, console: Console, state: checkpoi
     introduce(ready, folder, console, device, precision, start)
     outcome = Outcome(folder, "failed", "ended unexpectedly")
     try:
+        start_ray()  # first: it installs a SIGTERM handler of its own
         with interruptible() as stop:
-            start_ray()
-            knn_data = KNNData.load(ready.config, ready.manifest)
+            knn_data = KNNData.load(config, ready.manifest, config.evaluate.online_bank)
             display = Display(
                 console,
                 total_steps=resolved.facts.total_steps,
@@ -161,7 +161,7 @@ def _train(ready: Prepared, folder: RunFolder, console: Console, state: checkpoi
                 display=display,
                 report=tracker.log,
                 images=len(ready.manifest),
-                online_knn=online_knn(config, knn_data, device) if knn_data else None,
+                online_knn=online_knn(config, knn_data, device, precision) if knn_data else None,
                 stop=stop.is_set,
             )
             if state is not None:

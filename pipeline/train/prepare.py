@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from methods.parts.errors import ConfigError
 from pipeline.config import Resolved, RunConfig, absolute, resolve
 from pipeline.ingest.plan import Plan
 from pipeline.ingest.sources import Manifest, open_source
+from pipeline.machine import available_cores
 from pipeline.train import checkpoint
 
 
@@ -93,7 +93,7 @@ def choose_device(config: RunConfig) -> tuple[torch.device, torch.dtype]:
 
 def set_threads(config: RunConfig, state: checkpoint.State | None) -> None:
     """Pin the thread count; in deterministic mode a resumed run must have the same one, because sums depend on it."""
-    wanted = config.train.threads or max(1, len(os.sched_getaffinity(0)) - 1)
+    wanted = config.train.threads or max(1, int(available_cores()) - 1)
     if config.train.deterministic:
         if state and state["threads"] != wanted:
             raise ConfigError(f"train.threads={wanted}: the run began with {state['threads']} and is deterministic; give it as many cores")
