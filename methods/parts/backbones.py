@@ -16,7 +16,7 @@ class BackboneConfig:
     """A timm backbone without its classifier. `timm.list_models()` has the names."""
 
     name: str = "resnet50"
-    stem_stride: Literal[1, 2, 4] = 4  # ResNets: 4 = ImageNet stem; 2 = first conv at full resolution; 1 = no max-pool either
+    stem_stride: Literal[1, 2, 4] = 4  # ResNets: 4 = ImageNet stem; 2 = 3x3 stem without max-pool; 1 = the same with stride 1
     width: float = 1.0  # ResNets: multiplies every stage's channels; other than 1 uses a stem of three 3x3 convs
     depth: tuple[int, ...] | None = None  # ResNets: blocks per stage; None = the model's own
     drop_path: float = 0.0  # stochastic depth rate
@@ -32,8 +32,8 @@ class BackboneConfig:
 def build_backbone(config: BackboneConfig) -> nn.Module:
     """An untrained backbone `(B, 3, H, W) -> (B, num_features)`.
 
-    A stem stride below 4 keeps small images large: the first convolution is 3x3 (or the first of three 3x3) with
-    stride 1, and at stride 1 the max-pool is an identity.
+    A stem stride of 1 or 2 keeps small images large: the first convolution is 3x3 (or the first of three 3x3) with that
+    stride, and the max-pool is an identity.
 
     Raises:
         ConfigError: an unknown name, or a setting that this architecture does not have.
@@ -69,12 +69,11 @@ def _small_stem(backbone: nn.Module, config: BackboneConfig) -> None:
     if isinstance(conv, nn.Sequential):
         first = conv[0]
         assert isinstance(first, nn.Conv2d)
-        first.stride = (1, 1)
+        first.stride = (config.stem_stride, config.stem_stride)
     else:
-        backbone.conv1 = nn.Conv2d(3, conv.out_channels, 3, stride=1, padding=1, bias=False)
+        backbone.conv1 = nn.Conv2d(3, conv.out_channels, 3, stride=config.stem_stride, padding=1, bias=False)
         nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
-    if config.stem_stride == 1:
-        backbone.maxpool = nn.Identity()
+    backbone.maxpool = nn.Identity()
 
 
 def num_features(backbone: nn.Module) -> int:

@@ -94,7 +94,7 @@ def cifar10_small() -> RunConfig:
         backbone=BackboneConfig(name="resnet18", stem_stride=2, width=0.25),
         method=SwAVConfig(num_prototypes=128, epsilon=0.03, projector_hidden=256, freeze_prototypes_epochs=0.5),
         optim=OptimConfig(name="adamw", base_lr=4e-3, warmup_epochs=0.5, weight_decay=1e-4),
-        train=TrainConfig(global_batch_size=128, steps=1000),
+        train=TrainConfig(global_batch_size=128, steps=800),
     )
 
 
@@ -109,6 +109,6 @@ def small() -> RunConfig:
         data=DataConfig(path="patches"),
         views=views,
         method=SwAVConfig(num_prototypes=64, epsilon=0.03, projector_hidden=256, freeze_prototypes_epochs=1.0),
-        train=TrainConfig(global_batch_size=128, steps=300),
-        evaluate=EvaluateConfig(knn_every=60),
+        train=TrainConfig(global_batch_size=128, steps=200),
+        evaluate=EvaluateConfig(knn_every=50),
     )

@@ -138,7 +138,7 @@ def test_continue_starts_a_new_phase_from_the_full_state_and_a_warm_start_from_w
     state = json.loads((finished / "second" / "run.json").read_text())
     assert (state["status"], state["step"]) == ("finished", 10)
     assert "first_epoch: 4" in (finished / "second" / "config.yaml").read_text()  # 30 steps of 8 or 9 an epoch
-    assert "run=first: it is finished" in manyviews("resume", "first", *common, code=2).stderr
+    assert "run=first: it is finished" in manyviews("resume", "first", f"--runs-dir={finished}", code=2).stderr
     manyviews("pretrain", "swav-small", f"--data.path={folder}", "--run=third", "--train.steps=2", "--backbone.init=first", *TINY, *common)
     other = ["--backbone.init=first", "--backbone.name=resnet34", "--run=fourth"]
     assert "do not fit" in manyviews("pretrain", "swav-small", f"--data.path={folder}", *TINY, *common, *other, code=2).stderr
