@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # a network small enough that the stream, not training, sets the pace
 SMALL = [
     "--backbone.width=0.125",
-    "--backbone.stem-stride=4",
+    "--backbone.stem=imagenet",
     "--method.projector-hidden=64",
     "--method.num-prototypes=32",
     "--track.no-register",

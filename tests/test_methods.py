@@ -25,7 +25,7 @@ def built(recipe: str) -> tuple[Method, Views]:
     config = load_recipe(recipe)
     torch.manual_seed(0)
     facts = RunFacts(global_batch_size=BATCH, steps_per_epoch=4, total_steps=400)
-    backbone = build_backbone(BackboneConfig(name="resnet18", width=0.125, stem_stride=2))
+    backbone = build_backbone(BackboneConfig(name="resnet18", width=0.125, stem="strided"))
     method = find(config.method).method(config.method, backbone, facts)
     counts = {name: group.count for name, group in config.views.items()}
     stacks = {name: torch.randn(group.count * BATCH, 3, group.size, group.size) for name, group in config.views.items()}
@@ -118,19 +118,19 @@ def test_crop_groups_refuse_what_cannot_be_drawn(settings: dict, message: str) -
 def test_a_small_stem_keeps_small_images_large_and_names_as_in_timm() -> None:
     x = torch.randn(2, 3, 32, 32)
     sizes = {}
-    for stride in (1, 2, 4):
-        backbone = build_backbone(BackboneConfig(name="resnet18", stem_stride=stride)).eval()
-        sizes[stride] = backbone.forward_features(x).shape[-1]
+    for stem in ("full", "pooled", "strided", "imagenet"):
+        backbone = build_backbone(BackboneConfig(name="resnet18", stem=stem)).eval()
+        sizes[stem] = backbone.forward_features(x).shape[-1]
         names = set(backbone.state_dict())
         assert names == set(build_backbone(BackboneConfig(name="resnet18")).state_dict())
-    assert sizes == {1: 4, 2: 2, 4: 1}
+    assert sizes == {"full": 4, "pooled": 2, "strided": 2, "imagenet": 1}
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         (BackboneConfig(name="resnet81"), "backbone.name=resnet81: timm cannot build it"),
-        (BackboneConfig(name="vit_tiny_patch16_224", stem_stride=1), "backbone.stem_stride=1: vit_tiny_patch16_224 has no ResNet stem"),
+        (BackboneConfig(name="vit_tiny_patch16_224", stem="full"), "backbone.stem=full: vit_tiny_patch16_224 has no ResNet stem"),
     ],
 )
 def test_backbones_that_cannot_be_built_are_refused(config: BackboneConfig, message: str) -> None:

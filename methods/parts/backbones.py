@@ -16,7 +16,8 @@ class BackboneConfig:
     """A timm backbone without its classifier. `timm.list_models()` has the names."""
 
     name: str = "resnet50"
-    stem_stride: Literal[1, 2, 4] = 4  # ResNets: 4 = ImageNet stem; 2 = 3x3 stem without max-pool; 1 = the same with stride 1
+    # ResNets: imagenet = 7x7 and max-pool, to 1/4 of the side; for small images 3x3: strided or pooled to 1/2, or full size
+    stem: Literal["imagenet", "strided", "pooled", "full"] = "imagenet"
     width: float = 1.0  # ResNets: multiplies every stage's channels; other than 1 uses a stem of three 3x3 convs
     depth: tuple[int, ...] | None = None  # ResNets: blocks per stage; None = the model's own
     drop_path: float = 0.0  # stochastic depth rate
@@ -32,8 +33,8 @@ class BackboneConfig:
 def build_backbone(config: BackboneConfig) -> nn.Module:
     """An untrained backbone `(B, 3, H, W) -> (B, num_features)`.
 
-    A stem stride of 1 or 2 keeps small images large: the first convolution is 3x3 (or the first of three 3x3) with that
-    stride, and the max-pool is an identity.
+    A stem other than `imagenet` keeps small images large: the first convolution is 3x3 (or the first of three 3x3), with
+    stride 2 if `strided`, else 1; only `pooled` keeps the max-pool.
 
     Raises:
         ConfigError: an unknown name, or a setting that this architecture does not have.
@@ -55,7 +56,7 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
         close = timm.list_models(f"*{config.name[:5]}*")[:5]
         near = f"near names: {', '.join(close)}" if close else "timm.list_models() has the names"
         raise ConfigError(f"backbone.name={config.name}: timm cannot build it ({error}); {near}") from None
-    if config.stem_stride < 4:
+    if config.stem != "imagenet":
         _small_stem(backbone, config)
     return backbone
 
@@ -64,16 +65,18 @@ def _small_stem(backbone: nn.Module, config: BackboneConfig) -> None:
     conv = getattr(backbone, "conv1", None)
     if conv is None or not hasattr(backbone, "maxpool"):
         raise ConfigError(
-            f"backbone.stem_stride={config.stem_stride}: {config.name} has no ResNet stem; use 4 (for a ViT set backbone.patch_size)"
+            f"backbone.stem={config.stem}: {config.name} has no ResNet stem; use imagenet (for a ViT set backbone.patch_size)"
         )
+    stride = 2 if config.stem == "strided" else 1
     if isinstance(conv, nn.Sequential):
         first = conv[0]
         assert isinstance(first, nn.Conv2d)
-        first.stride = (config.stem_stride, config.stem_stride)
+        first.stride = (stride, stride)
     else:
-        backbone.conv1 = nn.Conv2d(3, conv.out_channels, 3, stride=config.stem_stride, padding=1, bias=False)
+        backbone.conv1 = nn.Conv2d(3, conv.out_channels, 3, stride=stride, padding=1, bias=False)
         nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
-    backbone.maxpool = nn.Identity()
+    if config.stem != "pooled":
+        backbone.maxpool = nn.Identity()
 
 
 def num_features(backbone: nn.Module) -> int:
