@@ -19,7 +19,7 @@ from pipeline.config import DataConfig
 from pipeline.embed import BAD, FACTS, EmbedReport, embed
 from pipeline.registry import export
 
-CONFIG = BackboneConfig(name="resnet18", width=0.25, depth=(1, 1, 1, 1), stem_stride=1)
+CONFIG = BackboneConfig(name="resnet18", width=0.25, depth=(1, 1, 1, 1), stem="full")
 IMAGES = 23
 
 

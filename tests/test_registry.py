@@ -25,7 +25,7 @@ from pipeline.mlflow_client import default_uri, mlflow_client
 from pipeline.registry import Registered, export, init_backbone, load_export, register, resolve_model
 from pipeline.tracking import Tracker
 
-CONFIG = BackboneConfig(name="resnet18", width=0.25, depth=(1, 1, 1, 1), stem_stride=1, drop_path=0.1)
+CONFIG = BackboneConfig(name="resnet18", width=0.25, depth=(1, 1, 1, 1), stem="full", drop_path=0.1)
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
@@ -109,10 +109,10 @@ def test_warm_start_fills_or_explains(tmp_path: Path) -> None:
     init_backbone(net, str(folder), runs_dir=tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), backbone(seed=3).state_dict().values(), strict=True))
 
-    other = build_backbone(BackboneConfig(name="resnet18", width=0.25, depth=(1, 1, 1, 2), stem_stride=1))
+    other = build_backbone(BackboneConfig(name="resnet18", width=0.25, depth=(1, 1, 1, 2), stem="full"))
     with pytest.raises(ConfigError, match=r"backbone\.init=.*width=0\.25 depth=\(1, 1, 1, 1\).*missing \(layer4\.1\."):
         init_backbone(other, str(folder), runs_dir=tmp_path)
-    wide = build_backbone(BackboneConfig(name="resnet18", width=0.5, depth=(1, 1, 1, 1), stem_stride=1))
+    wide = build_backbone(BackboneConfig(name="resnet18", width=0.5, depth=(1, 1, 1, 1), stem="full"))
     before = {name: value.clone() for name, value in wide.state_dict().items()}
     with pytest.raises(ConfigError, match=r"of another shape \(conv1\.0\.weight is 8x3x3x3, not 16x3x3x3"):
         init_backbone(wide, str(folder), runs_dir=tmp_path)
