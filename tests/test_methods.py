@@ -28,7 +28,8 @@ def built(recipe: str) -> tuple[Method, Views]:
     backbone = build_backbone(BackboneConfig(name="resnet18", width=0.125, stem="strided"))
     method = find(config.method).method(config.method, backbone, facts)
     counts = {name: group.count for name, group in config.views.items()}
-    stacks = {name: torch.randn(group.count * BATCH, 3, group.size, group.size) for name, group in config.views.items()}
+    sides = {name: max(8, group.size * 32 // config.evaluation_size) for name, group in config.views.items()}  # at most 32
+    stacks = {name: torch.randn(counts[name] * BATCH, 3, side, side) for name, side in sides.items()}
     return method, Views(stacks=stacks, counts=counts, image_ids=torch.arange(BATCH), labels=torch.full((BATCH,), -1))
 
 
