@@ -110,6 +110,6 @@ def small() -> RunConfig:
         views=views,
         backbone=replace(base.backbone, stem="strided"),
         method=SwAVConfig(num_prototypes=64, epsilon=0.03, projector_hidden=256, freeze_prototypes_epochs=1.0),
-        train=TrainConfig(global_batch_size=128, steps=200),
-        evaluate=EvaluateConfig(knn_every=50),
+        train=TrainConfig(global_batch_size=128, steps=270),
+        evaluate=EvaluateConfig(knn_every=54),
     )
