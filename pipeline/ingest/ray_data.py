@@ -54,16 +54,15 @@ def start_ray(num_cpus: int | None = None) -> None:
 
 
 def run(
-    function: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]], first: int, last: int, tasks: int, store: int
+    function: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]], first: int, last: int, tasks: int
 ) -> Iterator[dict[str, np.ndarray]]:
     """Blocks of `function({"id": [k]})` for k in first .. last-1, in order, from one Ray Data execution.
 
     Args:
         tasks: how many run at the same time.
-        store: bytes of finished blocks that may wait in the object store.
     """
     import ray
-    from ray.data import DataContext, ExecutionResources, TaskPoolStrategy
+    from ray.data import DataContext, TaskPoolStrategy
 
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that its bars are off
@@ -71,7 +70,6 @@ def run(
     context.enable_progress_bars = context.print_on_execution_start = False
     context.target_max_block_size = None  # one task gives one block, however large
     context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = ExecutionResources(object_store_memory=store)
     if last <= first:
         return
     with DataContext.current(context):

@@ -97,7 +97,7 @@ def training_batches(
 
     def passes() -> Iterator[Iterator[dict[str, np.ndarray]]]:
         for first in range(items.first, items.last, per_pass):
-            yield run(cut, first, min(first + per_pass, items.last), workers, 2 * per_pass * block)
+            yield run(cut, first, min(first + per_pass, items.last), workers)
 
     # the next pass begins when the trainer has begun the last group of this one
     return batches_of(_ahead(passes(), waiting=items.lanes - 1), manifest, plan, views, items)
@@ -303,7 +303,7 @@ def evaluation_images(manifest: Manifest, ids: np.ndarray, size: int, tasks: int
     reasons = np.empty(len(ids), object)
     crop = partial(_evaluate_item, shared=shared, size=size, window=window)
     first = 0
-    for block in run(crop, 0, -(-len(ids) // window), workers, 4 * workers * EVALUATION_BYTES):
+    for block in run(crop, 0, -(-len(ids) // window), workers):
         last = first + len(block["reason"])
         images[first:last], reasons[first:last] = block["image"], block["reason"]
         first = last
