@@ -14,7 +14,6 @@ from pipeline import registry, tracking
 from pipeline.config import RunConfig, from_yaml
 from pipeline.evaluate.protocols import Scores, final_scores
 from pipeline.gallery import run_figures
-from pipeline.machine import available_cores
 from pipeline.runs import RunFolder, find_run, write_json
 from pipeline.tracking import Tracker, default_uri
 from pipeline.train.loop import Trainer
@@ -27,7 +26,6 @@ def finish(
     """Final evaluation, pictures, export and registration of a complete run."""
     config = ready.config
     console.print("evaluating ...", highlight=False)
-    torch.set_num_threads(max(1, int(available_cores())))  # no images are cut any more
     backbone = trainer.method.evaluation_backbone()
     scores = final_scores(config, ready.manifest, backbone, untrained(config, ready.resolved), device)
     write_json(folder.path / "evaluation.json", scores.to_dict())
