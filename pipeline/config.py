@@ -18,7 +18,7 @@ import yaml
 from methods.parts.backbones import BackboneConfig
 from methods.parts.contract import MethodConfig, RunFacts, find, to_dict
 from methods.parts.errors import ConfigError, require
-from methods.parts.views import CropGroup, ViewsConfig
+from methods.parts.views import ViewsConfig
 
 Triple = tuple[float, float, float]
 
@@ -330,11 +330,6 @@ def resolve(config: RunConfig, num_images: int) -> Resolved:
         checkpoint_every=config.train.checkpoint_every or min(500, steps_per_epoch),
         knn_every=config.evaluate.knn_every or max(1, total // 10),
     )
-
-
-def group_sizes(views: Mapping[str, CropGroup]) -> dict[str, tuple[int, int]]:
-    """Count and side of every group of crops that is in use."""
-    return {name: (group.count, group.size) for name, group in views.items() if group.count}
 
 
 def absolute(path: str | Path) -> str:

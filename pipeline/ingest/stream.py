@@ -107,7 +107,7 @@ def _ahead(passes: Iterator[Iterator[Any]], waiting: int) -> Generator[Any]:
     """What successive Ray Data executions yield, fetched in a thread; the next one starts when `waiting` or fewer blocks wait.
 
     Each execution is drained as fast as it delivers. One whose output waits for its consumer would spin on a whole core
-    (seen with Ray 2.60), in the trainer's process and under its interpreter lock: that cost a factor of five.
+    (seen with Ray 2.60), in the trainer's process and under its interpreter lock, which slows training several times.
     """
     blocks: deque[Any] = deque()
     change = threading.Condition()

@@ -86,7 +86,7 @@ def cifar10() -> RunConfig:
 
 @recipe("swav-cifar10-small")
 def cifar10_small() -> RunConfig:
-    """CIFAR-10 on two CPU cores in under ten minutes: a 0.7 M-parameter ResNet, 2x32 + 2x16, batch 128."""
+    """CIFAR-10 on two CPU cores: a 0.7 M-parameter ResNet, 2x32 + 2x16, batch 128."""
     large = cifar10()
     return replace(
         large,
@@ -100,7 +100,7 @@ def cifar10_small() -> RunConfig:
 
 @recipe("swav-small")
 def small() -> RunConfig:
-    """The demo: patches of 19 photographs, a 0.7 M-parameter ResNet, two CPU cores, about three minutes."""
+    """The demo: patches of 19 photographs, a 0.7 M-parameter ResNet, on two CPU cores."""
     base = cifar10_small()
     # the photographs differ in colour more than in shape: colours are jittered less than in the paper, and kept
     views = {name: replace(group, jitter=(0.4, 0.4, 0.2, 0.02), grayscale=0.0) for name, group in base.views.items()}

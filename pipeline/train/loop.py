@@ -156,7 +156,6 @@ class Trainer:
         """Online kNN of the evaluation backbone. True if it is the best so far."""
         if self.online_knn is None:
             return False
-        self.average_statistics()
         accuracy = self.online_knn(self.method.evaluation_backbone())
         self.method.train()
         step = self.position.step
@@ -168,9 +167,6 @@ class Trainer:
             return False
         self.position.best_knn, self.position.best_step = accuracy, step
         return True
-
-    def average_statistics(self) -> None:
-        """BN statistics are this worker's own; one process has nothing to average."""
 
     def state(self) -> checkpoint.State:
         """The whole state of the run, free of clocks and machine names."""
