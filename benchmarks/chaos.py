@@ -26,6 +26,7 @@ RUN = [
     "--evaluate.knn-every=50",
     "--backbone.width=0.125",
     "--backbone.stem=imagenet",
+    "--optim.base-lr=0.001",
     "--method.projector-hidden=64",
     "--method.num-prototypes=32",
     "--method.queue-length=128",

@@ -127,6 +127,22 @@ def test_a_small_stem_keeps_small_images_large_and_names_as_in_timm() -> None:
     assert sizes == {"full": 4, "pooled": 2, "strided": 2, "imagenet": 1}
 
 
+def test_gradients_of_maps_smaller_than_the_stride_are_right_in_bf16() -> None:
+    torch.manual_seed(0)
+    conv = build_backbone(BackboneConfig(name="resnet18", width=0.125)).get_submodule("layer4.0.conv1")
+    images = torch.randn(32, 32, 1, 1)
+    want = torch.zeros_like(conv.weight)
+    want[:, :, 1, 1] = images.sum(0).flatten()  # only the centre of the kernel ever meets the one pixel
+    for _ in range(10):
+        dirt = [torch.full((conv.weight.numel(),), 1e30, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+        del dirt  # whatever is left uninitialised may hold this
+        conv.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = conv(images)
+        out.float().sum().backward()
+        assert torch.allclose(conv.weight.grad, want, rtol=0.02, atol=0.1)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

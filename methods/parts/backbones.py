@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import timm
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from methods.parts.errors import ConfigError, require
 
@@ -58,7 +59,27 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
         raise ConfigError(f"backbone.name={config.name}: timm cannot build it ({error}); {near}") from None
     if config.stem != "imagenet":
         _small_stem(backbone, config)
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d) and max(module.stride) > 1:
+            module.register_forward_pre_hook(_fill_up_tiny_map)
     return backbone
+
+
+def _fill_up_tiny_map(conv: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """Zeros to the right and below a map smaller than the stride; the convolution's own padding made them anyway.
+
+    On CPUs with AMX, oneDNN leaves part of the bf16 weight gradient of such a map uninitialised (torch 2.14: 3x3,
+    stride 2, on 1x1 pixels), and training ends in NaN.
+    """
+    assert isinstance(conv, nn.Conv2d)
+    (x,) = inputs
+    if isinstance(conv.padding, str):
+        return None
+    missing = [max(0, stride - side) for stride, side in zip(conv.stride, x.shape[-2:], strict=True)]
+    centred = tuple(2 * int(pad) + 1 for pad in conv.padding) == conv.kernel_size
+    if x.device.type != "cpu" or not any(missing) or not centred:
+        return None
+    return (F.pad(x, (0, missing[1], 0, missing[0])),)
 
 
 def _small_stem(backbone: nn.Module, config: BackboneConfig) -> None:
