@@ -1,16 +1,26 @@
-"""Kill a run with SIGKILL at random moments, resume it each time, and compare its whole final state with an undisturbed run's."""
+"""Kill a run with SIGKILL at random moments, resume it each time, and compare its whole final state with an undisturbed run's.
+
+With `--workers 2` a local cluster of three nodes loses a worker, then a node, then the driver, each inside an epoch; the run
+recovers by itself from the first two and is resumed after the third.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 200
@@ -36,9 +46,9 @@ RUN = [
 ]
 
 
-def start(arguments: list[str], runs: Path) -> subprocess.Popen[bytes]:
+def start(arguments: list[str], runs: Path, **environment: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, str(ROOT / "manyviews.py"), *arguments, f"--runs-dir={runs}"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | environment)
 
 
 def finish(process: subprocess.Popen[bytes], what: str) -> None:
@@ -54,9 +64,9 @@ def facts(runs: Path, name: str) -> dict[str, object]:
         return {}
 
 
-def undisturbed(runs: Path, name: str = "undisturbed") -> str:
+def undisturbed(runs: Path, name: str = "undisturbed", settings: list[str] = RUN) -> str:
     """Run to the end; returns the hash of the final state."""
-    finish(start([*RUN, f"--run={name}"], runs), "the undisturbed run")
+    finish(start([*settings, f"--run={name}"], runs), "the undisturbed run")
     return str(facts(runs, name)["state_sha256"])
 
 
@@ -68,7 +78,7 @@ def disturbed(runs: Path, kills: int, seed: int, name: str = "killed", say: bool
         before = facts(runs, name).get("step", 0)
         while process.poll() is None and facts(runs, name).get("step", 0) == before:
             time.sleep(0.02)  # until it has moved on, so that every life makes progress
-        time.sleep(chance.uniform(0, 1.0))
+        time.sleep(chance.uniform(0, 3.0))
         if process.poll() is not None:
             break
         process.send_signal(signal.SIGKILL)
@@ -81,16 +91,92 @@ def disturbed(runs: Path, kills: int, seed: int, name: str = "killed", say: bool
     return str(facts(runs, name)["state_sha256"]), steps
 
 
+# ---------------------------------------------------------------------------- several workers
+
+# half as many steps of the same run: every one costs two processes a few exchanges
+WORKERS = [*RUN, "--train.workers=2", "--train.threads=1", "--train.steps=100", "--evaluate.knn-every=25"]
+
+
+@contextlib.contextmanager
+def cluster() -> Iterator[Any]:
+    """A head without work and two nodes for workers and tasks, on this machine."""
+    from ray.cluster_utils import Cluster
+
+    local = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        nodes = [local.add_node(num_cpus=2) for _ in range(2)]
+        local.wait_for_nodes()
+        yield local, nodes
+    finally:
+        local.shutdown()
+
+
+def workers_of(node: Any) -> list[psutil.Process]:
+    """The training workers on a node: children of its raylet."""
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    return [child for child in raylet.children(recursive=True) if "TrainWorker" in " ".join(child.cmdline())]
+
+
+def progress(process: subprocess.Popen[bytes], runs: Path, name: str, beyond: int, patience_s: float = 120.0) -> float:
+    """Seconds until a checkpoint beyond this step is written."""
+    began = time.monotonic()
+    while int(str(facts(runs, name).get("step", 0))) <= beyond:
+        if process.poll() is not None:
+            finish(process, "the run")
+            raise SystemExit(f"the run ended at step {facts(runs, name).get('step')}, before it could be disturbed again")
+        if time.monotonic() - began > patience_s:
+            process.kill()
+            raise SystemExit(f"no checkpoint beyond step {beyond} in {patience_s:.0f} s")
+        time.sleep(0.05)
+    return time.monotonic() - began
+
+
+def disturbed_workers(runs: Path, name: str = "lost") -> tuple[str, dict[str, float]]:
+    """Lose a worker, a node and the driver; returns the final hash and the seconds each recovery took."""
+    took: dict[str, float] = {}
+    with cluster() as (local, nodes):
+        address = {"RAY_ADDRESS": local.address}
+        process = start([*WORKERS, f"--run={name}"], runs, **address)
+        progress(process, runs, name, beyond=12)
+
+        [busy, *_] = [node for node in nodes if workers_of(node)]
+        workers_of(busy)[-1].kill()
+        step = int(str(facts(runs, name)["step"]))
+        took["worker"] = progress(process, runs, name, beyond=step + 2)
+
+        [busy, *_] = [node for node in nodes if workers_of(node)]
+        local.remove_node(busy, allow_graceful=False)
+        step = int(str(facts(runs, name)["step"]))
+        took["node"] = progress(process, runs, name, beyond=step + 2)
+
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        step = int(str(facts(runs, name)["step"]))
+        process = start(["resume", name], runs, **address)
+        took["driver"] = progress(process, runs, name, beyond=step)
+        finish(process, "the resumed run")
+    return str(facts(runs, name)["state_sha256"]), took
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, choices=[0, 2], default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        want = undisturbed(Path(folder))
+        want = undisturbed(Path(folder), settings=WORKERS if options.workers else RUN)
         print(f"undisturbed: {want}", flush=True)
-        got, steps = disturbed(Path(folder), options.kills, options.seed, say=True)
-        print(f"killed {len(steps)} times: {got}\n{'equal' if got == want else 'DIFFERENT'}")
+        if options.workers:
+            got, took = disturbed_workers(Path(folder))
+            print(
+                "recovered after the loss of "
+                + ", ".join(f"a {what} in {s:.0f} s" for what, s in took.items()).replace("a driver", "the driver")
+            )
+        else:
+            got, steps = disturbed(Path(folder), options.kills, options.seed, say=True)
+            print(f"killed {len(steps)} times")
+        print(f"disturbed:   {got}\n{'equal' if got == want else 'DIFFERENT'}")
     raise SystemExit(got != want)
 
 

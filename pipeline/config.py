@@ -78,26 +78,40 @@ class TrainConfig:
     accumulation_steps: int = 1  # micro-batches per optimizer step
     epochs: float = 100  # passes over the training images
     steps: int | None = None  # optimizer steps; given, it overrides epochs
-    workers: int = 0  # 0 = train in this process
+    workers: int | str = 0  # 0 = in this process; N = so many under Ray Train; LOW:HIGH = as many as fit. They must divide data.lanes
     seed: int = 0
     first_epoch: tyro.conf.Suppress[int] = 0  # passes that an earlier phase has behind it; `continue` sets it
     precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 autocast where the device is faster with it
-    threads: int | None = None  # torch threads of the training process; None = all cores but one, which cuts images
+    threads: int | None = None  # torch threads of a worker; None = its share of the machine's cores, alone all but one
     deterministic: bool = False  # bit-identical after a resume; pins the thread count
     checkpoint_every: int | None = None  # steps; None = once an epoch, at least every 500 steps
     keep_every: int | None = None  # also keep the checkpoint of every n-th step
     log_every: int = 10  # steps between points in MLflow
+    max_restarts: int = 3  # losses of workers in a row without a new checkpoint, then the run gives up
+    wait_s: float = 900.0  # how long to wait for a cluster to grow, s
+    progress_timeout_s: float = 1800.0  # without a step for so long, the run gives up, s
 
     def __post_init__(self) -> None:
         require(self.global_batch_size >= 2, "train.global_batch_size", self.global_batch_size, "use 2 or more images")
         require(self.accumulation_steps >= 1, "train.accumulation_steps", self.accumulation_steps, "use 1 or more")
         require(self.epochs > 0, "train.epochs", self.epochs, "use a positive number")
         require(self.steps is None or self.steps >= 1, "train.steps", self.steps, "use 1 or more, or leave it out")
-        require(self.workers == 0, "train.workers", self.workers, "this version trains in one process; use 0")
+        low, high = self.worker_range
+        require(0 <= low <= high and (low > 0 or high == 0), "train.workers", self.workers, "use 0, a number, or a range such as 2:8")
+        require(self.max_restarts >= 0, "train.max_restarts", self.max_restarts, "use 0 or more")
+        require(self.wait_s >= 0, "train.wait_s", self.wait_s, "use 0 or more seconds")
+        require(self.progress_timeout_s > 0, "train.progress_timeout_s", self.progress_timeout_s, "use a positive number of seconds")
         require(self.log_every >= 1, "train.log_every", self.log_every, "use 1 or more")
         for name in ("threads", "checkpoint_every", "keep_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"train.{name}", value, "use 1 or more, or leave it out")
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """Fewest and most workers."""
+        parts = str(self.workers).split(":")
+        require(len(parts) in (1, 2) and all(p.isdigit() for p in parts), "train.workers", self.workers, "use a number or LOW:HIGH")
+        return int(parts[0]), int(parts[-1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,6 +321,10 @@ def resolve(config: RunConfig, num_images: int) -> Resolved:
         low = batch // lanes * lanes
         near = f"{low} or {low + lanes}" if low else str(lanes)
         raise ConfigError(f"train.global_batch_size={batch}: not a multiple of data.lanes={lanes}; use {near}, or other lanes")
+    low, high = config.train.worker_range
+    if high and not any(low <= w <= high for w in divisors(lanes)):
+        near = ", ".join(str(w) for w in divisors(lanes))
+        raise ConfigError(f"train.workers={config.train.workers}: does not divide data.lanes={lanes}; use one of {near}, or other lanes")
     chunk = batch // lanes
     require(
         chunk % config.train.accumulation_steps == 0,
@@ -330,6 +348,11 @@ def resolve(config: RunConfig, num_images: int) -> Resolved:
         checkpoint_every=config.train.checkpoint_every or min(500, steps_per_epoch),
         knn_every=config.evaluate.knn_every or max(1, total // 10),
     )
+
+
+def divisors(number: int) -> list[int]:
+    """The numbers that divide it, rising."""
+    return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def absolute(path: str | Path) -> str:

@@ -27,6 +27,12 @@ def encode(step: int, metrics: Mapping[str, float]) -> str:
     return json.dumps({"step": int(step), "time": time.time(), "metrics": values}) + "\n"
 
 
+def append_point(folder: Path, step: int, metrics: Mapping[str, float]) -> None:
+    """Record numbers at `step`, whole or not at all."""
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(encode(step, metrics))
+
+
 def parse(line: bytes) -> dict[str, Any] | None:
     """The point of a line; None for a damaged one."""
     try:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from methods.parts.errors import ConfigError
 from pipeline.mlflow_client import default_uri, experiment_id, is_active, mlflow_client
-from pipeline.points import drop_torn_line, encode, parse, read_lines, read_points
+from pipeline.points import append_point, drop_torn_line, parse, read_lines, read_points
 from pipeline.runs import RunFolder, write_atomic, write_json
 
 __all__ = ["EndStatus", "Tracker", "default_uri", "read_points", "sync"]
@@ -116,12 +116,15 @@ class Tracker:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record numbers at `step` (completed optimizer steps): one line in `metrics.jsonl`, sent in the background."""
-        line = encode(step, metrics)
         try:
-            with self._lock, open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(line)
+            with self._lock:
+                append_point(self.folder, step, metrics)
         except OSError as error:  # a full disk stops the run at its next checkpoint, with a clear message
             self.problem = f"metrics.jsonl cannot be written: {error.strerror}"
+        self._wake.set()
+
+    def wake(self) -> None:
+        """Points were appended by another process: send them."""
         self._wake.set()
 
     def artifact(self, path: Path, folder: str | None = None) -> None:

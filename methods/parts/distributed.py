@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -36,3 +39,23 @@ def all_gather_rows(value: Tensor) -> Tensor:
     parts = [torch.empty_like(value) for _ in range(world_size())]
     dist.all_gather(parts, value.contiguous())
     return torch.cat(parts)
+
+
+def all_gather_objects(value: Any) -> list[Any]:
+    """A small picklable value of every worker, in rank order. Slow: not for every step."""
+    if world_size() == 1:
+        return [value]
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, value)
+    return parts
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Mean of the gradients over workers, in one flat buffer in parameter order: the same bits in every run, unlike buckets."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if world_size() == 1 or not gradients:
+        return
+    flat = all_reduce_sum(torch.cat([g.flatten() for g in gradients])).div_(world_size())
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))

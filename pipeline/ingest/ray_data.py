@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 
-def start_ray(num_cpus: int | None = None) -> None:
+def start_ray(num_cpus: int | None = None, extra_cpus: int = 0) -> None:
     """Start Ray in this process, quietly, or join the cluster that RAY_ADDRESS names. Does nothing if Ray runs.
 
     Args:
         num_cpus: logical CPUs of a local Ray; None = the machine's, at least 2.
+        extra_cpus: more of them, for training workers, which take a part of one each.
     """
     quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     root = str(Path(__file__).resolve().parents[2])
@@ -38,7 +39,7 @@ def start_ray(num_cpus: int | None = None) -> None:
     try:
         ray.init(
             "local",
-            num_cpus=num_cpus or max(2, os.cpu_count() or 2),
+            num_cpus=(num_cpus or max(2, os.cpu_count() or 2)) + extra_cpus,
             object_store_memory=int(min(2e9, 0.3 * memory)),
             include_dashboard=False,
             log_to_driver=False,
@@ -74,7 +75,9 @@ def run(
         return
     with DataContext.current(context):
         items = ray.data.range(last - first, override_num_blocks=last - first)
-        blocks = items.map_batches(partial(_shifted, function, first), batch_size=None, compute=TaskPoolStrategy(size=tasks))
+        blocks = items.map_batches(
+            partial(_shifted, function, first), batch_size=None, compute=TaskPoolStrategy(size=min(tasks, last - first))
+        )
     yield from blocks.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1)
 
 

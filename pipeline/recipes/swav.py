@@ -94,7 +94,7 @@ def cifar10_small() -> RunConfig:
         backbone=BackboneConfig(name="resnet18", stem="pooled", width=0.25),
         method=SwAVConfig(num_prototypes=128, epsilon=0.03, projector_hidden=256, freeze_prototypes_epochs=0.1),
         optim=OptimConfig(name="adamw", base_lr=4e-3, warmup_epochs=0.15, weight_decay=1e-4),
-        train=TrainConfig(global_batch_size=128, steps=800),
+        train=TrainConfig(global_batch_size=128, steps=960),
     )
 
 

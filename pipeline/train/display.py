@@ -4,10 +4,42 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Screen(Protocol):
+    """What the loop tells a person."""
+
+    @property
+    def images_per_s(self) -> float: ...
+
+    def update(self, step: int, *, loss: float | None = None, knn: float | None = None) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+
+class Pace:
+    """Images per second over the last fifty updates. Waiting for the first step, and steps lost to a restart, do not count."""
+
+    def __init__(self, batch: int, start_step: int) -> None:
+        self.batch, self.start_step = batch, start_step
+        self.marks: deque[tuple[float, int]] = deque(maxlen=50)
+
+    def mark(self, step: int) -> None:
+        if self.marks and step < self.marks[-1][1]:
+            self.marks.clear()
+        elif step > self.start_step:
+            self.marks.append((time.monotonic(), step))
+
+    @property
+    def images_per_s(self) -> float:
+        if not self.marks:
+            return 0.0
+        (t0, s0), (t1, s1) = self.marks[0], self.marks[-1]
+        return (s1 - s0) * self.batch / (t1 - t0) if t1 > t0 else 0.0
 
 
 class Display:
@@ -31,7 +63,7 @@ class Display:
         self.knn: float | None = None
         self.loss: float | None = None
         self.step = start_step
-        self.marks: deque[tuple[float, int]] = deque([(time.monotonic(), start_step)], maxlen=50)
+        self.pace = Pace(batch, start_step)
         self.printed_at, self.printed_step = time.monotonic(), start_step
         self.live: Progress | None = None
         if console.is_terminal:
@@ -61,9 +93,7 @@ class Display:
 
     @property
     def images_per_s(self) -> float:
-        """Over the last fifty updates."""
-        (t0, s0), (t1, s1) = self.marks[0], self.marks[-1]
-        return (s1 - s0) * self.batch / (t1 - t0) if t1 > t0 else 0.0
+        return self.pace.images_per_s
 
     def figures(self) -> str:
         parts = [f"{self.images_per_s:,.0f} images/s"]
@@ -75,7 +105,7 @@ class Display:
 
     def update(self, step: int, *, loss: float | None = None, knn: float | None = None) -> None:
         self.step = step
-        self.marks.append((time.monotonic(), step))
+        self.pace.mark(step)
         self.loss = self.loss if loss is None else loss
         self.knn = self.knn if knn is None else knn
         if self.live:

@@ -1,56 +1,15 @@
-"""What follows the last step: final evaluation, pictures, export and registration, now or later."""
+"""What follows a complete run, now or later: registration, and what a tracking server has missed."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import torch
-from rich.console import Console
-
 from methods.parts.contract import find
-from methods.parts.errors import ConfigError
 from pipeline import registry, tracking
 from pipeline.config import RunConfig, from_yaml
-from pipeline.evaluate.protocols import Scores, final_scores
-from pipeline.gallery import run_figures
-from pipeline.runs import RunFolder, find_run, write_json
-from pipeline.tracking import Tracker, default_uri
-from pipeline.train.loop import Trainer
-from pipeline.train.prepare import Prepared, untrained
-
-
-def finish(
-    ready: Prepared, folder: RunFolder, trainer: Trainer, tracker: Tracker, console: Console, device: torch.device
-) -> tuple[Scores, registry.Registered | None]:
-    """Final evaluation, pictures, export and registration of a complete run."""
-    config = ready.config
-    console.print("evaluating ...", highlight=False)
-    backbone = trainer.method.evaluation_backbone()
-    scores = final_scores(config, ready.manifest, backbone, untrained(config, ready.resolved), device)
-    write_json(folder.path / "evaluation.json", scores.to_dict())
-    for picture in run_figures(ready, folder, backbone, scores, device):
-        tracker.artifact(picture)
-    tracker.log(trainer.position.step, scores.metrics())
-    facts = {
-        "method": find(config.method).name,
-        "recipe": config.recipe,
-        "run": folder.name,
-        "data_fingerprint": ready.manifest.fingerprint,
-        "steps": trainer.position.step,
-        "knn_held_out": trainer.last_knn,
-    } | scores.tags()
-    registry.export(
-        backbone, config.backbone, folder.model, size=config.evaluation_size, mean=config.data.mean, std=config.data.std, facts=facts
-    )
-    model = None
-    if config.track.register:
-        console.print("registering ...", highlight=False)
-        try:
-            model = publish(folder, tracker.run_id(timeout=60.0))
-        except ConfigError as error:  # the weights are safe; a server that is down must not fail the run
-            console.print(f"not registered: {error}; later: manyviews sync {folder.name}", highlight=False, soft_wrap=True)
-    return scores, model
+from pipeline.runs import RunFolder, find_run
+from pipeline.tracking import default_uri
 
 
 def publish(folder: RunFolder, run_id: str | None) -> registry.Registered:

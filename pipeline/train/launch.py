@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import signal
 import threading
 import time
@@ -12,24 +11,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from methods.parts.contract import find
 from methods.parts.errors import ConfigError
 from pipeline import registry
 from pipeline.config import RunConfig, flatten, from_yaml, to_yaml
-from pipeline.evaluate.protocols import KNNData, Scores, online_knn
-from pipeline.ingest.stream import Batch, start_ray, training_batches
+from pipeline.evaluate.protocols import Scores
+from pipeline.ingest.stream import start_ray
 from pipeline.runs import RunFolder, create_run, find_run, write_atomic
 from pipeline.tracking import EndStatus, Tracker
 from pipeline.train import checkpoint
 from pipeline.train.display import Display
-from pipeline.train.finish import finish, tracking_uri
+from pipeline.train.finish import publish, tracking_uri
 from pipeline.train.guards import TrainingStopped
-from pipeline.train.loop import Position, Trainer
-from pipeline.train.optim import build_optimizer
-from pipeline.train.prepare import Prepared, choose_device, prepare, set_threads
+from pipeline.train.loop import Position
+from pipeline.train.prepare import Prepared, choose_device, prepare
+from pipeline.train.work import work
+from pipeline.train.workers import last_step, train_with_workers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +99,7 @@ def resume(reference: str, *, runs_dir: Path, console: Console) -> Outcome:
     if facts.get("fingerprint") not in (None, ready.manifest.fingerprint):
         raise ConfigError(f"data.path={ready.config.data.path}: the images have changed since the run began; restore them, or use continue")
     with folder.working():
-        pointed = checkpoint.pointed_to(folder.checkpoints)
-        state = checkpoint.load(pointed) if pointed else None
-        return _train(ready, folder, console, state)
+        return _train(ready, folder, console, None)
 
 
 def last_state(folder: RunFolder) -> checkpoint.State:
@@ -124,10 +121,8 @@ def _begin(ready: Prepared, *, runs_dir: Path, run: str | None, console: Console
 
 
 def _train(ready: Prepared, folder: RunFolder, console: Console, state: checkpoint.State | None) -> Outcome:
-    config, resolved = ready.config, ready.resolved
-    device, precision = choose_device(config)
-    set_threads(config, state)
-    start = int(state["position"]["step"]) if state else 0
+    config, facts = ready.config, ready.resolved.facts
+    start = last_step(folder)
     tracker = Tracker.open(
         folder.path,
         uri=config.track.uri,
@@ -137,48 +132,24 @@ def _train(ready: Prepared, folder: RunFolder, console: Console, state: checkpoi
         tags={"recipe": config.recipe, "method": find(config.method).name, "data_fingerprint": ready.manifest.fingerprint},
     )
     tracker.rewind(start)
-    introduce(ready, folder, console, device, precision, start)
+    introduce(ready, folder, console, start)
     outcome = Outcome(folder, "failed", "ended unexpectedly")
     try:
-        start_ray()  # first: it installs a SIGTERM handler of its own
-        with interruptible() as stop:
-            knn_data = KNNData.load(config, ready.manifest, config.evaluate.online_bank)
-            display = Display(
-                console,
-                total_steps=resolved.facts.total_steps,
-                start_step=start,
-                batch=resolved.facts.global_batch_size,
-                chance=ready.method.chance_loss(),
-            )
-            trainer = Trainer(
-                config=config,
-                resolved=resolved,
-                method=ready.method.to(device),
-                optimizer=build_optimizer(config.optim, ready.method.param_groups()),
-                folder=folder,
-                device=device,
-                precision=precision,
-                display=display,
-                report=tracker.log,
-                images=len(ready.manifest),
-                online_knn=online_knn(config, knn_data, device, precision) if knn_data else None,
-                stop=stop.is_set,
-            )
-            if state is not None:
-                trainer.restore(state)
-                if checkpoint.pointed_to(folder.checkpoints) is None:  # a continued run owns its beginning
-                    trainer.save()
-            keep_listed_bad(folder, trainer.position)
-            if knn_data:
-                trainer.note_bad([*knn_data.bank.bad, *knn_data.queries.bad])
-            with display:
-                trainer.run(batches(ready, start))
-            if trainer.position.step < resolved.facts.total_steps:
-                outcome = Outcome(folder, "interrupted", f"stopped at step {trainer.position.step}; its checkpoint is whole")
-                return outcome
-            folder.update(state_sha256=checkpoint.state_hash(trainer.state()))
-        scores, model = finish(ready, folder, trainer, tracker, console, device)
-        outcome = Outcome(folder, "finished", scores=scores, model=model)
+        start_ray(extra_cpus=1 if config.train.worker_range[1] else 0)  # first: it installs a SIGTERM handler of its own
+        chance = ready.method.chance_loss()
+        display = Display(console, total_steps=facts.total_steps, start_step=start, batch=facts.global_batch_size, chance=chance)
+        with interruptible() as stop, display:
+            if config.train.worker_range[1]:
+                done = train_with_workers(ready, folder, state, screen=display, stop=stop.is_set, news=tracker.wake, before=tracker.rewind)
+            else:
+                done = work(ready, folder, state, screen=display, report=tracker.log, stop=stop.is_set)
+        if not done.complete:
+            outcome = Outcome(folder, "interrupted", f"stopped at step {done.step}; its checkpoint is whole")
+            return outcome
+        for picture in done.pictures:
+            tracker.artifact(picture)
+        model = register(folder, tracker, console) if config.track.register else None
+        outcome = Outcome(folder, "finished", scores=done.scores, model=model)
         return outcome
     except (TrainingStopped, checkpoint.DiskFull) as error:
         outcome = Outcome(folder, "failed", str(error))
@@ -194,18 +165,14 @@ def _train(ready: Prepared, folder: RunFolder, console: Console, state: checkpoi
             console.print(f"{unsent} entries have not reached MLflow; they are kept. Later: manyviews sync {folder.name}", soft_wrap=True)
 
 
-def batches(ready: Prepared, start: int) -> Iterator[Batch]:
-    """The run's batches from completed step `start` on; a continued run begins behind its earlier phases' passes."""
-    facts = ready.resolved.facts
-    earlier = ready.config.train.first_epoch * facts.steps_per_epoch
-    return training_batches(
-        ready.manifest,
-        ready.plan,
-        ready.config.views,
-        ready.config.train.seed,
-        start_step=start + earlier,
-        total_steps=facts.total_steps + earlier,
-    )
+def register(folder: RunFolder, tracker: Tracker, console: Console) -> registry.Registered | None:
+    """Register the finished run's backbone; a registry that is down must not fail the run, whose weights are safe."""
+    console.print("registering ...", highlight=False)
+    try:
+        return publish(folder, tracker.run_id(timeout=60.0))
+    except ConfigError as error:
+        console.print(f"not registered: {error}; later: manyviews sync {folder.name}", highlight=False, soft_wrap=True)
+        return None
 
 
 # ---------------------------------------------------------------------------- surroundings
@@ -232,15 +199,9 @@ def interruptible() -> Iterator[threading.Event]:
             signal.signal(s, handler)
 
 
-def keep_listed_bad(folder: RunFolder, position: Position) -> None:
-    """After a restart the list of bad images holds just those of the checkpoint; later ones are found again."""
-    if folder.bad_images.exists():
-        lines = [line for line in folder.bad_images.read_text().splitlines() if json.loads(line)["id"] in position.bad]
-        write_atomic(folder.bad_images, "".join(line + "\n" for line in lines).encode())
-
-
-def introduce(ready: Prepared, folder: RunFolder, console: Console, device: torch.device, precision: torch.dtype, start: int) -> None:
+def introduce(ready: Prepared, folder: RunFolder, console: Console, start: int) -> None:
     """What is about to happen, in a few lines."""
+    device, precision = choose_device(ready.config)
     config, facts = ready.config, ready.resolved.facts
     manifest = ready.manifest
     labels = f"{len(manifest.class_names)} classes" if manifest.class_names else "no labels"
@@ -256,7 +217,8 @@ def introduce(ready: Prepared, folder: RunFolder, console: Console, device: torc
         if group.count:
             say("views", f"{name}: {group.describe()}")
     kind = str(precision).removeprefix("torch.")
-    say("model", f"{find(config.method).name}, {config.backbone.name} ({size:.1f} M parameters), {kind} on {device.type}")
+    where = f"{config.train.workers} workers" if config.train.worker_range[1] else f"{kind} on {device.type}"
+    say("model", f"{find(config.method).name}, {config.backbone.name} ({size:.1f} M parameters), {where}")
     passes = facts.total_steps / facts.steps_per_epoch
     begin = f" from step {start}" if start else ""
     say("plan", f"{facts.total_steps:,} steps of {facts.global_batch_size} images{begin} ({passes:.3g} passes over the data)")

@@ -4,6 +4,7 @@ kNN, and never asks which method it runs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -12,15 +13,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from methods.parts.contract import Method, Progress, StepOutput
+from methods.parts.distributed import all_gather_objects, all_reduce_max, all_reduce_sum, average_gradients, rank, world_size
+from methods.parts.norms import average_statistics
 from pipeline.config import Resolved, RunConfig
 from pipeline.ingest.photometric import finish_views
 from pipeline.ingest.stream import BadSlot, Batch
 from pipeline.runs import RunFolder
 from pipeline.train import checkpoint
-from pipeline.train.display import Display
+from pipeline.train.display import Screen
 from pipeline.train.guards import Guards, TrainingStopped, check_finite
 from pipeline.train.optim import prepare_step, scheduled_lr
 
@@ -39,12 +44,12 @@ class Position:
 
 @dataclass
 class Trainer:
-    """One run in one process.
+    """One worker of a run; the only one, unless there is a process group. Rank 0 measures, reports and saves for all.
 
     Args:
-        online_knn: maps the evaluation backbone to top-1 on held-out training images, or None without labels.
+        online_knn: maps the evaluation backbone to top-1 on held-out training images, or None without labels and on other ranks.
         report: takes `(step, metrics)`; the sink decides where they go.
-        stop: asked after every step; True ends the run with a whole checkpoint.
+        stop: asked after every step; True on any worker ends the run with a whole checkpoint.
     """
 
     config: RunConfig
@@ -54,7 +59,7 @@ class Trainer:
     folder: RunFolder
     device: torch.device
     precision: torch.dtype
-    display: Display
+    display: Screen
     report: Report
     images: int  # of the whole source
     online_knn: Callable[[torch.nn.Module], float] | None = None
@@ -62,6 +67,13 @@ class Trainer:
     position: Position = field(default_factory=Position)
     saved_step: int | None = None
     last_knn: float | None = None
+    measures_knn: bool = False  # on any worker
+
+    def __post_init__(self) -> None:
+        self.forward: nn.Module = self.method
+        if world_size() > 1 and not self.config.train.deterministic:
+            devices = None if self.device.type == "cpu" else [self.device]
+            self.forward = DistributedDataParallel(self.method, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def run(self, batches: Iterator[Batch]) -> None:
         """Train until the last step, or until `stop`.
@@ -73,20 +85,24 @@ class Trainer:
         total, every = self.resolved.facts.total_steps, self.resolved.checkpoint_every
         guards = Guards(self.method, patience_steps=min(2 * self.resolved.facts.steps_per_epoch, total // 2))
         outputs: list[StepOutput] = []  # since the last point
+        self.measures_knn = bool(all_reduce_max(torch.tensor(int(self.online_knn is not None))))
         if self.position.step == 0:
             self.measure_knn()
         self.method.train()
         for batch in batches:
-            self.note_bad(batch.bad)
             outputs.append(self.step(batch))
-            step, stopping = self.position.step, self.stop()
+            stopping, bad = agreed(self.stop(), batch.bad)
+            self.note_bad(bad)
+            step = self.position.step
             save = step % every == 0 or step == total or stopping
-            measure = self.online_knn is not None and (step % self.resolved.knn_every == 0 or step == total)
+            measure = self.measures_knn and (step % self.resolved.knn_every == 0 or step == total)
             if save or measure or step % self.config.train.log_every == 0:
                 metrics = self.flush(outputs)
                 outputs = []
                 for warning in guards.warnings(step, metrics):
                     self.display.say(f"[yellow]warning:[/yellow] {warning}")
+                if save or measure:
+                    average_statistics(self.method)
                 improved = self.measure_knn() if measure else False
                 if save or improved:
                     self.save(best=improved)
@@ -106,14 +122,17 @@ class Trainer:
         for i, part in enumerate(micro_batches(batch, config.accumulation_steps)):
             progress = self.seeded(progress, i)
             views = finish_views(part, self.config.views, self.config.data.mean, self.config.data.std, self.device)
-            with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not torch.float32):
-                masks = self.method.draw_masks(views, progress)
-                output = self.method(views, progress, masks)
-            if output.loss is not None:
-                (output.loss / config.accumulation_steps).backward()
-                output.loss = output.loss.detach()
+            with self.gradients_stay(unless=i == config.accumulation_steps - 1):
+                with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not torch.float32):
+                    masks = self.method.draw_masks(views, progress)
+                    output = self.forward(views, progress, masks)
+                if output.loss is not None:
+                    (output.loss / config.accumulation_steps).backward()
+                    output.loss = output.loss.detach()
             micro_outputs.append(output)
         if micro_outputs[-1].loss is not None:
+            if self.forward is self.method:
+                average_gradients(self.method.parameters())
             norm = prepare_step(self.optimizer, self.resolved, progress.step, self.config.optim.clip_norm)
             if norm is not None:
                 micro_outputs[-1].metrics["gradient_norm"] = norm
@@ -125,23 +144,28 @@ class Trainer:
             self.method.end_epoch(progress)
         return joined(micro_outputs)
 
+    def gradients_stay(self, unless: bool) -> contextlib.AbstractContextManager[None]:
+        """DDP averages gradients in the last micro-batch only."""
+        ddp = isinstance(self.forward, DistributedDataParallel)
+        return self.forward.no_sync() if ddp and not unless else contextlib.nullcontext()  # type: ignore[union-attr,operator]
+
     def seeded(self, progress: Progress, micro_step: int) -> Progress:
         """Seed torch for drop path and masks, and a generator that all ranks share, from (seed, step, micro-step)."""
         key = (self.config.train.seed, progress.step, micro_step)
-        torch.manual_seed(_seed(*key, "rank 0"))
+        torch.manual_seed(_seed(*key, f"rank {rank()}"))
         generator = torch.Generator().manual_seed(_seed(*key, "shared"))
         micro_steps = self.config.train.accumulation_steps
         return Progress(**{**vars(progress), "micro_step": micro_step, "micro_steps": micro_steps, "generator": generator})
 
     def flush(self, outputs: list[StepOutput]) -> dict[str, float]:
-        """Means over the steps since the last point; checked, shown and reported."""
+        """Means over the steps since the last point and over the workers; checked, shown and reported."""
         step = self.position.step
-        losses = [float(o.loss) for o in outputs if o.loss is not None]
+        losses = mean_over_workers([float(o.loss) for o in outputs if o.loss is not None])
         check_finite(losses, step - len(losses) + 1, self.saved_step)
         metrics = {"loss": sum(losses) / len(losses)} if losses else {}
-        for name in outputs[-1].metrics:
-            values = [float(o.metrics[name]) for o in outputs if name in o.metrics]
-            metrics[name] = sum(values) / len(values)
+        names = list(outputs[-1].metrics)
+        every = [[float(o.metrics[name]) for o in outputs if name in o.metrics] for name in names]
+        metrics |= dict(zip(names, mean_over_workers([sum(values) / len(values) for values in every]), strict=True))
         chance = self.method.chance_loss()
         if chance and "loss" in metrics:
             metrics["loss_chance"] = chance[0]
@@ -153,7 +177,7 @@ class Trainer:
         return metrics
 
     def measure_knn(self) -> bool:
-        """Online kNN of the evaluation backbone. True if it is the best so far."""
+        """Online kNN of the evaluation backbone. True if it is the best so far, on rank 0."""
         if self.online_knn is None:
             return False
         accuracy = self.online_knn(self.method.evaluation_backbone())
@@ -189,20 +213,20 @@ class Trainer:
 
     def save(self, best: bool = False) -> None:
         step = self.position.step
-        if step != self.saved_step or best:
+        if rank() == 0 and (step != self.saved_step or best):
             checkpoint.save(self.folder.checkpoints, self.state(), step=step, best=best, keep_every=self.config.train.keep_every)
-            self.saved_step = step
             self.folder.update(step=step, total_steps=self.resolved.facts.total_steps)
+        self.saved_step = step
 
     def note_bad(self, slots: Iterable[BadSlot]) -> None:
         """List images that could not be decoded; stop when there are too many."""
         new = [slot for slot in slots if slot.id not in self.position.bad]
         if not new:
             return
-        with open(self.folder.bad_images, "a") as file:
-            for slot in new:
-                self.position.bad[slot.id] = slot.reason
-                file.write(json.dumps({"id": slot.id, "path": slot.path, "reason": slot.reason}) + "\n")
+        self.position.bad |= {slot.id: slot.reason for slot in new}
+        if rank() == 0:
+            with open(self.folder.bad_images, "a") as file:
+                file.writelines(json.dumps(vars(slot)) + "\n" for slot in new)
         count, images = len(self.position.bad), self.images
         if count > self.config.data.max_bad_fraction * images:
             raise TrainingStopped(
@@ -210,6 +234,22 @@ class Trainer:
                 f"allows (first: {new[0].path}: {new[0].reason}); they are listed in {self.folder.bad_images}. "
                 "Repair or remove them, or allow more"
             )
+
+
+def agreed(stop: bool, bad: list[BadSlot]) -> tuple[bool, list[BadSlot]]:
+    """What one worker knows, all know: whether to stop, and the images that could not be decoded."""
+    if world_size() == 1:
+        return stop, bad
+    flags = all_reduce_sum(torch.tensor([int(stop), len(bad)]))
+    return bool(flags[0]), [slot for part in all_gather_objects(bad) for slot in part] if flags[1] else []
+
+
+def mean_over_workers(values: list[float]) -> list[float]:
+    """Element by element; every worker brings as many."""
+    if world_size() == 1:
+        return values
+    mean: list[float] = (all_reduce_sum(torch.tensor(values, dtype=torch.float64)) / world_size()).tolist()
+    return mean
 
 
 def micro_batches(batch: Batch, count: int) -> list[Batch]:

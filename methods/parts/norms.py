@@ -1,0 +1,119 @@
+"""Batch norm over the joined batch of all workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from methods.parts.distributed import all_gather_rows, all_reduce_sum, world_size
+from methods.parts.numerics import promote
+
+
+class SyncBatchNorm(_BatchNorm):
+    """Batch norm whose training statistics are those of every worker's rows together.
+
+    With n_r, m_r, v_r the rows, mean and variance of worker r and N = sum n_r: m = sum n_r m_r / N,
+    v = sum n_r (v_r + (m_r - m)^2) / N (Chan et al. 1983), which does not cancel as E[x^2] - m^2 does. Without a
+    process group, and in evaluation, it is torch's batch norm. torch's own SyncBatchNorm refuses CPU tensors.
+
+    Input `(B, C)`, `(B, C, L)` or `(B, C, H, W)`; workers may hold different B.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected (B, C, ...), got {tuple(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(input)
+        out, mean, variance, rows = _SyncNormalize.apply(input, self.weight, self.bias, self.eps)
+        if self.track_running_stats:
+            self._update(mean, variance * (rows / (rows - 1).clamp(min=1)))
+        return out  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def _update(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        weight = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), weight)
+
+
+class SyncBatchNormAct(SyncBatchNorm):
+    """timm's batch norm with its drop-out and activation behind it."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(input)))  # type: ignore[no-any-return]
+
+
+class _SyncNormalize(torch.autograd.Function):
+    """(x - m) / sqrt(v + eps) * weight + bias over all workers. Weight and bias get the gradient of this worker's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        channels = x.shape[1]
+        wide = promote(x.detach())
+        dims = [d for d in range(x.dim()) if d != 1]
+        variance, mean = torch.var_mean(wide, dim=dims, correction=0)
+        rows = x.numel() // channels
+        own = torch.cat([mean, variance, mean.new_full((1,), rows)])
+        every = all_gather_rows(own[None])  # (W, 2 C + 1)
+        means, variances, counts = every[:, :channels], every[:, channels:-1], every[:, -1:]
+        total = counts.sum()
+        mean = (counts * means).sum(0) / total
+        variance = (counts * (variances + (means - mean) ** 2)).sum(0) / total
+        ctx.save_for_backward(x, weight, mean, variance, total)
+        ctx.eps, ctx.has_bias = eps, bias is not None
+        out = F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
+        ctx.mark_non_differentiable(mean, variance, total)
+        return out, mean, variance, total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        x, weight, mean, variance, total = ctx.saved_tensors
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        dy, wide = promote(gradients[0]), promote(x)
+        dims = [d for d in range(x.dim()) if d != 1]
+        rstd = (variance + ctx.eps).rsqrt()
+        normal = (wide - mean.view(shape)) * rstd.view(shape)
+        dbias, dweight = dy.sum(dims), (dy * normal).sum(dims)
+        sums = all_reduce_sum(torch.stack([dbias, dweight])) / total
+        scale = rstd if weight is None else rstd * weight
+        dx = (dy - sums[0].view(shape) - normal * sums[1].view(shape)) * scale.view(shape)
+        return dx.to(x.dtype), None if weight is None else dweight, dbias if ctx.has_bias else None, None
+
+
+def synchronized(module: nn.Module) -> nn.Module:
+    """The module with every batch norm replaced by one over all workers; names, parameters and buffers stay the same objects."""
+    if isinstance(module, _BatchNorm) and not isinstance(module, (SyncBatchNorm, nn.SyncBatchNorm)):
+        kind = SyncBatchNormAct if isinstance(module, BatchNormAct2d) else SyncBatchNorm
+        twin = kind(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats, device="meta")
+        twin.weight, twin.bias = module.weight, module.bias
+        twin.running_mean, twin.running_var = module.running_mean, module.running_var
+        twin.num_batches_tracked = module.num_batches_tracked
+        if isinstance(twin, SyncBatchNormAct):
+            twin.drop, twin.act = module.drop, module.act  # type: ignore[assignment]
+        return twin.train(module.training)
+    for name, child in module.named_children():
+        setattr(module, name, synchronized(child))
+    return module
+
+
+@torch.no_grad()
+def average_statistics(module: nn.Module) -> None:
+    """Mean of every batch norm's running statistics over the workers, in place; they differ where norms are not synchronised."""
+    buffers = [b for m in module.modules() if isinstance(m, _BatchNorm) for b in (m.running_mean, m.running_var) if b is not None]
+    if world_size() == 1 or not buffers:
+        return
+    flat = all_reduce_sum(torch.cat([b.flatten() for b in buffers])) / world_size()
+    for buffer, part in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(part.view_as(buffer))

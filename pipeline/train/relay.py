@@ -1,0 +1,119 @@
+"""The line between rank 0, wherever it runs, and the driver, who has the screen and the keyboard."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.points import append_point
+from pipeline.train.display import Pace, Screen
+
+PAUSE = 0.25  # s between messages
+
+
+class Relay:
+    """The actor in the middle: what rank 0 has said since it was last asked, and whether it shall stop."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[str, dict[str, Any]]] = []
+        self.stop = False
+
+    def send(self, said: list[tuple[str, dict[str, Any]]]) -> bool:
+        """From rank 0. Returns whether the driver wants it to stop."""
+        self.said += said
+        return self.stop
+
+    def take(self, stop: bool) -> list[tuple[str, dict[str, Any]]]:
+        """From the driver: everything said since the last call."""
+        self.stop = self.stop or stop
+        said, self.said = self.said, []
+        return said
+
+
+class Mute:
+    """The screen of every rank but 0."""
+
+    images_per_s = 0.0
+
+    def update(self, step: int, *, loss: float | None = None, knn: float | None = None) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+
+class Remote:
+    """Rank 0's screen: what it is told goes to the driver in the background. Points go straight to the run's folder."""
+
+    def __init__(self, relay: Any, folder: Path, batch: int, start_step: int) -> None:
+        self.relay, self.folder, self.pace = relay, folder, Pace(batch, start_step)
+        self.stopping = threading.Event()
+        self._said: list[tuple[str, dict[str, Any]]] = []
+        self._lock = threading.Lock()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="relay", daemon=True)
+        self._thread.start()
+
+    @property
+    def images_per_s(self) -> float:
+        return self.pace.images_per_s
+
+    def update(self, step: int, *, loss: float | None = None, knn: float | None = None) -> None:
+        self.pace.mark(step)
+        with self._lock:
+            if loss is None and knn is None and self._said and self._said[-1][0] == "update" and len(self._said[-1][1]) == 1:
+                self._said.pop()  # only the newest bare step is of interest
+            figures = {key: value for key, value in (("loss", loss), ("knn", knn)) if value is not None}
+            self._said.append(("update", {"step": step} | figures))
+
+    def say(self, text: str) -> None:
+        with self._lock:
+            self._said.append(("say", {"text": text}))
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One point: on the shared storage first, so that a killed driver loses none."""
+        with contextlib.suppress(OSError):  # a full disk stops the run at its next checkpoint, with a clear message
+            append_point(self.folder, step, metrics)
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._end.set()
+        self._thread.join(timeout=10)
+
+    def _work(self) -> None:
+        import ray
+
+        while True:
+            ending = self._end.wait(PAUSE)
+            with self._lock:
+                said, self._said = self._said, []
+            with contextlib.suppress(ray.exceptions.RayError):  # a driver that went away ends this process soon
+                if ray.get(self.relay.send.remote(said)):
+                    self.stopping.set()
+            if ending:
+                return
+
+
+class Listener:
+    """The driver's end: shows what rank 0 says and passes on the wish to stop.
+
+    Attributes:
+        heard_at: monotonic time of the last sign of progress, s.
+    """
+
+    def __init__(self, relay: Any, screen: Screen) -> None:
+        self.relay, self.screen = relay, screen
+        self.heard_at = time.monotonic()
+
+    def listen(self, stop: bool) -> bool:
+        """Returns whether there was anything."""
+        import ray
+
+        said = ray.get(self.relay.take.remote(stop))
+        for kind, what in said:
+            getattr(self.screen, kind)(**what)
+        if said:
+            self.heard_at = time.monotonic()
+        return bool(said)

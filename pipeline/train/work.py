@@ -1,0 +1,148 @@
+"""What one worker does with a run, in the driver's own process or under Ray Train: train, then evaluate and export on rank 0."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from methods.parts.contract import find
+from methods.parts.distributed import rank, world_size
+from methods.parts.norms import synchronized
+from pipeline import registry
+from pipeline.evaluate.protocols import KNNData, Scores, final_scores, online_knn
+from pipeline.gallery import run_figures
+from pipeline.ingest.stream import Batch, training_batches
+from pipeline.runs import RunFolder, write_atomic, write_json
+from pipeline.train import checkpoint
+from pipeline.train.display import Screen
+from pipeline.train.loop import Position, Report, Trainer
+from pipeline.train.optim import build_optimizer
+from pipeline.train.prepare import Prepared, choose_device, set_threads, untrained
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a worker's training ended. Only rank 0 has scores and pictures."""
+
+    step: int
+    complete: bool
+    scores: Scores | None = None
+    pictures: list[Path] = field(default_factory=list)
+
+
+def work(
+    ready: Prepared,
+    folder: RunFolder,
+    state: checkpoint.State | None,
+    *,
+    screen: Screen,
+    report: Report,
+    stop: Callable[[], bool],
+    device: torch.device | None = None,
+    local_workers: int = 1,
+    tasks: int | None = None,
+) -> Done:
+    """Train to the end, or until `stop`; then, on rank 0, evaluate, draw and export.
+
+    Args:
+        state: what to start from where the run has no checkpoint yet; None = the weights that `ready` holds.
+        device: None = this process's best.
+        local_workers: workers on this machine, which share its cores.
+        tasks: images are cut by so many tasks at a time for this worker; None = one per CPU of the cluster.
+
+    Raises:
+        TrainingStopped: a loss that is no number, or too many bad images.
+        checkpoint.DiskFull: a checkpoint could not be written.
+    """
+    config, resolved = ready.config, ready.resolved
+    own = checkpoint.pointed_to(folder.checkpoints)
+    state = checkpoint.load(own) if own else state
+    chosen, precision = choose_device(config)
+    device = device or chosen
+    set_threads(config, state, local_workers)
+    if world_size() > 1 and ready.method.sync_batchnorm:
+        synchronized(ready.method)
+    knn_data = KNNData.load(config, ready.manifest, config.evaluate.online_bank) if rank() == 0 else None
+    method = ready.method.to(device)
+    trainer = Trainer(
+        config=config,
+        resolved=resolved,
+        method=method,
+        optimizer=build_optimizer(config.optim, method.param_groups()),
+        folder=folder,
+        device=device,
+        precision=precision,
+        display=screen,
+        report=report,
+        images=len(ready.manifest),
+        online_knn=online_knn(config, knn_data, device, precision) if knn_data else None,
+        stop=stop,
+    )
+    if state is not None:
+        trainer.restore(state)
+        if own is None:  # a continued run owns its beginning
+            trainer.save()
+    if rank() == 0:
+        keep_listed_bad(folder, trainer.position)
+    if knn_data:
+        trainer.note_bad([*knn_data.bank.bad, *knn_data.queries.bad])
+    trainer.run(batches(ready, trainer.position.step, tasks))
+    done = Done(trainer.position.step, trainer.position.step >= resolved.facts.total_steps)
+    if rank() > 0 or not done.complete:
+        return done
+    folder.update(state_sha256=checkpoint.state_hash(trainer.state()))
+    screen.say("evaluating ...")
+    return evaluated(done, ready, folder, trainer.method.evaluation_backbone(), report, trainer.last_knn, device)
+
+
+def batches(ready: Prepared, start: int, tasks: int | None = None) -> Iterator[Batch]:
+    """This worker's batches from completed step `start` on; a continued run begins behind its earlier phases' passes."""
+    facts = ready.resolved.facts
+    earlier = ready.config.train.first_epoch * facts.steps_per_epoch
+    return training_batches(
+        ready.manifest,
+        ready.plan,
+        ready.config.views,
+        ready.config.train.seed,
+        start_step=start + earlier,
+        total_steps=facts.total_steps + earlier,
+        rank=rank(),
+        world_size=world_size(),
+        tasks=tasks,
+    )
+
+
+def evaluated(
+    done: Done, ready: Prepared, folder: RunFolder, backbone: nn.Module, report: Report, last_knn: float | None, device: torch.device
+) -> Done:
+    """Final evaluation, pictures and export of a complete run."""
+    config = ready.config
+    scores = final_scores(config, ready.manifest, backbone, untrained(config, ready.resolved), device)
+    write_json(folder.path / "evaluation.json", scores.to_dict())
+    pictures = run_figures(ready, folder, backbone, scores, device)
+    report(done.step, scores.metrics())
+    facts = {
+        "method": find(config.method).name,
+        "recipe": config.recipe,
+        "run": folder.name,
+        "data_fingerprint": ready.manifest.fingerprint,
+        "steps": done.step,
+        "knn_held_out": last_knn,
+    } | scores.tags()
+    registry.export(
+        backbone, config.backbone, folder.model, size=config.evaluation_size, mean=config.data.mean, std=config.data.std, facts=facts
+    )
+    return dataclasses.replace(done, scores=scores, pictures=pictures)
+
+
+def keep_listed_bad(folder: RunFolder, position: Position) -> None:
+    """After a restart the list of bad images holds just those of the checkpoint; later ones are found again."""
+    if folder.bad_images.exists():
+        lines = [line for line in folder.bad_images.read_text().splitlines() if json.loads(line)["id"] in position.bad]
+        write_atomic(folder.bad_images, "".join(line + "\n" for line in lines).encode())

@@ -1,0 +1,268 @@
+"""Several workers under Ray Train: how many fit, how they are started, and what happens when one is lost.
+
+Ray Train places the workers, forms their process group and notices their deaths. Checkpoints, positions and restarts are
+ours, so that they are the same in one process and in many: after a loss this driver starts a new group of as many
+workers as fit, and each begins at the run's last checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from methods.parts.errors import ConfigError
+from pipeline.config import TrainConfig, divisors
+from pipeline.runs import RunFolder
+from pipeline.train import checkpoint
+from pipeline.train.display import Screen
+from pipeline.train.guards import TrainingStopped
+from pipeline.train.prepare import Prepared
+from pipeline.train.relay import Listener, Mute, Relay, Remote
+from pipeline.train.work import Done, work
+
+# logical CPUs of a worker: less than one without a GPU, because Ray Data hangs unless a whole one stays free somewhere
+CPU_WORKER: dict[str, float] = {"CPU": 0.25}
+GPU_WORKER: dict[str, float] = {"CPU": 1.0, "GPU": 1.0}
+POLL = 0.2  # s
+SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a death is noticed
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+
+
+class WorkersLost(RuntimeError):
+    """Workers died, or their machines did; the run can go on from its last checkpoint."""
+
+
+def train_with_workers(
+    ready: Prepared,
+    folder: RunFolder,
+    state: checkpoint.State | None,
+    *,
+    screen: Screen,
+    stop: Callable[[], bool],
+    news: Callable[[], None],
+    before: Callable[[int], None],
+) -> Done:
+    """Train on as many workers as are asked for and fit; go on after losses.
+
+    Args:
+        stop: asked a few times a second; True ends the run with a whole checkpoint.
+        news: called when points may have been written.
+        before: called with the step from which every attempt starts.
+
+    Raises:
+        ConfigError: so many workers do not fit.
+        TrainingStopped, checkpoint.DiskFull: as in `work`; or workers were lost `train.max_restarts` times in a row.
+    """
+    import ray
+
+    config = ready.config.train
+    given = ray.put((ready, folder, state))
+    restarts, last = 0, -1
+    while True:
+        workers, share = place(config, ready.config.data.lanes, say=screen.say)
+        step = last_step(folder)
+        before(step)
+        if step > last:
+            restarts, last = 0, step
+        try:
+            return _attempt(ready, folder, given, workers, share, screen=screen, stop=stop, news=news)
+        except WorkersLost as loss:
+            restarts += 1
+            if restarts > config.max_restarts:
+                raise TrainingStopped(f"workers were lost {restarts} times without a new checkpoint; the last time: {loss}") from None
+            screen.say(f"[yellow]warning:[/yellow] {loss}; going on from step {last_step(folder)}")
+
+
+def last_step(folder: RunFolder) -> int:
+    """Completed steps of the run's last checkpoint."""
+    pointed = checkpoint.pointed_to(folder.checkpoints)
+    return int(pointed.name.split("-")[1]) if pointed else 0
+
+
+# ---------------------------------------------------------------------------- placing
+
+
+def place(config: TrainConfig, lanes: int, *, say: Callable[[str], None]) -> tuple[int, dict[str, float]]:
+    """How many workers, and the resources of each; waits for a growing cluster.
+
+    Raises:
+        ConfigError: not even the fewest fit, after `train.wait_s` on a cluster, at once on one machine.
+    """
+    import ray
+
+    low, high = config.worker_range
+    choices = [w for w in divisors(lanes) if low <= w <= high]
+    share = GPU_WORKER if ray.cluster_resources().get("GPU", 0) else CPU_WORKER
+    deadline = time.monotonic() + (config.wait_s if os.environ.get("RAY_ADDRESS") else 0.0)
+    waiting = False
+    while True:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        fitting = [w for w in choices if fits(w, share, nodes)]
+        if fitting:
+            return max(fitting), share
+        if time.monotonic() >= deadline:
+            break
+        if not waiting:
+            say(f"waiting up to {config.wait_s:.0f} s until the cluster has room for {choices[0]} workers with {_words(share)} each")
+            _ask_for(choices[-1], share)
+            waiting = True
+        time.sleep(2.0)
+    there = "; ".join(_words({k: n.get(k, 0) for k in ("CPU", "GPU") if n.get(k)}) or "none" for n in nodes)
+    raise ConfigError(
+        f"train.workers={config.workers}: {choices[0]} workers with {_words(share)} each, beside one whole free CPU for cutting images, "
+        f"do not fit on the nodes there are ({there}); use fewer workers or add nodes"
+    )
+
+
+def fits(workers: int, share: dict[str, float], nodes: list[dict[str, float]]) -> bool:
+    """Whether the workers can be placed so that one whole logical CPU stays free on some node, for the tasks that cut images."""
+    room = [min(int(node.get(key, 0) / amount + 1e-9) for key, amount in share.items()) for node in nodes]
+    for spare, node in enumerate(nodes):  # the node that keeps a whole CPU free
+        kept = int(max(0.0, node.get("CPU", 0) - 1) / share["CPU"] + 1e-9) if node.get("CPU", 0) >= 1 else -1
+        if kept >= 0 and sum(room) - room[spare] + min(room[spare], kept) >= workers:
+            return True
+    return False
+
+
+def _ask_for(workers: int, share: dict[str, float]) -> None:
+    """Tell the cluster's autoscaler, if there is one."""
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[share] * workers + [{"CPU": 1}])
+
+
+def _words(resources: dict[str, float]) -> str:
+    return ", ".join(f"{amount:g} {key}" for key, amount in resources.items())
+
+
+# ---------------------------------------------------------------------------- one group of workers
+
+
+def _attempt(
+    ready: Prepared,
+    folder: RunFolder,
+    given: Any,
+    workers: int,
+    share: dict[str, float],
+    *,
+    screen: Screen,
+    stop: Callable[[], bool],
+    news: Callable[[], None],
+) -> Done:
+    """One life of the worker group."""
+    os.environ.update({key: value for key, value in SETTINGS.items() if key not in os.environ})
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    config = ready.config.train
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    relay = ray.remote(Relay).options(num_cpus=0, scheduling_strategy=here).remote()
+    cpus = ray.cluster_resources().get("CPU", 1) - workers * share["CPU"]
+    settings = {"given": [given], "relay": relay, "tasks": max(1, round(cpus / workers)), "batch": ready.resolved.facts.global_batch_size}
+    scratch = f".ray-{uuid.uuid4().hex[:8]}"
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config=settings,
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if "GPU" in share else "gloo", timeout_s=int(config.progress_timeout_s)),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu="GPU" in share, resources_per_worker=share),
+        run_config=RunConfig(name=scratch, storage_path=str(folder.path), failure_config=FailureConfig(max_failures=0)),
+    )
+    outcome: list[Any] = []
+
+    def fit() -> None:
+        try:
+            outcome.append(trainer.fit().return_value)
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    listener = Listener(relay, screen)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(POLL)
+            if listener.listen(stop()):
+                news()
+            if time.monotonic() - listener.heard_at > config.progress_timeout_s:
+                raise TrainingStopped(
+                    f"no step in {config.progress_timeout_s:.0f} s; the cluster may lack a free CPU for cutting images, or a worker hangs "
+                    "(longer steps than that: raise train.progress_timeout_s)"
+                )
+        listener.listen(stop())
+        news()
+    finally:
+        ray.kill(relay)
+        shutil.rmtree(folder.path / scratch, ignore_errors=True)
+    if isinstance(outcome[0], Done):
+        return outcome[0]
+    raise _meaning(outcome[0])
+
+
+def _worker(settings: dict[str, Any]) -> Done | None:
+    """What Ray Train runs in every worker."""
+    import ray
+    from ray.train import get_context
+    from ray.train.torch import get_device
+
+    context = get_context()
+    ready, folder, state = ray.get(settings["given"][0])
+    common = {"device": get_device(), "local_workers": context.get_local_world_size(), "tasks": settings["tasks"]}
+    if context.get_world_rank() > 0:
+        work(ready, folder, state, screen=Mute(), report=lambda step, metrics: None, stop=lambda: False, **common)
+        return None
+    remote = Remote(settings["relay"], folder.path, settings["batch"], last_step(folder))
+    try:
+        return work(ready, folder, state, screen=remote, report=remote.report, stop=remote.stopping.is_set, **common)
+    finally:
+        remote.close()
+
+
+def _meaning(error: BaseException) -> BaseException:
+    """What a failed attempt means: our own errors as they are, losses as `WorkersLost`, anything else as it is."""
+    from ray.exceptions import RayActorError, RayTaskError
+    from ray.train import TrainingFailedError
+
+    if not isinstance(error, TrainingFailedError):
+        return error
+    failures = dict(getattr(error, "worker_failures", None) or {-1: getattr(error, "controller_failure", error)})
+    causes = {rank: _cause(failure) for rank, failure in failures.items()}
+    for cause in causes.values():
+        if isinstance(cause, (TrainingStopped, checkpoint.DiskFull, ConfigError)):
+            return cause
+    own = [cause for cause in causes.values() if not _from_a_peer(cause)]
+    dead = [rank for rank, cause in causes.items() if isinstance(cause, RayActorError) or not isinstance(cause, (RayTaskError, *PYTHON))]
+    if own and not dead:
+        return own[0]
+    return WorkersLost(f"lost worker {', '.join(map(str, sorted(dead or causes)))} ({type(next(iter(causes.values()))).__name__})")
+
+
+PYTHON = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, OSError, RuntimeError, TypeError, ValueError)
+
+
+def _cause(error: BaseException) -> BaseException:
+    for name in ("cause", "_base_exc", "health_check_failure", "__cause__"):
+        inner = getattr(error, name, None)
+        if isinstance(inner, BaseException):
+            return _cause(inner)
+    return error
+
+
+def _from_a_peer(error: BaseException) -> bool:
+    """Whether a worker failed only because another one did: its collective call broke."""
+    text = str(error)
+    marks = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL", "gloo")
+    return isinstance(error, RuntimeError) and any(mark in text for mark in marks)

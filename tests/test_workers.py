@@ -1,0 +1,239 @@
+"""Several workers give what one gives on the joined batch; placing, relaying and the meaning of failures."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from rich.console import Console
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from methods.parts.contract import Progress
+from methods.parts.distributed import average_gradients
+from methods.parts.errors import ConfigError
+from methods.parts.norms import SyncBatchNorm, average_statistics, synchronized
+from methods.parts.views import Views
+from pipeline.config import TrainConfig, resolve
+from pipeline.recipes import load_recipe
+from pipeline.train.display import Display
+from pipeline.train.loop import agreed, mean_over_workers
+from pipeline.train.relay import Listener, Relay
+from pipeline.train.workers import CPU_WORKER, GPU_WORKER, fits
+from tests.test_methods import BATCH, SMALL, built
+
+
+def _work(rank: int, world: int, folder: str, what: Callable[[int, int], Any]) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    torch.save(what(rank, world), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def in_processes(world: int, folder: Path, what: Callable[[int, int], Any]) -> list[Any]:
+    """What `what(rank, world)` gives in each of `world` gloo processes."""
+    mp.spawn(_work, (world, str(folder), what), nprocs=world)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+
+
+# ---------------------------------------------------------------------------- batch norm
+
+
+def _images() -> torch.Tensor:
+    return torch.randn(12, 6, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3 + 100
+
+
+def _norm_step(rank: int, world: int, sync: bool = True) -> dict[str, Any]:
+    """One forward and backward pass; rank 0 holds eight rows, the others share the rest."""
+    torch.manual_seed(1)
+    norm: nn.Module = nn.BatchNorm2d(6).double()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    rows = torch.arange(12).split([8, *[4 // (world - 1)] * (world - 1)])[rank] if world > 1 else torch.arange(12)
+    x = _images()[rows].contiguous(memory_format=torch.channels_last).requires_grad_()
+    net = nn.Sequential(norm)
+    net = synchronized(net) if sync else net
+    out = net(x)
+    (out * torch.sin(_images()[rows])).sum().backward()
+    weights = [norm.weight.grad, norm.bias.grad]
+    return {"out": out.detach(), "dx": x.grad, "weights": weights, "state": net.state_dict()}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_batch_norm_over_workers_is_that_of_the_joined_batch(world: int, tmp_path: Path) -> None:
+    want = _norm_step(0, 1, sync=False)
+    parts = in_processes(world, tmp_path, _norm_step)
+    for key in ("out", "dx"):
+        torch.testing.assert_close(torch.cat([part[key] for part in parts]), want[key], rtol=1e-10, atol=1e-10)
+    for i in (0, 1):
+        torch.testing.assert_close(sum(part["weights"][i] for part in parts), want["weights"][i], rtol=1e-10, atol=1e-10)
+    for part in parts:
+        assert part["state"].keys() == want["state"].keys()
+        for key, value in want["state"].items():
+            torch.testing.assert_close(part["state"][key], value, rtol=1e-12, atol=0)
+
+
+def test_synchronized_norms_keep_names_and_are_plain_ones_in_one_process() -> None:
+    method, views = built(SMALL[0])
+    twin = copy.deepcopy(method)
+    synchronized(twin)
+    assert list(twin.state_dict()) == list(method.state_dict())
+    assert sum(isinstance(m, SyncBatchNorm) for m in twin.modules()) == sum(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) for m in method.modules()
+    )
+    for mode in (True, False):
+        a, b = (m.train(mode).evaluation_backbone()(views.crops[0]) for m in (method, twin))
+        assert torch.equal(a, b)
+
+
+def _averaged(rank: int, world: int) -> torch.Tensor:
+    norm = nn.BatchNorm1d(3)
+    norm.running_mean.fill_(rank)
+    average_statistics(nn.Sequential(norm))
+    return norm.running_mean
+
+
+def test_running_statistics_are_averaged(tmp_path: Path) -> None:
+    for value in in_processes(2, tmp_path, _averaged):
+        assert value.tolist() == [0.5, 0.5, 0.5]
+
+
+# ---------------------------------------------------------------------------- every method
+
+
+def _own_rows(views: Views, rank: int, world: int) -> Views:
+    rows = torch.arange(BATCH).chunk(world)[rank]
+    stacks = {name: torch.cat([crop[rows] for crop in stack.chunk(views.counts[name])]) for name, stack in views.stacks.items()}
+    return Views(stacks=stacks, counts=views.counts, image_ids=views.image_ids[rows], labels=views.labels[rows])
+
+
+def _two_steps(rank: int, world: int, recipe: str, ddp: bool) -> dict[str, Any]:
+    """Losses, the gradients of the second step and the whole state after it, in float64."""
+    method, views = built(recipe)
+    method = method.double()
+    views.stacks = {name: stack.double() for name, stack in views.stacks.items()}
+    views = _own_rows(views, rank, world)
+    if world > 1 and method.sync_batchnorm:
+        synchronized(method)
+    forward: nn.Module = DistributedDataParallel(method, broadcast_buffers=False) if ddp and world > 1 else method
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
+    losses = []
+    for step in (8, 9):
+        progress = Progress(step=step, total_steps=400, steps_per_epoch=4, generator=torch.Generator().manual_seed(step))
+        method.before_step(progress)
+        optimizer.zero_grad()
+        out = forward(views, progress, method.draw_masks(views, progress))
+        out.loss.backward()
+        if forward is method:
+            average_gradients(method.parameters())
+        gradients = {name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None}
+        optimizer.step()
+        method.after_step([out.outputs], progress)
+        losses.append(mean_over_workers([out.loss.item()])[0])
+    return {"losses": losses, "gradients": gradients, "state": method.state_dict()}
+
+
+# one small recipe of every method
+RECIPES = list({type(load_recipe(recipe).method): recipe for recipe in reversed(SMALL)}.values())
+CASES = [(recipe, ddp) for recipe in RECIPES for ddp in (False, True)]
+
+
+def _all_cases(rank: int, world: int) -> dict[tuple[str, bool], dict[str, Any]]:
+    return {case: _two_steps(rank, world, *case) for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def two_workers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, bool], dict[str, Any]]]:
+    """Every case in one pair of processes: starting them costs more than the steps."""
+    return in_processes(2, tmp_path_factory.mktemp("two"), _all_cases)
+
+
+@pytest.mark.parametrize(("recipe", "ddp"), CASES)
+def test_two_workers_train_like_one(recipe: str, ddp: bool, two_workers: list[dict[tuple[str, bool], dict[str, Any]]]) -> None:
+    one = _two_steps(0, 1, recipe, ddp)
+    for worker in two_workers:
+        two = worker[recipe, ddp]
+        np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-9)
+        assert two["gradients"].keys() == one["gradients"].keys()
+        for name, gradient in one["gradients"].items():
+            torch.testing.assert_close(two["gradients"][name], gradient, rtol=1e-6, atol=1e-9, msg=name)
+        for name, value in one["state"].items():
+            torch.testing.assert_close(two["state"][name], value, rtol=1e-6, atol=1e-9, msg=name)
+
+
+def _talk(rank: int, world: int) -> Any:
+    stop, bad = agreed(rank == 1, [f"bad {rank}"] if rank == 1 else [])
+    return stop, bad, agreed(False, []), mean_over_workers([1.0 + rank, 4.0])
+
+
+def test_workers_agree(tmp_path: Path) -> None:
+    for result in in_processes(2, tmp_path, _talk):
+        assert result == (True, ["bad 1"], (False, []), [1.5, 4.0])
+
+
+# ---------------------------------------------------------------------------- placing
+
+
+@pytest.mark.parametrize(
+    ("workers", "share", "nodes", "fit"),
+    [
+        (2, CPU_WORKER, [{"CPU": 2}], True),
+        (4, CPU_WORKER, [{"CPU": 2}], True),
+        (5, CPU_WORKER, [{"CPU": 2}], False),  # 0.75 CPU would stay free: Ray Data would wait for ever
+        (3, {"CPU": 0.6}, [{"CPU": 1}] * 3, False),  # 1.2 free in all, but no whole one anywhere
+        (2, {"CPU": 0.6}, [{"CPU": 1}] * 3, True),
+        (8, GPU_WORKER, [{"CPU": 32, "GPU": 8}], True),
+        (8, GPU_WORKER, [{"CPU": 8, "GPU": 8}], False),
+        (8, GPU_WORKER, [{"CPU": 8, "GPU": 8}, {"CPU": 4}], True),
+        (2, GPU_WORKER, [{"CPU": 4, "GPU": 1}, {"GPU": 1}], False),
+        (1, CPU_WORKER, [], False),
+    ],
+)
+def test_workers_fit_only_beside_a_whole_cpu(workers: int, share: dict, nodes: list, fit: bool) -> None:
+    assert fits(workers, share, nodes) is fit
+
+
+@pytest.mark.parametrize("value", ["two", "2:", "4:2", "-1", ":3", "0:4"])
+def test_worker_counts_that_mean_nothing_are_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"train\.workers"):
+        TrainConfig(workers=value)
+
+
+def test_worker_counts_must_divide_the_lanes() -> None:
+    import dataclasses
+
+    config = load_recipe("swav-small")
+    for value, good in ((3, False), ("5:7", False), (8, True), ("3:7", True), (0, True)):
+        changed = dataclasses.replace(config, train=dataclasses.replace(config.train, workers=value))
+        if good:
+            resolve(changed, 5000)
+        else:
+            with pytest.raises(ConfigError, match=r"does not divide data.lanes=8; use one of 1, 2, 4, 8"):
+                resolve(changed, 5000)
+
+
+# ---------------------------------------------------------------------------- the line to the driver
+
+
+def test_what_rank_0_says_reaches_the_screen_and_the_wish_to_stop_comes_back(ray_local: None) -> None:
+    import ray
+
+    out = io.StringIO()
+    screen = Display(Console(file=out, width=120), total_steps=10, start_step=0, batch=4, chance=None)
+    relay = ray.remote(Relay).options(num_cpus=0).remote()
+    listener = Listener(relay, screen)
+    assert not listener.listen(False)
+    assert ray.get(relay.send.remote([("update", {"step": 5, "loss": 1.5}), ("say", {"text": "evaluating ..."})])) is False
+    assert listener.listen(True)
+    assert "step 5/10" in out.getvalue() and "loss 1.500" in out.getvalue() and "evaluating" in out.getvalue()
+    assert ray.get(relay.send.remote([])) is True
