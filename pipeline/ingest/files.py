@@ -33,10 +33,11 @@ Out = TypeVar("Out")
 
 
 class File(NamedTuple):
-    """A file of a listing: its path below the root, with slashes, and its size in bytes."""
+    """A file of a listing: its path below the root, with slashes, its size in bytes, and in an object store when it was written."""
 
     name: str
     size: int
+    written: float = 0.0  # Unix time, s
 
 
 class Part(NamedTuple):
@@ -76,6 +77,11 @@ def join(root: str, name: str) -> str:
     return f"{root.rstrip('/')}/{name}"
 
 
+def cache_folder() -> Path:
+    """Where downloads and indices are kept: MANYVIEWS_CACHE, else `~/.cache/manyviews`. On a cluster it must be a shared folder."""
+    return Path(os.environ.get("MANYVIEWS_CACHE") or "~/.cache/manyviews").expanduser().resolve()
+
+
 # ---------------------------------------------------------------------------- listing
 
 
@@ -89,12 +95,13 @@ def is_file(path: str) -> bool:
     return bool(system.get_file_info(key).type == FileType.File)
 
 
-def size(path: str) -> int:
-    """Size of a file in bytes."""
+def facts(path: str) -> File:
+    """A single file as it stands in the listing of its folder."""
+    name = path.rpartition("/")[2]
     if not is_remote(path):
-        return os.path.getsize(path)
+        return File(name, os.path.getsize(path))
     system, key = _at(path, OPEN_ATTEMPTS)
-    return int(system.get_file_info(key).size)
+    return _file(name, system.get_file_info(key))
 
 
 def children(folder: str) -> list[File]:
@@ -114,8 +121,12 @@ def tree(folder: str) -> list[File]:
 
     system, key = _at(folder, OPEN_ATTEMPTS)
     found = system.get_file_info(FileSelector(key, recursive=True))
-    names = ((info.path[len(key) + 1 :], info.size) for info in found if info.type == FileType.File)
-    return sorted(File(name, int(count or 0)) for name, count in names if not any(part.startswith(".") for part in name.split("/")))
+    listed = (_file(info.path[len(key) + 1 :], info) for info in found if info.type == FileType.File)
+    return sorted(file for file in listed if not any(part.startswith(".") for part in file.name.split("/")))
+
+
+def _file(name: str, info: Any) -> File:
+    return File(name, int(info.size or 0), info.mtime.timestamp() if info.mtime else 0.0)
 
 
 def _walk(root: str) -> Iterator[File]:
@@ -137,10 +148,10 @@ def _walk(root: str) -> Iterator[File]:
 
 
 def read_all(parts: Sequence[Part]) -> list[bytes]:
-    """The bytes of every part, in order; empty for a file that is gone or may not be read.
+    """The bytes of every part, in order; empty for a file that is gone, and for a local one that may not be read.
 
     Raises:
-        OSError: an object store stopped answering, after several attempts; these images are not bad.
+        OSError: an object store stopped answering after several attempts, or credentials expired: no reason to call images bad.
     """
     if not parts:
         return []
@@ -205,7 +216,7 @@ def _read_remote(part: Part) -> bytes:
                 return bytes(file.read())
         return bytes(_handle(part.path).read_at(part.size, part.offset))
     except Exception as error:  # file systems of fsspec raise what their clients raise
-        if isinstance(error, FileNotFoundError) or _kind(str(error)) in ("missing", "rights"):
+        if isinstance(error, FileNotFoundError) or _kind(str(error)) == "missing":
             return b""
         raise OSError(f"{part.path}: cannot be read ({_short(error)})") from None
 

@@ -55,7 +55,7 @@ def open_folder(root: str, tree: list[File], shown: str) -> Manifest:
     import pyarrow as pa
 
     images, skipped = [], []
-    for name, size in tree:
+    for name, size, _ in tree:
         extension = os.path.splitext(name)[1].lower()
         if extension in IMAGE_EXTENSIONS:
             images.append((name, size))

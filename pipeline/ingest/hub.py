@@ -30,7 +30,7 @@ def open_hub(root: str, data: DataConfig) -> Manifest:
     if not re.match(r"hf://datasets/[^/]+/[^/]+", folder):
         raise ConfigError(f"data.path={data.path}: not the form of a data set; use hf://datasets/OWNER/NAME or .../NAME/FOLDER")
     with files.explained(folder):
-        tree = [files.File(folder.rpartition("/")[2], files.size(folder))] if folder.endswith(".parquet") else files.tree(folder)
+        tree = [files.facts(folder)] if folder.endswith(".parquet") else files.tree(folder)
     if folder.endswith(".parquet"):
         return open_parquet(folder.rpartition("/")[0], tree, data)
     found = [f for f in tree if f.name.endswith(".parquet") and fnmatch.fnmatch(f.name.rpartition("/")[2], pattern)]

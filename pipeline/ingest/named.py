@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from methods.parts.errors import ConfigError
-from pipeline.ingest.files import File
+from pipeline.ingest.files import File, cache_folder
 from pipeline.ingest.sources import Manifest, fingerprint
 
 if TYPE_CHECKING:
@@ -23,11 +23,6 @@ TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 SPLITS = ("train", "test")
 ROW_GROUP = 1000  # images, about 2 MB of 32 pixels
 TIMEOUT_S = 30.0  # of one answer of the download's server
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: MANYVIEWS_CACHE, else `~/.cache/manyviews`. On a cluster it must be a shared folder."""
-    return Path(os.environ.get("MANYVIEWS_CACHE") or "~/.cache/manyviews").expanduser().resolve()
 
 
 def open_named(data: DataConfig) -> Manifest:

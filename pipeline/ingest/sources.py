@@ -131,7 +131,7 @@ def _open_files(root: str, data: DataConfig) -> Manifest:
         extension = os.path.splitext(root)[1].lower()
         if extension not in kinds:
             raise ConfigError(f"data.path={data.path}: a single file must be .parquet or .tar; give the folder that holds the images")
-        return kinds[extension](folder, [files.File(last, files.size(root))], data)
+        return kinds[extension](folder, [files.facts(root)], data)
     chosen = "*" in last and (remote or not os.path.exists(root))
     if chosen:
         root = folder

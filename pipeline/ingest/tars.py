@@ -5,7 +5,10 @@ The headers of every shard are read once; afterwards an image is read by its pla
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
+import json
 import os
 import tarfile
 from collections.abc import Sequence
@@ -72,7 +75,10 @@ def open_tars(root: str, parts: list[File], data: DataConfig) -> Manifest:
     import pyarrow as pa
 
     paths = [files.join(root, part.name) for part in parts]
-    indices = files.each(_index, paths) if files.is_remote(root) else [_index(path) for path in paths]
+    if files.is_remote(root):
+        indices = files.each(lambda pair: _remembered(*pair), list(zip(paths, parts, strict=True)))
+    else:
+        indices = [_index(path) for path in paths]
     samples = [sample for index in indices for sample in index.samples]
     skipped = [entry for index in indices for entry in index.skipped]
     if not samples:
@@ -97,6 +103,23 @@ def open_tars(root: str, parts: list[File], data: DataConfig) -> Manifest:
         sizes=np.array([sample.size for sample in samples], np.int64),
         names=pa.array([os.fsencode(sample.name) for sample in samples], pa.large_binary()),
     )
+
+
+def _remembered(path: str, part: File) -> _Index:
+    """The index of a remote shard, from the cache folder if it is there: making one fetches the shard."""
+    from pipeline.runs import write_atomic
+
+    key = hashlib.blake2b(f"{path}:{part.size}:{part.written}".encode(), digest_size=16).hexdigest()
+    kept = files.cache_folder() / "tars" / f"{key}.json"
+    try:
+        samples, skipped = json.loads(kept.read_text())
+        return _Index([_Sample(*sample) for sample in samples], [(where, reason) for where, reason in skipped])
+    except (OSError, ValueError, TypeError):  # not there, or not whole
+        index = _index(path)
+    with contextlib.suppress(OSError):  # a full or read-only disk only costs the next run some time
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(kept, json.dumps(index).encode())
+    return index
 
 
 def _index(path: str) -> _Index:

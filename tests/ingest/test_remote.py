@@ -14,7 +14,7 @@ import pytest
 
 from methods.parts.errors import ConfigError
 from pipeline.config import DataConfig
-from pipeline.ingest import files, parquet
+from pipeline.ingest import files, parquet, tars
 from pipeline.ingest.sources import Manifest, is_local_path, open_source
 from tests.ingest.pictures import png, write_tar
 
@@ -41,7 +41,8 @@ def forget() -> None:
 
 
 @pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
+    monkeypatch.setenv("MANYVIEWS_CACHE", str(tmp_path / "cache"))
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_REGION"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
@@ -147,6 +148,23 @@ def test_a_bucket_is_listed_once(tmp_path: Path, s3: object) -> None:
     assert asked == ["get_file_info", "get_file_info"]  # what the path is, and what lies below it
 
 
+def test_the_index_of_a_shard_is_kept(tmp_path: Path, s3: object, environment: pytest.MonkeyPatch) -> None:
+    make_tars(tmp_path / "data")
+    uri = upload(s3, tmp_path / "data", "kept")
+    made: list[str] = []
+    original = tars._index
+    environment.setattr(tars, "_index", lambda path: made.append(path) or original(path))
+    first = open_path(uri)
+    again = open_path(uri)
+    assert sorted(made) == [f"{uri}/0.tar", f"{uri}/1.tar"]
+    assert again.fingerprint == first.fingerprint and again.read(range(40)) == first.read(range(40)) and again.skipped == first.skipped
+    for kept in (tmp_path / "cache/tars").iterdir():
+        kept.write_text(kept.read_text()[:-20])  # cut short
+    write_tar(tmp_path / "data/1.tar", {"new.png": png(7)})
+    upload(s3, tmp_path / "data", "kept")
+    assert [row.image for row in open_path(uri).read([0, 20])] == [png(0), png(7)] and len(made) == 4
+
+
 def test_reads_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(part: files.Part) -> bytes:
         time.sleep(0.1)
@@ -236,7 +254,9 @@ def test_no_rights(server: str, s3: object) -> None:
     let(0)  # from now on every key is unknown
     try:
         assert "may not be read with the credentials found; set AWS_ACCESS_KEY_ID" in refused("s3://pictures/a")
-        assert manifest.read([0])[0].image == b""
+        with pytest.raises(OSError, match=r"s3://pictures/a/x\.png: cannot be read") as caught:
+            manifest.read([0])  # credentials that expire do not make images bad
+        assert SECRET not in str(caught.value) and KEY not in str(caught.value)
     finally:
         let(10**9)
 
@@ -255,11 +275,10 @@ def test_the_endpoint_of_s3_alone_goes_first(server: str, s3: object, environmen
 
 def test_a_public_bucket_needs_no_credentials(s3: object, environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
     s3.put_object(Bucket="pictures", Key="a/x.png", Body=png(1), ACL="public-read")  # type: ignore[attr-defined]
-    s3.put_object(Bucket="pictures", Key="a/y.png", Body=png(2))  # type: ignore[attr-defined]
     environment.delenv("AWS_ACCESS_KEY_ID")
     environment.delenv("AWS_SECRET_ACCESS_KEY")
     environment.setenv("HOME", str(tmp_path))
-    assert [row.image for row in open_path("s3://anonymous@pictures/a").read([0, 1])] == [png(1), b""]
+    assert open_path("s3://anonymous@pictures/a").read([0])[0].image == png(1)
 
 
 def test_credentials_inside_a_uri_are_refused() -> None:
@@ -280,6 +299,20 @@ def test_the_command_line_says_it_and_returns_2(s3: object, capsys: pytest.Captu
     said = capsys.readouterr().err
     assert code == 2 and said.startswith("error: data.path=s3://no-such-bucket/x: there is no such bucket") and said.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_doctor_looks_into_a_bucket(s3: object, tmp_path: Path) -> None:
+    from pipeline.doctor import diagnose
+
+    def look(path: str) -> dict[str, tuple[str, str, str]]:
+        checks = diagnose(data=DataConfig(path=path), runs_dir=tmp_path, ray=False)
+        return {check.name: (check.ok, check.found, check.remedy) for check in checks}
+
+    make_folder(tmp_path / "data")
+    good = look(upload(s3, tmp_path / "data", "some"))
+    assert good["data"][0] == "ok" and good["data"][1].startswith("5 images, 4 labelled in 2 classes") and good["decode"][0] == "ok"
+    bad = look("s3://no-such-bucket/x")["data"]
+    assert bad[:2] == ("fail", "data.path=s3://no-such-bucket/x") and bad[2].startswith("there is no such bucket")
 
 
 # ---------------------------------------------------------------------------- paths and the hub
