@@ -69,6 +69,8 @@ def resolve(path: str) -> str:
     scheme = {"gcs": "gs", "s3a": "s3"}.get(scheme, scheme)
     if scheme not in SCHEMES:
         raise ConfigError(f"data.path={path}: {scheme}:// is not known; use s3://, gs://, hf://datasets/OWNER/NAME or a local path")
+    if not rest.strip("/") or rest.startswith("/"):
+        raise ConfigError(f"data.path={path}: names no bucket; use {scheme}://BUCKET/FOLDER")
     return f"{scheme}://{rest.rstrip('/')}"
 
 
@@ -162,22 +164,26 @@ def read_all(parts: Sequence[Part]) -> list[bytes]:
 
 def read_merged(parts: Sequence[Part]) -> list[bytes]:
     """Like `read_all` for parts with sizes; neighbours in a file are read together."""
-    order = sorted(range(len(parts)), key=lambda i: parts[i][:2])
     runs: list[list[int]] = []
-    for i in order:
-        first, last = (parts[runs[-1][0]], parts[runs[-1][-1]]) if runs else (None, None)
-        near = last is not None and first is not None and last.path == parts[i].path and parts[i].offset - _end(last) <= MERGE_GAP
-        if near and first is not None and _end(parts[i]) - first.offset <= MERGE_MOST:
+    for i in sorted(range(len(parts)), key=lambda i: parts[i][:2]):
+        if runs and _near(parts[runs[-1][0]], parts[runs[-1][-1]], parts[i]):
             runs[-1].append(i)
         else:
             runs.append([i])
-    starts = [parts[run[0]].offset for run in runs]
-    whole = [Part(parts[run[0]].path, start, max(_end(parts[i]) for i in run) - start) for run, start in zip(runs, starts, strict=True)]
+    whole = []
+    for run in runs:
+        path, start, _ = parts[run[0]]
+        whole.append(Part(path, start, max(_end(parts[i]) for i in run) - start))
     cells = [b""] * len(parts)
-    for run, start, data in zip(runs, starts, read_all(whole), strict=True):
+    for run, part, data in zip(runs, whole, read_all(whole), strict=True):
         for i in run:
-            cells[i] = data[parts[i].offset - start : _end(parts[i]) - start]
+            cells[i] = data[parts[i].offset - part.offset : _end(parts[i]) - part.offset]
     return cells
+
+
+def _near(first: Part, last: Part, part: Part) -> bool:
+    """Does a part go into the same request as those from `first` to `last`?"""
+    return part.path == last.path and part.offset - _end(last) <= MERGE_GAP and _end(part) - first.offset <= MERGE_MOST
 
 
 def _end(part: Part) -> int:

@@ -120,6 +120,15 @@ def test_a_bucket_holds_the_same_as_the_disk(tmp_path: Path, s3: object, make: o
     ]
 
 
+def test_a_whole_bucket(s3: object) -> None:
+    for key in ("a/x.png", "b/y.png", "z.png"):
+        s3.put_object(Bucket="pictures", Key=key, Body=png(ord(key[0])))  # type: ignore[attr-defined]
+    for path in ("s3://pictures", "s3://pictures/"):
+        manifest = open_path(path)
+        assert manifest.class_names == ["a", "b"] and [row.image for row in manifest.read([0, 1, 2])] == [png(ord(c)) for c in "abz"]
+        assert manifest.path(0) == "s3://pictures/a/x.png"
+
+
 @pytest.mark.parametrize("make", [make_parquet, make_tars])
 def test_one_object_and_a_pattern(tmp_path: Path, s3: object, make: object) -> None:
     root = tmp_path / "data"
@@ -230,6 +239,7 @@ def test_wrong_names(s3: object) -> None:
     assert "nothing of this name" in refused("s3://pictures/nowhere.parquet")
     assert "options after ? are not read" in refused("s3://pictures/nowhere?region=eu-west-1")
     assert "use s3://, gs://, hf://" in refused("wasb://x/y")
+    assert "names no bucket" in refused("s3://") and "names no bucket" in refused("s3:///x")
 
 
 def test_what_lies_there_is_no_data(s3: object) -> None:
