@@ -29,7 +29,8 @@ ABOUT = """Pretrain a vision backbone on your own unlabelled images.
   manyviews pretrain swav --help                           every setting of a recipe, with type and default
 """
 COMMON = """common settings (all of them: manyviews pretrain RECIPE --help):
-  --data.path PATH                folder, Parquet file or folder, or patches
+  --data.path PATH                images: a folder, Parquet or WebDataset tars, on disk or at s3://BUCKET/... or gs://BUCKET/...;
+                                  hf://datasets/OWNER/NAME; cifar10; or patches, the built-in set
   --data.held-out 0.1             fraction of the training images kept for the online kNN
   --evaluate.path PATH            test images with labels, read once at the end
   --train.epochs N | --train.steps N
@@ -76,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
 
     add = verb("embed", embed, "write the features of a folder of images to Parquet")
     add.add_argument("model", metavar="RUN_OR_MODEL", help="a run, an exported folder, or models:/NAME@best")
-    add.add_argument("--data.path", dest="data_path", required=True, metavar="PATH", help="images: folder, Parquet, or patches")
+    add.add_argument("--data.path", dest="data_path", required=True, metavar="PATH", help="images, as for pretrain")
     add.add_argument("--to", type=Path, required=True, metavar="DIR", help="where the Parquet files go")
     add.add_argument("--track.uri", dest="uri", metavar="URI", help="tracking server of models:/ (default: the runs folder's own)")
 

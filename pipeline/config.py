@@ -27,7 +27,8 @@ Triple = tuple[float, float, float]
 class DataConfig:
     """Where the images come from and how they are dealt."""
 
-    path: str = "patches"  # folder, Parquet file or folder, or the built-in "patches[:pixels=32,per_photo=320,seed=0]"
+    # folder, Parquet or tars, local or s3:// or gs://; hf://datasets/OWNER/NAME; cifar10; "patches[:pixels=32,per_photo=320,seed=0]"
+    path: str = "patches"
     image_column: str = "image"  # Parquet: the column of encoded bytes
     label_column: str = "label"  # Parquet: the column of labels; absent is fine
     held_out: float = 0.1  # fraction of labelled images kept from training for the online kNN, at most 5,000; 0 without labels
@@ -38,7 +39,7 @@ class DataConfig:
     window: int | None = None  # images cut by one Ray Data task; None = 512 small or 128 large ones
 
     def __post_init__(self) -> None:
-        require(bool(self.path), "data.path", self.path, "give a folder, a Parquet file or folder, or patches")
+        require(bool(self.path), "data.path", self.path, "give a folder, Parquet or tar files, a URI, or patches")
         require(0 <= self.held_out < 1, "data.held_out", self.held_out, "use a fraction in [0, 1), e.g. 0.1")
         require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "use a fraction in [0, 1]")
         require(self.lanes >= 1, "data.lanes", self.lanes, "use 1 or more; 8 lets 1, 2, 4 or 8 workers share a run")

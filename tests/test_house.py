@@ -174,7 +174,7 @@ def test_dependencies_have_both_bounds_and_cover_the_imports() -> None:
     used = set()
     for file in [ROOT / "manyviews.py", *(f for room in ("methods", "pipeline", "tuning") for f in (ROOT / room).rglob("*.py"))]:
         used |= {name.split(".")[0] for _, name in imported(ast.parse(file.read_text()), [])}
-    optional = {"optuna"}  # extras
+    optional = {"optuna", "huggingface_hub"}  # extras
     assert used - covered - optional - set(RANK) - set(sys.stdlib_module_names) - {""} == set()
 
 

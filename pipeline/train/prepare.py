@@ -12,7 +12,7 @@ from methods.parts.contract import Method, RunFacts, find
 from methods.parts.errors import ConfigError
 from pipeline.config import Resolved, RunConfig, absolute, resolve
 from pipeline.ingest.plan import Plan
-from pipeline.ingest.sources import Manifest, open_source
+from pipeline.ingest.sources import Manifest, is_local_path, open_source
 from pipeline.machine import available_cores
 from pipeline.train import checkpoint
 
@@ -74,7 +74,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def _absolute_source(path: str) -> str:
-    return path if path.split(":")[0] == "patches" else absolute(path)
+    return absolute(path) if is_local_path(path) else path
 
 
 def untrained(config: RunConfig, resolved: Resolved) -> nn.Module:

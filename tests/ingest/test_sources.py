@@ -14,7 +14,7 @@ from PIL import Image
 
 from methods.parts.errors import ConfigError
 from pipeline.config import DataConfig
-from pipeline.ingest import sources
+from pipeline.ingest import parquet
 from pipeline.ingest.decode import decode
 from pipeline.ingest.patches import CLASS_NAMES, load_photo, tiles
 from pipeline.ingest.sources import Manifest, open_source
@@ -107,10 +107,10 @@ def test_parquet_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_cache_of_row_groups_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "a.parquet", 40)
-    monkeypatch.setattr(sources, "ROW_GROUP_CACHE", 3 * 4 * len(png(0)))
+    monkeypatch.setattr(parquet, "ROW_GROUP_CACHE", 3 * 4 * len(png(0)))
     manifest = open_path(tmp_path)
     assert [row.image for row in manifest.read(range(40))] == [png(i) for i in range(40)]
-    assert len(sources._row_groups) <= 3
+    assert len(parquet._row_groups) <= 3
 
 
 def test_hugging_face_columns(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_errors_name_the_remedy(tmp_path: Path) -> None:
         (tmp_path, {"image_column": "img"}, "data.image_column=img: no such column.*it has image, number"),
         (tmp_path, {"image_column": "number"}, "holds int64, not encoded bytes"),
         (tmp_path, {"label_column": "class"}, "data.label_column=class: no such column.*it has image, number"),
-        ("s3://bucket/images", {}, "local"),
+        ("ftp://host/images", {}, "ftp:// is not known; use s3://"),
         ("patches:size=3", {}, "unknown option size; known options are pixels"),
         ("patches:pixels=big", {}, "whole number"),
         ("patches:pixels=4000", {}, "use 8 to 128"),

@@ -1,0 +1,348 @@
+"""Files on local disks and in object stores, by the same few functions.
+
+A path is a string: an absolute local path or a URI (`s3://`, `gs://`, `hf://`). Nothing here keeps a handle that would travel
+with a manifest: file systems and threads are made once per process, when they are first needed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from methods.parts.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SCHEMES = ("s3", "gs", "hf")
+THREADS = 16  # requests each process has under way; an answer takes 20 to 100 ms, whatever its size
+OPEN_ATTEMPTS, READ_ATTEMPTS = 3, 10  # a wrong address is said within seconds; a long run rides out a busy store
+OPEN_HANDLES = 64  # objects each process keeps open, so that their size is asked once
+MERGE_GAP, MERGE_MOST = 64 * 2**10, 16 * 2**20  # bytes: parts of one file this near are read at once, up to this length
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+class File(NamedTuple):
+    """A file of a listing: its path below the root, with slashes, its size in bytes, and in an object store when it was written."""
+
+    name: str
+    size: int
+    written: float = 0.0  # Unix time, s
+
+
+class Part(NamedTuple):
+    """What to read of a file: `size` bytes from `offset`, or all of it."""
+
+    path: str
+    offset: int = 0
+    size: int | None = None
+
+
+def is_remote(path: str) -> bool:
+    """Is this a URI of an object store?"""
+    return "://" in path
+
+
+def resolve(path: str) -> str:
+    """An absolute local path, or a checked URI without its last slash.
+
+    Raises:
+        ConfigError: a scheme that is not known, or credentials inside the URI (the message does not repeat them).
+    """
+    path = path.removeprefix("file://")
+    if not is_remote(path):
+        return str(Path(path).expanduser().resolve())
+    scheme, _, rest = path.partition("://")
+    user, at, _ = rest.partition("/")[0].rpartition("@")
+    if at and user != "anonymous":
+        raise ConfigError(f"data.path={scheme}://...: holds credentials, which would be stored with the run; {_remedies(scheme)[1]}")
+    scheme = {"gcs": "gs", "s3a": "s3"}.get(scheme, scheme)
+    if scheme not in SCHEMES:
+        raise ConfigError(f"data.path={path}: {scheme}:// is not known; use s3://, gs://, hf://datasets/OWNER/NAME or a local path")
+    if not rest.strip("/") or rest.startswith("/"):
+        raise ConfigError(f"data.path={path}: names no bucket; use {scheme}://BUCKET/FOLDER")
+    return f"{scheme}://{rest.rstrip('/')}"
+
+
+def join(root: str, name: str) -> str:
+    """The path of a file of a listing."""
+    return f"{root.rstrip('/')}/{name}"
+
+
+def cache_folder() -> Path:
+    """Where downloads and indices are kept: MANYVIEWS_CACHE, else `~/.cache/manyviews`. On a cluster it must be a shared folder."""
+    return Path(os.environ.get("MANYVIEWS_CACHE") or "~/.cache/manyviews").expanduser().resolve()
+
+
+# ---------------------------------------------------------------------------- listing
+
+
+def is_file(path: str) -> bool:
+    """Is there a single file of this name?"""
+    if not is_remote(path):
+        return os.path.isfile(path)
+    from pyarrow.fs import FileType
+
+    system, key = _at(path, OPEN_ATTEMPTS)
+    return bool(system.get_file_info(key).type == FileType.File)
+
+
+def facts(path: str) -> File:
+    """A single file as it stands in the listing of its folder."""
+    name = path.rpartition("/")[2]
+    if not is_remote(path):
+        return File(name, os.path.getsize(path))
+    system, key = _at(path, OPEN_ATTEMPTS)
+    return _file(name, system.get_file_info(key))
+
+
+def children(folder: str) -> list[File]:
+    """The files directly in a local folder."""
+    with os.scandir(folder) as entries:
+        return [File(entry.name, entry.stat().st_size) for entry in entries if entry.is_file()]
+
+
+def tree(folder: str) -> list[File]:
+    """Every file below a folder that is not hidden, sorted by name. An object store is asked for one recursive listing.
+
+    Local links are followed, loops are not.
+    """
+    if not is_remote(folder):
+        return sorted(_walk(folder))
+    from pyarrow.fs import FileSelector, FileType
+
+    system, key = _at(folder, OPEN_ATTEMPTS)
+    found = system.get_file_info(FileSelector(key, recursive=True))
+    listed = (_file(info.path[len(key) + 1 :], info) for info in found if info.type == FileType.File)
+    return sorted(file for file in listed if not any(part.startswith(".") for part in file.name.split("/")))
+
+
+def _file(name: str, info: Any) -> File:
+    return File(name, int(info.size or 0), info.mtime.timestamp() if info.mtime else 0.0)
+
+
+def _walk(root: str) -> Iterator[File]:
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = [] if real in seen else sorted(f for f in folders if not f.startswith("."))
+        if real in seen:
+            continue
+        seen.add(real)
+        for name in names:
+            if not name.startswith("."):
+                path = os.path.join(folder, name)
+                relative = os.path.relpath(path, root).replace(os.sep, "/")
+                yield File(relative, os.stat(path).st_size if os.path.exists(path) else 0)
+
+
+# ---------------------------------------------------------------------------- reading
+
+
+def read_all(parts: Sequence[Part]) -> list[bytes]:
+    """The bytes of every part, in order; empty for a file that is gone, and for a local one that may not be read.
+
+    Raises:
+        OSError: an object store stopped answering after several attempts, or credentials expired: no reason to call images bad.
+    """
+    if not parts:
+        return []
+    if not is_remote(parts[0].path):
+        return [_read_local(part) for part in parts]
+    return each(_read_remote, parts)
+
+
+def read_merged(parts: Sequence[Part]) -> list[bytes]:
+    """Like `read_all` for parts with sizes; neighbours in a file are read together."""
+    runs: list[list[int]] = []
+    for i in sorted(range(len(parts)), key=lambda i: parts[i][:2]):
+        if runs and _near(parts[runs[-1][0]], parts[runs[-1][-1]], parts[i]):
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    whole = []
+    for run in runs:
+        path, start, _ = parts[run[0]]
+        whole.append(Part(path, start, max(_end(parts[i]) for i in run) - start))
+    cells = [b""] * len(parts)
+    for run, part, data in zip(runs, whole, read_all(whole), strict=True):
+        for i in run:
+            cells[i] = data[parts[i].offset - part.offset : _end(parts[i]) - part.offset]
+    return cells
+
+
+def _near(first: Part, last: Part, part: Part) -> bool:
+    """Does a part go into the same request as those from `first` to `last`?"""
+    return part.path == last.path and part.offset - _end(last) <= MERGE_GAP and _end(part) - first.offset <= MERGE_MOST
+
+
+def _end(part: Part) -> int:
+    return part.offset + (part.size or 0)
+
+
+def each(function: Callable[[In], Out], items: Iterable[In]) -> list[Out]:
+    """`map` with several requests under way."""
+    return list(_threads().map(function, items))
+
+
+def open_file(path: str, attempts: int | None = None) -> pa.NativeFile:
+    """A file for random access; local ones are mapped into memory."""
+    import pyarrow as pa
+
+    if not is_remote(path):
+        return pa.memory_map(path)
+    system, key = _at(path, attempts or READ_ATTEMPTS)
+    return system.open_input_file(key)
+
+
+def _read_local(part: Part) -> bytes:
+    try:
+        if part.size is None:
+            return Path(part.path).read_bytes()
+        with open(part.path, "rb", buffering=0) as file:
+            return os.pread(file.fileno(), part.size, part.offset)
+    except OSError:
+        return b""
+
+
+def _read_remote(part: Part) -> bytes:
+    try:
+        if part.size is None:
+            with open_file(part.path) as file:
+                return bytes(file.read())
+        return bytes(_handle(part.path).read_at(part.size, part.offset))
+    except Exception as error:  # file systems of fsspec raise what their clients raise
+        if isinstance(error, FileNotFoundError) or _kind(str(error)) == "missing":
+            return b""
+        raise OSError(f"{part.path}: cannot be read ({_short(error)})") from None
+
+
+@lru_cache(maxsize=OPEN_HANDLES)
+def _handle(path: str) -> pa.NativeFile:
+    return open_file(path)
+
+
+@lru_cache(maxsize=1)
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(THREADS, thread_name_prefix="manyviews-read")
+
+
+# ---------------------------------------------------------------------------- file systems
+
+
+def _at(uri: str, attempts: int) -> tuple[Any, str]:
+    """The file system of a URI and the path inside it. What follows the bucket is taken as it is, not as percent code."""
+    scheme, _, rest = uri.partition("://")
+    bucket, slash, key = rest.partition("/")
+    user, _, bucket = bucket.rpartition("@")
+    # an endpoint is part of the key, so that a changed environment is followed
+    return _file_system(scheme, bucket if scheme == "s3" else "", user == "anonymous", attempts, _endpoint()), bucket + slash + key
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+
+
+@lru_cache(maxsize=16)
+def _file_system(scheme: str, bucket: str, anonymous: bool, attempts: int, endpoint: str | None) -> Any:
+    from pyarrow import fs
+
+    if scheme == "hf":
+        try:
+            from huggingface_hub import HfFileSystem
+        except ImportError:
+            raise ConfigError('data.path=hf://...: needs huggingface_hub; pip install "manyviews[hf]"') from None
+        return fs.PyFileSystem(fs.FSSpecHandler(HfFileSystem()))
+    if scheme == "gs":
+        patience = datetime.timedelta(seconds=2 * attempts)  # Google's own default is 15 minutes
+        return fs.GcsFileSystem(anonymous=anonymous, retry_time_limit=patience)
+    return fs.S3FileSystem(
+        anonymous=anonymous,
+        region=None if endpoint else fs.resolve_s3_region(bucket),  # a bucket answers only in its own region
+        endpoint_override=endpoint,
+        connect_timeout=5,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
+    )
+
+
+# ---------------------------------------------------------------------------- errors
+
+_KINDS = {  # what libraries say; the order matters, because a missing credential is also reported as "unavailable"
+    "bucket": r"NO_SUCH_BUCKET|[Bb]ucket '[^']*' not found|bucket does not exist",
+    "rights": (
+        r"ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE|EXPIRED|INVALID_CLIENT_TOKEN|UNRECOGNIZED_CLIENT|HTTP status 40[13]|40[13] Client"
+        r"|PERMISSION_DENIED|UNAUTHENTICATED|OAuth2|[Cc]redentials|gated|Unauthorized|Forbidden"
+    ),
+    "missing": r"RESOURCE_NOT_FOUND|NO_SUCH_KEY|NOT_FOUND|404 Client|does not exist",
+    "network": (
+        r"NETWORK_CONNECTION|REQUEST_TIMEOUT|UNAVAILABLE|[Tt]imed? ?out"
+        r"|[Rr]esolve|[Nn]ame or service|[Cc]onnect|unreachable|offline|curlCode"
+    ),
+}
+
+
+def _kind(words: str) -> str:
+    return next((kind for kind, pattern in _KINDS.items() if re.search(pattern, words)), "other")
+
+
+def _remedies(scheme: str) -> tuple[str, str]:
+    """What to do when the network, and when the rights are missing."""
+    return {
+        "s3": (
+            "check the network, and AWS_ENDPOINT_URL if the store is not Amazon's",
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or use s3://anonymous@BUCKET for a public bucket",
+        ),
+        "gs": (
+            "check the network",
+            "set GOOGLE_APPLICATION_CREDENTIALS, or run gcloud auth application-default login, "
+            "or use gs://anonymous@BUCKET for a public bucket",
+        ),
+        "hf": (
+            "check the network, or download the files and give the local folder",
+            "set HF_TOKEN, and accept the data set's terms on its page",
+        ),
+    }.get(scheme, ("check the network", "put credentials into the environment"))
+
+
+def _short(error: Exception) -> str:
+    """The first line of an error without the values of secrets."""
+    words = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    for name, value in os.environ.items():
+        if len(value) >= 6 and re.search(r"KEY|SECRET|TOKEN|PASSWORD", name):
+            words = words.replace(value, "***")
+    return re.sub(r"\s*\(Request ID[^)]*\)", "", words)[:200]
+
+
+@contextmanager
+def explained(path: str) -> Iterator[None]:
+    """Turn whatever an object store answers into one sentence with a remedy; local errors pass.
+
+    Raises:
+        ConfigError: no such bucket or key, no right to read it, or no answer.
+    """
+    try:
+        yield
+    except Exception as error:  # file systems of fsspec raise what their clients raise
+        if not is_remote(path) or isinstance(error, (ValueError, tarfile.TarError)):  # the content is wrong, or it is explained already
+            raise
+        scheme = path.partition("://")[0]
+        network, rights = _remedies(scheme)
+        kind = "missing" if isinstance(error, FileNotFoundError) else _kind(str(error))
+        what = {
+            "bucket": "there is no such bucket; check its name" + (" and AWS_ENDPOINT_URL" if scheme == "s3" and _endpoint() else ""),
+            "rights": f"it may not be read with the credentials found; {rights}",
+            "missing": "there is nothing of this name; check it, capitals included"
+            + ("; options after ? are not read, use AWS_ENDPOINT_URL" if "?" in path else ""),
+            "network": f"the store does not answer; {network}",
+        }.get(kind, f"the store answers with an error ({_short(error)}); {network}")
+        raise ConfigError(f"data.path={path}: {what}") from None
