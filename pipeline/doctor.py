@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from methods.parts.errors import ConfigError
-from pipeline import machine
+from pipeline import cluster, machine
 from pipeline.config import DataConfig, RunConfig
 from pipeline.machine import Check
 
@@ -35,7 +35,7 @@ def diagnose(
         runs_dir: where runs are to be written; it is not created.
         uri: tracking server; None = the SQLite file in `runs_dir`.
         config: a run to estimate, in images/s and hours.
-        ray: start Ray and send one task round.
+        ray: start Ray and send one task round; in a cluster (RAY_ADDRESS) ask every node.
     """
     runs_dir = Path(runs_dir).expanduser()
     data = data or (config.data if config else None)
@@ -51,7 +51,8 @@ def diagnose(
     ):
         checks += _guard(name, look)
     if ray:
-        checks += _guard("Ray", _ray)
+        on_cluster = cluster.named()
+        checks += _guard("cluster", lambda: cluster.checks(runs_dir, config, uri)) if on_cluster else _guard("Ray", _ray)
     if data is not None:
         checks += _guard("data", lambda: _data(data, config))
     return checks
