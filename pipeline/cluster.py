@@ -32,11 +32,6 @@ class Node:
     error: str = ""  # why nothing could be asked
 
 
-def named() -> bool:
-    """Does RAY_ADDRESS name a cluster? In a submitted job Ray sets it."""
-    return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
-
-
 def checks(runs_dir: Path, config: RunConfig | None = None, uri: str | None = None) -> Iterable[Check]:
     """Join the cluster that RAY_ADDRESS names, ask every node, and leave it again if it was joined here.
 
@@ -170,9 +165,7 @@ def answers(nodes: Mapping[str, Node], runs_dir: Path, config: RunConfig | None)
     """Rows about what the nodes said."""
     silent = {name: node.error for name, node in nodes.items() if node.error}
     if silent:
-        remedy = (
-            "see the node's logs in the dashboard; where a module is missing: pip install '.[cluster]' on that node"
-        )
+        remedy = "see the node's logs in the dashboard; where a module is missing: pip install '.[cluster]' on that node"
         yield Check("nodes", "fail", _listed(silent), remedy)
     spoke = {name: node for name, node in nodes.items() if not node.error}
     if not spoke:
@@ -185,9 +178,7 @@ def answers(nodes: Mapping[str, Node], runs_dir: Path, config: RunConfig | None)
     images = local_images(config)
     if images:
         blind = {name: node.data for name, node in spoke.items() if node.data}
-        remedy = (
-            "put the images where every node sees them at the same path, such as /shared/data" if blind else ""
-        )
+        remedy = "put the images where every node sees them at the same path, such as /shared/data" if blind else ""
         found = f"{images}\n{_listed(blind)}" if blind else f"{_count(len(spoke), 'node')} see {images}"
         yield Check("shared images", "fail" if blind else "ok", found, remedy)
     yield versions({name: node.versions for name, node in spoke.items()})

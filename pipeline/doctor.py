@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from methods.parts.errors import ConfigError
 from pipeline import cluster, machine
 from pipeline.config import DataConfig, RunConfig
+from pipeline.ingest.ray_data import joins_cluster
 from pipeline.machine import Check
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def diagnose(
     ):
         checks += _guard(name, look)
     if ray:
-        on_cluster = cluster.named()
+        on_cluster = joins_cluster()
         checks += _guard("cluster", lambda: cluster.checks(runs_dir, config, uri)) if on_cluster else _guard("Ray", _ray)
     if data is not None:
         checks += _guard("data", lambda: _data(data, config))

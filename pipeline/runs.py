@@ -146,9 +146,7 @@ def refuse_passing(folder: Path, key: str, remedy: str) -> None:
         ConfigError: `folder` lies in such a copy.
     """
     if "working_dir_files" in folder.expanduser().resolve().parts:
-        raise ConfigError(
-            f"{key}={folder}: lies in the job's copy of the code, which Ray deletes; give a shared folder, e.g. {remedy}"
-        )
+        raise ConfigError(f"{key}={folder}: lies in the job's copy of the code, which Ray deletes; give a shared folder, e.g. {remedy}")
 
 
 def find_run(reference: str, runs_dir: Path) -> RunFolder:

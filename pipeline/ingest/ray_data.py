@@ -33,9 +33,8 @@ def start_ray(num_cpus: int | None = None) -> None:
 
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS")
-    if address and address != "local":
-        _join(address)
+    if joins_cluster():
+        _join(os.environ["RAY_ADDRESS"])
         return
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     workers = THREADS | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
@@ -59,6 +58,11 @@ def start_ray(num_cpus: int | None = None) -> None:
                 os.environ.pop(key, None)
             else:
                 os.environ[key] = value
+
+
+def joins_cluster() -> bool:
+    """Does RAY_ADDRESS name a cluster? In a submitted job Ray sets it."""
+    return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
 
 
 def _join(address: str) -> None:
@@ -94,13 +98,20 @@ def cluster_environment() -> dict[str, Any]:
     return environment
 
 
+def default_tasks() -> int | None:
+    """Tasks at the same time: one per CPU on one machine; no limit in a cluster, whose pool grows with the tasks that wait."""
+    import ray
+
+    return None if joins_cluster() else max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
 def run(
-    function: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]], first: int, last: int, tasks: int
+    function: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]], first: int, last: int, tasks: int | None
 ) -> Iterator[dict[str, np.ndarray]]:
     """Blocks of `function({"id": [k]})` for k in first .. last-1, in order, from one Ray Data execution.
 
     Args:
-        tasks: how many run at the same time.
+        tasks: how many run at the same time; None = as many as the resources allow.
     """
     import ray
     from ray.data import DataContext, TaskPoolStrategy
@@ -113,7 +124,7 @@ def run(
     context.execution_options.preserve_order = True
     if last <= first:
         return
-    tasks = min(tasks, last - first)  # Ray warns of a limit that cannot be reached
+    tasks = tasks and min(tasks, last - first)  # Ray warns of a limit that cannot be reached
     with DataContext.current(context):
         items = ray.data.range(last - first, override_num_blocks=last - first)
         blocks = items.map_batches(partial(_shifted, function, first), batch_size=None, compute=TaskPoolStrategy(size=tasks))
