@@ -9,7 +9,7 @@ import platform
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,7 @@ def _answer(probe: Path, key: str, node: str) -> None:
     probe.with_name(f"{probe.name}-{node}").write_text(key)
 
 
-def _trouble(act: Any) -> str:
+def _trouble(act: Callable[[], object]) -> str:
     try:
         act()
     except OSError as error:
@@ -156,6 +156,30 @@ def local_images(config: RunConfig | None) -> str | None:
     if config is None or config.data.path.split(":")[0] == "patches" or "://" in config.data.path:
         return None
     return str(Path(config.data.path).expanduser().resolve())
+
+
+def on_gpu(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    """`function(*arguments)` in a task with a GPU, or None if no GPU is here or free now; and the cluster's CPUs."""
+    import ray
+
+    from pipeline.ingest.ray_data import start_ray
+
+    started = ray.is_initialized()
+    try:
+        start_ray()
+        have = ray.cluster_resources()
+        cpus = have.get("CPU", 0.0)
+        if not ray.available_resources().get("GPU", 0):
+            return None, cpus
+        task = ray.remote(function).options(num_gpus=1, num_cpus=1, max_retries=0).remote(*arguments)
+        try:
+            return ray.get(task, timeout=TIMEOUT_S), cpus
+        except ray.exceptions.GetTimeoutError:
+            ray.cancel(task, force=True)
+            return None, cpus
+    finally:
+        if not started and ray.is_initialized():
+            ray.shutdown()
 
 
 # ---------------------------------------------------------------------------- findings
@@ -209,7 +233,7 @@ def plan(config: RunConfig | None, have: Mapping[str, float], nodes: list[Mappin
         have: the cluster's resources in sum.
         nodes: each node's.
     """
-    low, high = asked(getattr(config.train, "workers", 0) if config else 0)
+    low, high = asked(config.train.workers if config else 0)
     gpus, cpus = have.get("GPU", 0.0), have.get("CPU", 0.0)
     if high == 0:
         if config is not None and len(nodes) > 1:
