@@ -54,7 +54,14 @@ class Head:
     client: Any
 
     def submit(self, command: str, **env_vars: str) -> str:
-        return str(self.client.submit_job(entrypoint=command, runtime_env={"working_dir": str(ROOT), "env_vars": env_vars}))
+        end = time.monotonic() + 60
+        while True:
+            try:
+                return str(self.client.submit_job(entrypoint=command, runtime_env={"working_dir": str(ROOT), "env_vars": env_vars}))
+            except RuntimeError as error:  # the dashboard answers before the agent that starts jobs is there
+                if "No available agent" not in str(error) or time.monotonic() > end:
+                    raise
+            time.sleep(0.5)
 
     def finish(self, job: str, timeout_s: float = 240.0) -> tuple[str, str]:
         """Status and log of a job when it has ended."""
