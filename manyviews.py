@@ -259,9 +259,12 @@ def doctor(options: Any, settings: list[str]) -> int:
 
 def configured(recipe: str, settings: list[str]) -> RunConfig:
     """A recipe with settings from the command line."""
+    from pipeline.config import override
     from pipeline.recipes import load_recipe
 
-    return parse_settings(load_recipe(recipe), settings, f"manyviews pretrain {recipe}")
+    config = parse_settings(load_recipe(recipe), settings, f"manyviews pretrain {recipe}")
+    server = os.environ.get("MLFLOW_TRACKING_URI")  # as MLflow's own tools do; it becomes a setting of the run, for resume and sync
+    return override(config, {"track.uri": server}) if server and config.track.uri is None else config
 
 
 def parse_settings(config: RunConfig, settings: list[str], prog: str) -> RunConfig:

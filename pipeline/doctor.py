@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sqlite3
 import time
@@ -12,15 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from methods.parts.errors import ConfigError
-from pipeline import machine
+from pipeline import cluster, dry_run, machine
 from pipeline.config import DataConfig, RunConfig
+from pipeline.ingest.ray_data import joins_cluster
 from pipeline.machine import Check
 
 if TYPE_CHECKING:
-    import torch
     from rich.table import Table
-
-    from methods.parts.views import Views
 
 SAMPLE = 64  # images decoded
 
@@ -34,8 +31,8 @@ def diagnose(
         data: the images to open; None = `config`'s own, or no such check.
         runs_dir: where runs are to be written; it is not created.
         uri: tracking server; None = the SQLite file in `runs_dir`.
-        config: a run to estimate, in images/s and hours.
-        ray: start Ray and send one task round.
+        config: a run to try out: a timed dry run gives images/s and hours.
+        ray: start Ray and send one task round; in a cluster (RAY_ADDRESS) ask every node.
     """
     runs_dir = Path(runs_dir).expanduser()
     data = data or (config.data if config else None)
@@ -51,7 +48,8 @@ def diagnose(
     ):
         checks += _guard(name, look)
     if ray:
-        checks += _guard("Ray", _ray)
+        on_cluster = joins_cluster()
+        checks += _guard("cluster", lambda: cluster.checks(runs_dir, config, uri)) if on_cluster else _guard("Ray", _ray)
     if data is not None:
         checks += _guard("data", lambda: _data(data, config))
     return checks
@@ -190,7 +188,7 @@ def _data(data: DataConfig, config: RunConfig | None) -> Iterable[Check]:
         yield Check("stray files", "warn", f"{len(manifest.skipped):,} skipped\n{listed}", "nothing, if these are no images of yours")
 
     ids = np.unique(np.linspace(0, len(manifest) - 1, SAMPLE).round().astype(np.int64))
-    sizes, bad, seconds = _decode(manifest, ids)
+    good, sizes, bad, seconds = _decode(manifest, ids)
     if sizes:
         rate = len(sizes) / max(seconds, 1e-9)
         heights, widths = zip(*sizes, strict=True)
@@ -206,7 +204,7 @@ def _data(data: DataConfig, config: RunConfig | None) -> Iterable[Check]:
             f"{remedy}{data.max_bad_fraction:.0%} are bad (data.max_bad_fraction)",
         )
     if config is not None and sizes:
-        yield from _guard("estimate", lambda: _estimate(config, manifest, seconds / len(sizes)))
+        yield from _guard("timed dry run", lambda: dry_run.report(config, manifest, good))
 
 
 def _listed(files: list[tuple[str, str]], most: int = 20) -> str:
@@ -214,12 +212,13 @@ def _listed(files: list[tuple[str, str]], most: int = 20) -> str:
     return "\n".join(lines + ([f"and {len(files) - most:,} more"] if len(files) > most else []))
 
 
-def _decode(manifest: Any, ids: Any) -> tuple[list[tuple[int, int]], list[tuple[str, str]], float]:
-    """Decode a sample in this thread: heights and widths, bad images with their reasons, seconds of decoding alone."""
+def _decode(manifest: Any, ids: Any) -> tuple[list[int], list[tuple[int, int]], list[tuple[str, str]], float]:
+    """Decode a sample in this thread: ids, heights and widths of the good, bad ones with reasons, seconds of decoding alone."""
     import torch
 
     from pipeline.ingest.decode import BadImage, decode
 
+    good: list[int] = []
     sizes: list[tuple[int, int]] = []
     bad: list[tuple[str, str]] = []
     seconds, threads = 0.0, torch.get_num_threads()
@@ -233,6 +232,7 @@ def _decode(manifest: Any, ids: Any) -> tuple[list[tuple[int, int]], list[tuple[
                 begin = time.thread_time()  # CPU time: other work on this machine does not count
                 image = decode(row.image)
                 seconds += time.thread_time() - begin
+                good.append(int(id))
                 sizes.append((image.shape[0], image.shape[1]))
             except BadImage as error:
                 bad.append((row.path, str(error)))
@@ -240,71 +240,4 @@ def _decode(manifest: Any, ids: Any) -> tuple[list[tuple[int, int]], list[tuple[
                 bad.append((manifest.path(int(id)), error.strerror or str(error)))
     finally:
         torch.set_num_threads(threads)
-    return sizes, bad, seconds
-
-
-def _estimate(config: RunConfig, manifest: Any, decode_s: float, budget_s: float = 2.0) -> Iterable[Check]:
-    """Time the method's own step, forward and backward, on a small batch of noise; the optimizer and evaluation are left out."""
-    import torch
-
-    from methods.parts.contract import Progress
-    from pipeline.config import resolve
-    from pipeline.train.prepare import build_method, choose_device
-
-    facts = resolve(config, len(manifest.training_ids(config.data.held_out))).facts
-    device, precision = choose_device(config)
-    method = build_method(config, facts).to(device).train()
-    pixels = sum(group.count * group.size**2 for group in config.views.values())
-    most = (256, 3e7) if device.type == "cuda" else (32, 6e5)  # images, pixels: a second or two
-    batch = max(4, min(most[0], int(most[1] / pixels), facts.global_batch_size // config.train.accumulation_steps))
-    views = _noise(config, batch, device)
-    progress = Progress(step=0, total_steps=facts.total_steps, steps_per_epoch=facts.steps_per_epoch)
-
-    def step() -> float:
-        begin = time.perf_counter()
-        with torch.autocast(device.type, dtype=precision, enabled=precision is not torch.float32):
-            loss = method(views, progress, method.draw_masks(views, progress)).loss
-        if loss is not None:
-            loss.backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begin
-
-    step()  # kernels are made for each shape of a batch; this costs a second
-    end, times = time.perf_counter() + budget_s, [step()]
-    while time.perf_counter() + min(times) < end:
-        times.append(step())
-    train_s = min(times) / batch
-    data_s = decode_s / machine.available_cores()
-    on_gpu = device.type == "cuda"
-    # on a CPU the same cores decode and train; beside a GPU the slower of the two sets the pace
-    image_s = max(train_s, data_s) if on_gpu else train_s + data_s
-    hours = _duration(facts.total_steps * facts.global_batch_size * image_s)
-    steps = f"{facts.total_steps:,} steps of {facts.global_batch_size:,}"
-    found = f"about {1 / image_s:,.0f} images/s; {steps} in about {hours}, evaluation aside"
-    starved = on_gpu and data_s > train_s
-    yield Check("estimate", "warn" if starved else "ok", found, "decoding is slower than the GPU: use more cores" if starved else "")
-
-
-def _noise(config: RunConfig, batch: int, device: torch.device) -> Views:
-    """Views of the declared counts and sizes that show nothing."""
-    import torch
-
-    from methods.parts.views import Views
-
-    used = {name: group for name, group in config.views.items() if group.count}
-    shapes = {name: (group.count * batch, 3, group.size, group.size) for name, group in used.items()}
-    return Views(
-        stacks={name: torch.randn(shape, device=device).to(memory_format=torch.channels_last) for name, shape in shapes.items()},
-        counts={name: group.count for name, group in used.items()},
-        image_ids=torch.arange(batch, device=device),
-        labels=torch.full((batch,), -1, device=device),
-    )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{math.ceil(seconds)} s"
-    if seconds < 90 * 60:
-        return f"{math.ceil(seconds / 60)} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 72 * 3600 else f"{seconds / 86400:.1f} days"
+    return good, sizes, bad, seconds

@@ -26,7 +26,7 @@ from methods.parts.errors import ConfigError
 from pipeline.config import DataConfig
 from pipeline.evaluate.features import Precision, extract
 from pipeline.exports import ExportSpec, build_export, read_export
-from pipeline.runs import write_atomic, write_json
+from pipeline.runs import refuse_passing, write_atomic, write_json
 
 FACTS, BAD = "_embed.json", "_bad_images.jsonl"
 SMALL, WINDOWS = 64, (1024, 256)  # images that one task embeds: of up to SMALL pixels, and larger
@@ -194,6 +194,7 @@ def _write(path: Path, rows: list[tuple[int, str, int]], features: np.ndarray, w
 
 
 def _check_target(to: Path) -> None:
+    refuse_passing(to, "to", "--to /shared/features")
     if to.exists() and not to.is_dir():
         raise ConfigError(f"to={to}: is a file; give a folder")
     if to.is_dir() and any(to.iterdir()) and not (to / FACTS).is_file():

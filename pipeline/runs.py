@@ -120,6 +120,7 @@ def create_run(runs_dir: Path, name: str | None, recipe: str) -> RunFolder:
     """
     if name is not None and (not name or name in (".", "..") or "/" in name):
         raise ConfigError(f"run={name}: not a plain name; use letters, digits, - and _ (the folder is --runs-dir)")
+    refuse_passing(runs_dir, "runs_dir", "--runs-dir /shared/runs")
     stem = name or f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     candidates = [stem] if name else [stem, *(f"{stem}-{i}" for i in range(2, 100))]
     for candidate in candidates:
@@ -136,6 +137,16 @@ def create_run(runs_dir: Path, name: str | None, recipe: str) -> RunFolder:
         write_json(folder.path / "run.json", {"name": candidate, "recipe": recipe, "created": time.time(), "status": "created"})
         return folder
     raise ConfigError(f"run={stem}: already exists in {runs_dir}; choose another --run, or go on with: manyviews resume {stem}")
+
+
+def refuse_passing(folder: Path, key: str, remedy: str) -> None:
+    """A submitted job runs in Ray's own copy of the code, which is deleted some time after the job: no place for results.
+
+    Raises:
+        ConfigError: `folder` lies in such a copy.
+    """
+    if "working_dir_files" in folder.expanduser().resolve().parts:
+        raise ConfigError(f"{key}={folder}: lies in the job's copy of the code, which Ray deletes; give a shared folder, e.g. {remedy}")
 
 
 def find_run(reference: str, runs_dir: Path) -> RunFolder:

@@ -147,14 +147,14 @@ def test_a_large_sample_is_spread_over_the_data(tmp_path: Path) -> None:
     assert "no labels" in find(checks, "data").found
 
 
-def test_an_estimate_and_a_batch_that_does_not_fit(tmp_path: Path) -> None:
+def test_a_timed_dry_run_and_a_batch_that_does_not_fit(tmp_path: Path) -> None:
     from pipeline.config import override
     from pipeline.recipes import load_recipe
 
     config = override(load_recipe("swav-small"), {"data.path": "patches:per_photo=20", "train.steps": 100})
-    fits = find(look(tmp_path, config=config), "estimate")
+    fits = find(look(tmp_path, config=config), "timed dry run")
     assert fits.ok == "ok" and "images/s" in fits.found and "100 steps" in fits.found
-    too_large = find(look(tmp_path, config=override(config, {"train.global_batch_size": 80_000})), "estimate")
+    too_large = find(look(tmp_path, config=override(config, {"train.global_batch_size": 80_000})), "timed dry run")
     assert too_large.ok == "fail" and too_large.found == "train.global_batch_size=80000"
 
 

@@ -118,7 +118,7 @@ def foreign(text: str) -> list[str]:
 
 
 def project_files() -> list[Path]:
-    rooms = [ROOT / room for room in ("methods", "pipeline", "tuning", "tests", "benchmarks", ".ci")]
+    rooms = [ROOT / room for room in ("methods", "pipeline", "tuning", "tests", "benchmarks", "deploy", "docs", ".ci")]
     below = [file for room in rooms for file in room.rglob("*") if "__pycache__" not in file.parts]
     return [f for f in [*ROOT.iterdir(), *below] if f.is_file() and f.suffix in TEXT and f.name not in (".git", "LICENSE", ".env")]
 
@@ -210,7 +210,7 @@ def known_verbs() -> set[str]:
     return set(sub.choices)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "Makefile", "CHANGELOG.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "Makefile", "CHANGELOG.md", "docs/cluster.md", "deploy/rayjob.yaml"])
 def test_pages_name_verbs_that_exist(page: str) -> None:
     if not (ROOT / page).exists():
         pytest.skip(f"{page} is not written yet")

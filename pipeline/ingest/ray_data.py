@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -11,6 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from methods.parts.errors import ConfigError
+
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # of workers: each task has one core
+ROOT = Path(__file__).resolve().parents[2]  # the checkout, or site-packages
+
 
 def start_ray(num_cpus: int | None = None, extra_cpus: int = 0) -> None:
     """Start Ray in this process, quietly, or join the cluster that RAY_ADDRESS names. Does nothing if Ray runs.
@@ -18,20 +25,20 @@ def start_ray(num_cpus: int | None = None, extra_cpus: int = 0) -> None:
     Args:
         num_cpus: logical CPUs of a local Ray; None = the machine's, at least 2.
         extra_cpus: more of them, for training workers, which take a part of one each.
+
+    Raises:
+        ConfigError: no cluster can be joined at RAY_ADDRESS.
     """
-    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    root = str(Path(__file__).resolve().parents[2])
-    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    workers = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
-    os.environ.update({k: v for k, v in quiet.items() if k not in os.environ})
+    os.environ.update({k: v for k, v in QUIET.items() if k not in os.environ})
     import ray
 
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        ray.init(address, runtime_env={"env_vars": quiet | workers}, log_to_driver=False, logging_level="ERROR")
+    if joins_cluster():
+        _join(os.environ["RAY_ADDRESS"])
         return
+    paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    workers = THREADS | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
     long = len(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "") > 40  # Unix sockets allow 107 bytes
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     before = {key: os.environ.get(key) for key in workers}
@@ -54,13 +61,58 @@ def start_ray(num_cpus: int | None = None, extra_cpus: int = 0) -> None:
                 os.environ[key] = value
 
 
+def joins_cluster() -> bool:
+    """Does RAY_ADDRESS name a cluster? In a submitted job Ray sets it."""
+    return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
+
+
+def _join(address: str) -> None:
+    import ray
+
+    if address.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: is the address of a dashboard, to which jobs are sent; put `ray job submit --working-dir . -- ` "
+            "before the command, or unset RAY_ADDRESS to work on this machine"
+        )
+    try:
+        ray.init(address, runtime_env=cluster_environment(), log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        words = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: no cluster could be joined there ({words}); start one (`ray up cluster.yaml`), "
+            "set RAY_AUTH_MODE as it has it, or unset RAY_ADDRESS to work on this machine"
+        ) from None
+
+
+def cluster_environment() -> dict[str, Any]:
+    """Ray's runtime environment for workers on other machines: this process's code, quiet processes of one thread.
+
+    The code travels as `working_dir`: with the job, or uploaded here from a checkout; an installed package is expected
+    on every node. No path of this machine is sent along. What a job was submitted with stands, because Ray refuses a
+    key that is given twice.
+    """
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
+    given = job.get("env_vars") or {}
+    environment: dict[str, Any] = {"env_vars": {k: v for k, v in (QUIET | THREADS).items() if k not in given}}
+    if "working_dir" not in job and (ROOT / "manyviews.py").is_file() and (ROOT / "pyproject.toml").is_file():
+        environment["working_dir"] = str(ROOT)
+    return environment
+
+
+def default_tasks() -> int | None:
+    """Tasks at the same time: one per CPU on one machine; no limit in a cluster, whose pool grows with the tasks that wait."""
+    import ray
+
+    return None if joins_cluster() else max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
 def run(
-    function: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]], first: int, last: int, tasks: int
+    function: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]], first: int, last: int, tasks: int | None
 ) -> Iterator[dict[str, np.ndarray]]:
     """Blocks of `function({"id": [k]})` for k in first .. last-1, in order, from one Ray Data execution.
 
     Args:
-        tasks: how many run at the same time.
+        tasks: how many run at the same time; None = as many as the resources allow.
     """
     import ray
     from ray.data import DataContext, TaskPoolStrategy
@@ -73,11 +125,10 @@ def run(
     context.execution_options.preserve_order = True
     if last <= first:
         return
+    tasks = tasks and min(tasks, last - first)  # Ray warns of a limit that cannot be reached
     with DataContext.current(context):
         items = ray.data.range(last - first, override_num_blocks=last - first)
-        blocks = items.map_batches(
-            partial(_shifted, function, first), batch_size=None, compute=TaskPoolStrategy(size=min(tasks, last - first))
-        )
+        blocks = items.map_batches(partial(_shifted, function, first), batch_size=None, compute=TaskPoolStrategy(size=tasks))
     yield from blocks.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1)
 
 

@@ -17,7 +17,7 @@ from methods.parts.views import ViewsConfig
 from pipeline.ingest.crops import COLUMNS, cut_window, draw_views
 from pipeline.ingest.decode import BadImage, decode, evaluation_crop
 from pipeline.ingest.plan import Plan
-from pipeline.ingest.ray_data import run
+from pipeline.ingest.ray_data import default_tasks, run
 from pipeline.ingest.ray_data import start_ray as start_ray  # callers of the stream find it here
 from pipeline.ingest.sources import Manifest, Row
 
@@ -80,7 +80,7 @@ def training_batches(
     """The batches of steps `start_step` to `total_steps - 1`, the same whether or not the run was interrupted.
 
     Args:
-        tasks: windows cut at the same time; None = one per CPU.
+        tasks: windows cut at the same time; None = one per CPU, in a cluster as many as it has room for.
 
     Raises:
         RuntimeError: Ray Data returned other windows than planned.
@@ -90,7 +90,7 @@ def training_batches(
     shared = ray.put((manifest, plan))
     items = _Items(plan, start_step, total_steps, rank, world_size)
     cut = partial(_cut_item, shared=shared, items=items, views=views, seed=seed)
-    workers = tasks or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    workers = tasks or default_tasks()
     pixels = sum(g.count * (3 * g.size * g.size + 4 * len(COLUMNS)) for g in views.values())
     block = plan.chunks_per_window * plan.chunk * (pixels + 64)
     per_pass = items.lanes * max(1, PASS_BYTES // (items.lanes * block))
@@ -298,7 +298,7 @@ def evaluation_images(manifest: Manifest, ids: np.ndarray, size: int, tasks: int
     ids = np.asarray(ids, dtype=np.int64)
     window = int(np.clip(EVALUATION_BYTES // (3 * size * size), 1, 512))
     shared = ray.put((manifest, ids))
-    workers = tasks or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    workers = tasks or default_tasks()
     images = np.empty((len(ids), size, size, 3), np.uint8)
     reasons = np.empty(len(ids), object)
     crop = partial(_evaluate_item, shared=shared, size=size, window=window)

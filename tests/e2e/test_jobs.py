@@ -1,0 +1,264 @@
+"""Every verb as a submitted job: a real head with token authentication, the code uploaded, results in a shared folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(
+        importlib.util.find_spec("aiohttp_cors") is None, reason="a head that takes jobs needs ray[default]: pip install -e '.[cluster]'"
+    ),
+]
+ROOT = Path(__file__).parent.parent.parent
+TINY = [
+    "swav-small",
+    "--data.path=patches:per_photo=16",
+    "--train.global-batch-size=32",
+    "--backbone.width=0.125",
+    "--method.projector-hidden=64",
+    "--method.num-prototypes=16",
+]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A Ray head of this test's own; nothing of the machine's other Rays is touched."""
+
+    process: subprocess.Popen[bytes]
+    token: str
+    url: str
+    client: Any
+
+    def submit(self, command: str, **env_vars: str) -> str:
+        end = time.monotonic() + 60
+        while True:
+            try:
+                return str(self.client.submit_job(entrypoint=command, runtime_env={"working_dir": str(ROOT), "env_vars": env_vars}))
+            except RuntimeError as error:  # the dashboard answers before the agent that starts jobs is there
+                if "No available agent" not in str(error) or time.monotonic() > end:
+                    raise
+            time.sleep(0.5)
+
+    def finish(self, job: str, timeout_s: float = 240.0) -> tuple[str, str]:
+        """Status and log of a job when it has ended."""
+        wait_until(lambda: self.client.get_job_status(job).is_terminal(), timeout_s, lambda: self.client.get_job_logs(job))
+        return str(self.client.get_job_status(job)), self.client.get_job_logs(job)
+
+    def run(self, *arguments: str) -> str:
+        """Run a verb to its good end; returns the log."""
+        status, log = self.finish(self.submit(shlex.join(["python", "manyviews.py", *arguments])))
+        assert status == "SUCCEEDED", log
+        assert_readable(log)
+        return log
+
+    def processes(self) -> list[psutil.Process]:
+        """Every living process that descends from the head: they all inherit the token in their environment."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.pid != os.getpid() and process.environ().get("RAY_AUTH_TOKEN") == self.token:
+                    found.append(process)
+            except psutil.Error:  # gone, or another user's
+                continue
+        return found
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(timeout=60)
+
+
+def wait_until(done: Callable[[], bool], timeout_s: float, words: Callable[[], str]) -> None:
+    end = time.monotonic() + timeout_s
+    while not done():
+        assert time.monotonic() < end, words()
+        time.sleep(0.2)
+
+
+def assert_readable(log: str) -> None:
+    """Short lines about the run: no traces, no control codes, nothing of Ray's own after its two opening lines."""
+    assert "\x1b" not in log and "\r" not in log
+    assert not re.search(r"Traceback|Warning|WARNING|\(raylet|\(pid=|\(autoscaler|ray\.data|it/s\]", log), log
+
+
+def free_port() -> int:
+    with socket.socket() as it:
+        it.bind(("127.0.0.1", 0))
+        return int(it.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    from ray.job_submission import JobSubmissionClient
+
+    token, port = uuid.uuid4().hex, free_port()
+    folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # short, because Unix sockets allow 107 bytes
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "PYTHONPATH"}
+    # the mode is given, not left to Ray's default, which depends on its version and on files of the account
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    options = {
+        "port": 0, "dashboard-port": port, "dashboard-agent-listen-port": free_port(), "ray-client-server-port": free_port(),
+        "min-worker-port": 0, "max-worker-port": 0, "num-cpus": 2, "object-store-memory": 300_000_000, "temp-dir": folder,
+    }  # fmt: skip
+    ray = [sys.executable, "-c", "from ray.scripts.scripts import main; main()"]
+    command = [*ray, "start", "--head", "--block", "--disable-usage-stats", *(f"--{k}={v}" for k, v in options.items())]
+    log = folder / "head.log"
+    with open(log, "wb") as said:
+        process = subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True)
+    url = f"http://127.0.0.1:{port}"
+    it = None
+    try:
+
+        def answers() -> bool:
+            assert process.poll() is None, log.read_text()
+            try:
+                return ask(url, token) == 200
+            except OSError:
+                return False
+
+        wait_until(answers, 120, log.read_text)
+        it = Head(process, token, url, JobSubmissionClient(url, headers={"Authorization": f"Bearer {token}"}))
+        yield it
+    finally:
+        process.kill()
+        process.wait()
+        for left in it.processes() if it else []:
+            left.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def ask(url: str, token: str | None) -> int:
+    """HTTP status of the job list."""
+    request = urllib.request.Request(f"{url}/api/jobs/", headers={"Authorization": f"Bearer {token}"} if token else {})
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.fixture(scope="module")
+def finished(head: Head, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A shared runs folder with a run `first`, trained by a job; and that job's log."""
+    runs = tmp_path_factory.mktemp("shared") / "runs"
+    log = head.run("pretrain", *TINY, f"--runs-dir={runs}", "--run=first", "--train.steps=12", f"--json={runs / 'first.json'}")
+    return runs, log
+
+
+def test_a_stranger_without_the_token_is_refused(head: Head) -> None:
+    assert ask(head.url, head.token) == 200
+    assert ask(head.url, None) == 401
+    assert ask(head.url, uuid.uuid4().hex) == 403
+
+
+def test_workers_get_the_uploaded_code_and_nothing_of_the_submitting_machine(head: Head) -> None:
+    code = (
+        "import json, os, ray\n"
+        "from pipeline.ingest.stream import start_ray\n"
+        "start_ray()\n"
+        "@ray.remote\n"
+        "def look():\n"
+        "    import methods\n"
+        "    return methods.__file__, os.environ['PYTHONPATH'], os.environ['OMP_NUM_THREADS'], os.environ['OMP_WAIT_POLICY']\n"
+        "print('FOUND', json.dumps([os.listdir(), *ray.get(look.remote())]))\n"
+    )
+    # OMP_NUM_THREADS is ours too: what the job was submitted with stands, and Ray does not refuse the pair
+    status, log = head.finish(head.submit(shlex.join(["python", "-c", code]), OMP_NUM_THREADS="3"))
+    assert status == "SUCCEEDED", log
+    assert_readable(log)
+    files, imported, path, threads, policy = json.loads(log.split("FOUND ")[1])
+    assert {"manyviews.py", "pipeline", "methods", "tuning", "pyproject.toml"} <= set(files)
+    assert not {".git", ".venv", "runs", "mlruns", "build", ".pytest_cache"} & set(files), "see .rayignore"
+    assert "runtime_resources" in imported
+    assert str(ROOT) not in path
+    assert (threads, policy) == ("3", "PASSIVE")
+
+
+def test_pretrain_as_a_job_shows_progress_and_leaves_a_run(finished: tuple[Path, str]) -> None:
+    runs, log = finished
+    assert re.search(r"^step 12/12 .* loss [\d.]+ \(ln K 2\.773\) .* eta 0:00$", log, re.M)
+    assert "kNN top-1, test images" in log
+    assert json.loads((runs / "first.json").read_text())["status"] == "finished"
+    assert (runs / "first" / "model" / "backbone.safetensors").is_file()
+    assert not (ROOT / "first").exists() and not (ROOT / "runs" / "first").exists()
+
+
+def test_evaluate_and_embed_as_jobs(head: Head, finished: tuple[Path, str]) -> None:
+    runs, _ = finished
+    head.run("evaluate", "first", f"--runs-dir={runs}", f"--json={runs / 'scores.json'}")
+    trained = json.loads((runs / "first" / "evaluation.json").read_text())["trained"]
+    assert json.loads((runs / "scores.json").read_text())["trained"] == pytest.approx(trained, abs=1e-6)
+    log = head.run("embed", "first", f"--runs-dir={runs}", "--data.path=patches:per_photo=16", f"--to={runs / 'features'}")
+    assert "361 embeddings" in log
+    assert sum(pq.read_metadata(part).num_rows for part in (runs / "features").glob("part-*.parquet")) == 361
+
+
+def test_a_job_stopped_in_the_middle_is_resumed_by_another(head: Head, tmp_path: Path) -> None:
+    common = [f"--runs-dir={tmp_path}", "--run=stopped", "--train.steps=4000", "--train.checkpoint-every=10000", "--track.no-register"]
+    # time for the current step and its checkpoint; Ray's own limit of 3 s would often do
+    job = head.submit(shlex.join(["python", "manyviews.py", "pretrain", *TINY, *common]), RAY_JOB_STOP_WAIT_TIME_S="60")
+    points = tmp_path / "stopped" / "metrics.jsonl"
+
+    def trains() -> bool:
+        assert not head.client.get_job_status(job).is_terminal(), head.client.get_job_logs(job)
+        return points.exists() and '"loss"' in points.read_text()
+
+    wait_until(trains, 180, lambda: head.client.get_job_logs(job))
+    assert head.client.stop_job(job)
+    status, log = head.finish(job)
+    assert status == "STOPPED"
+    assert_readable(log)
+    assert "manyviews resume stopped" in log
+    step = json.loads((tmp_path / "stopped" / "checkpoints" / "last.json").read_text())["step"]
+    assert 10 <= step < 4000
+    config = tmp_path / "stopped" / "config.yaml"
+    config.write_text(config.read_text().replace("steps: 4000", f"steps: {step + 5}"))  # the rest need not take long
+    log = head.run("resume", "stopped", f"--runs-dir={tmp_path}")
+    assert f"from step {step}" in log
+    assert f"step {step + 5}/{step + 5}" in log
+    assert json.loads((tmp_path / "stopped" / "run.json").read_text())["status"] == "finished"
+
+
+def test_the_doctor_as_a_job_asks_the_nodes_and_does_a_timed_dry_run(head: Head, tmp_path: Path) -> None:
+    head.run("doctor", *TINY, f"--runs-dir={tmp_path / 'runs'}", f"--json={tmp_path / 'checks.json'}")
+    checks = {check["name"]: check for check in json.loads((tmp_path / "checks.json").read_text())}
+    assert checks["cluster"]["found"].startswith("1 node, 2 CPUs, 0 GPUs")
+    assert {checks[name]["ok"] for name in ("shared runs", "versions")} == {"ok"}
+    assert "images/s" in checks["timed dry run"]["found"]
+
+
+def test_a_wrong_setting_fails_the_job_with_one_sentence(head: Head) -> None:
+    status, log = head.finish(head.submit("python manyviews.py pretrain swav-small --data.lanse 4"))
+    assert status == "FAILED"
+    assert_readable(log)
+    assert "data.lanse" in log and "data.lanes" in log
+
+
+def test_a_stopped_head_leaves_no_process_behind(head: Head) -> None:
+    assert head.processes()
+    head.stop()
+    wait_until(lambda: not head.processes(), 30, lambda: str([p.cmdline() for p in head.processes()]))
