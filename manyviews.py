@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
             add_help=False,
         )
         sub.add_argument("-h", "--help", action="store_true", help="show this help")
-        sub.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="where run folders lie (default: runs)")
+        sub.add_argument("--runs-dir", default="runs", metavar="DIR", help="where run folders lie, also s3://... (default: runs)")
         sub.add_argument("--json", type=Path, metavar="FILE", help="also write the result for machines")
         sub.set_defaults(do=run, takes_settings=bool(settings), sub=sub)
         return sub
@@ -116,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.help and not (options.takes_settings and getattr(options, "recipe", None)):
             options.sub.print_help()
             return 0
+        options.runs_given, options.runs_dir = options.runs_dir, _runs_dir(options.runs_dir)
         return int(options.do(options, [*settings, "--help"] if options.help else settings))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -126,6 +127,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 1
+
+
+def _runs_dir(given: str) -> Path:
+    """The folder to work in."""
+    if "://" not in given:
+        return Path(given)
+    from pipeline.mirror import local_copy
+
+    return local_copy(given)
 
 
 # ---------------------------------------------------------------------------- verbs
@@ -315,7 +325,7 @@ def _sentence(boxed: str) -> str:
 def conclude(outcome: Outcome, options: Any) -> int:
     """Say how a run ended and what can be done next."""
     console, name = _console(), outcome.folder.name
-    where = "" if options.runs_dir == Path("runs") else f" --runs-dir {options.runs_dir}"
+    where = "" if options.runs_given == "runs" else f" --runs-dir {options.runs_given}"
     _write_json(options, outcome.to_dict())
     if outcome.status == "interrupted":
         console.print(f"{outcome.message}\ngo on with: manyviews resume {name}{where}", highlight=False, soft_wrap=True)

@@ -27,10 +27,10 @@ def encode(step: int, metrics: Mapping[str, float]) -> str:
     return json.dumps({"step": int(step), "time": time.time(), "metrics": values}) + "\n"
 
 
-def append_point(folder: Path, step: int, metrics: Mapping[str, float]) -> None:
-    """Record numbers at `step`, whole or not at all."""
+def append_line(folder: Path, line: str) -> None:
+    """Record one encoded point."""
     with open(folder / "metrics.jsonl", "a") as file:
-        file.write(encode(step, metrics))
+        file.write(line)
 
 
 def parse(line: bytes) -> dict[str, Any] | None:

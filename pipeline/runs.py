@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.parts.errors import ConfigError
+from pipeline import mirror
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -81,6 +82,8 @@ class RunFolder:
 
     def update(self, **changes: Any) -> None:
         write_json(self.path / "run.json", self.state() | changes)
+        with contextlib.suppress(OSError):  # the next checkpoint sends it, or says why not
+            mirror.push(self.path, only="run.json")
 
     def locked(self) -> bool:
         """Is a process at work on this run?"""
@@ -157,7 +160,10 @@ def find_run(reference: str, runs_dir: Path) -> RunFolder:
     """
     for path in (runs_dir / reference, Path(reference)):
         if (path / "run.json").is_file():
-            return RunFolder(path.resolve())
+            folder = RunFolder(path.resolve())
+            if not folder.locked():
+                mirror.pull(folder.path)
+            return folder
     names = [folder.name for folder in list_runs(runs_dir)]
     near = difflib.get_close_matches(reference, names, n=3, cutoff=0.3) or names[-3:]
     hint = f"did you mean {' or '.join(near)}?" if near else "`manyviews runs` lists what there is"

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from methods.parts.errors import ConfigError
 from pipeline.mlflow_client import default_uri, experiment_id, is_active, mlflow_client
-from pipeline.points import append_point, drop_torn_line, parse, read_lines, read_points
+from pipeline.points import append_line, drop_torn_line, encode, parse, read_lines, read_points
 from pipeline.runs import RunFolder, write_atomic, write_json
 
 __all__ = ["EndStatus", "Tracker", "default_uri", "read_points", "sync"]
@@ -118,7 +118,7 @@ class Tracker:
         """Record numbers at `step` (completed optimizer steps): one line in `metrics.jsonl`, sent in the background."""
         try:
             with self._lock:
-                append_point(self.folder, step, metrics)
+                append_line(self.folder, encode(step, metrics))
         except OSError as error:  # a full disk stops the run at its next checkpoint, with a clear message
             self.problem = f"metrics.jsonl cannot be written: {error.strerror}"
         self._wake.set()

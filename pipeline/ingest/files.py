@@ -53,8 +53,11 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def resolve(path: str) -> str:
+def resolve(path: str, key: str = "data.path") -> str:
     """An absolute local path, or a checked URI without its last slash.
+
+    Args:
+        key: the setting that holds it, for messages.
 
     Raises:
         ConfigError: a scheme that is not known, or credentials inside the URI (the message does not repeat them).
@@ -65,12 +68,12 @@ def resolve(path: str) -> str:
     scheme, _, rest = path.partition("://")
     user, at, _ = rest.partition("/")[0].rpartition("@")
     if at and user != "anonymous":
-        raise ConfigError(f"data.path={scheme}://...: holds credentials, which would be stored with the run; {_remedies(scheme)[1]}")
+        raise ConfigError(f"{key}={scheme}://...: holds credentials, which would be stored with the run; {_remedies(scheme)[1]}")
     scheme = {"gcs": "gs", "s3a": "s3"}.get(scheme, scheme)
     if scheme not in SCHEMES:
-        raise ConfigError(f"data.path={path}: {scheme}:// is not known; use s3://, gs://, hf://datasets/OWNER/NAME or a local path")
+        raise ConfigError(f"{key}={path}: {scheme}:// is not known; use s3://, gs://, hf://datasets/OWNER/NAME or a local path")
     if not rest.strip("/") or rest.startswith("/"):
-        raise ConfigError(f"data.path={path}: names no bucket; use {scheme}://BUCKET/FOLDER")
+        raise ConfigError(f"{key}={path}: names no bucket; use {scheme}://BUCKET/FOLDER")
     return f"{scheme}://{rest.rstrip('/')}"
 
 
@@ -205,6 +208,19 @@ def open_file(path: str, attempts: int | None = None) -> pa.NativeFile:
     return system.open_input_file(key)
 
 
+def write(path: str, data: bytes) -> None:
+    """Write a whole object; a reader sees the old one or the new one."""
+    system, key = _at(path, OPEN_ATTEMPTS)
+    with system.open_output_stream(key) as out:
+        out.write(data)
+
+
+def remove_tree(path: str) -> None:
+    """Remove every object below a path."""
+    system, key = _at(path, OPEN_ATTEMPTS)
+    system.delete_dir(key)
+
+
 def _read_local(part: Part) -> bytes:
     try:
         if part.size is None:
@@ -224,7 +240,7 @@ def _read_remote(part: Part) -> bytes:
     except Exception as error:  # file systems of fsspec raise what their clients raise
         if isinstance(error, FileNotFoundError) or _kind(str(error)) == "missing":
             return b""
-        raise OSError(f"{part.path}: cannot be read ({_short(error)})") from None
+        raise OSError(f"{part.path}: cannot be read ({short(error)})") from None
 
 
 @lru_cache(maxsize=OPEN_HANDLES)
@@ -314,7 +330,7 @@ def _remedies(scheme: str) -> tuple[str, str]:
     }.get(scheme, ("check the network", "put credentials into the environment"))
 
 
-def _short(error: Exception) -> str:
+def short(error: Exception) -> str:
     """The first line of an error without the values of secrets."""
     words = (str(error).strip().splitlines() or [type(error).__name__])[0]
     for name, value in os.environ.items():
@@ -324,7 +340,7 @@ def _short(error: Exception) -> str:
 
 
 @contextmanager
-def explained(path: str) -> Iterator[None]:
+def explained(path: str, key: str = "data.path") -> Iterator[None]:
     """Turn whatever an object store answers into one sentence with a remedy; local errors pass.
 
     Raises:
@@ -340,9 +356,9 @@ def explained(path: str) -> Iterator[None]:
         kind = "missing" if isinstance(error, FileNotFoundError) else _kind(str(error))
         what = {
             "bucket": "there is no such bucket; check its name" + (" and AWS_ENDPOINT_URL" if scheme == "s3" and _endpoint() else ""),
-            "rights": f"it may not be read with the credentials found; {rights}",
+            "rights": f"it may not be used with the credentials found; {rights}",
             "missing": "there is nothing of this name; check it, capitals included"
             + ("; options after ? are not read, use AWS_ENDPOINT_URL" if "?" in path else ""),
             "network": f"the store does not answer; {network}",
-        }.get(kind, f"the store answers with an error ({_short(error)}); {network}")
-        raise ConfigError(f"data.path={path}: {what}") from None
+        }.get(kind, f"the store answers with an error ({short(error)}); {network}")
+        raise ConfigError(f"{key}={path}: {what}") from None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from methods.parts.errors import ConfigError
+from pipeline import mirror
 from pipeline.runs import write_json
 
 State = dict[str, Any]
@@ -54,6 +55,18 @@ def save(checkpoints: Path, state: State, *, step: int, best: bool = False, keep
         raise DiskFull(f"checkpoint of step {step} could not be written to {checkpoints} ({free:.0f} MB free): {error}") from error
     _prune(checkpoints, keep_every)
     return folder
+
+
+def send(run: Path, step: int) -> None:
+    """Send a run folder's news to the object store whose copy it is, if it is one.
+
+    Raises:
+        DiskFull: the store did not take it; what it holds is whole.
+    """
+    try:
+        mirror.push(run)
+    except OSError as error:
+        raise DiskFull(f"checkpoint of step {step} could not be sent: {error}") from None
 
 
 def _prune(checkpoints: Path, keep_every: int | None) -> None:

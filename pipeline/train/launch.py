@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
 import threading
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from methods.parts.contract import find
 from methods.parts.errors import ConfigError
-from pipeline import registry
+from pipeline import mirror, registry
 from pipeline.config import RunConfig, flatten, from_yaml, to_yaml
 from pipeline.evaluate.protocols import Scores
 from pipeline.ingest.stream import start_ray
@@ -114,6 +115,7 @@ def _begin(ready: Prepared, *, runs_dir: Path, run: str | None, console: Console
     write_atomic(folder.path / "config.yaml", to_yaml(ready.config).encode())
     folder.update(recipe=ready.config.recipe, fingerprint=ready.manifest.fingerprint, total_steps=ready.resolved.facts.total_steps, step=0)
     with folder.working():
+        checkpoint.send(folder.path, 0)
         return _train(ready, folder, console, state)
 
 
@@ -147,7 +149,7 @@ def _train(ready: Prepared, folder: RunFolder, console: Console, state: checkpoi
             outcome = Outcome(folder, "interrupted", f"stopped at step {done.step}; its checkpoint is whole")
             return outcome
         for picture in done.pictures:
-            tracker.artifact(picture)
+            tracker.artifact(folder.figures / picture)
         model = register(folder, tracker, console) if config.track.register else None
         outcome = Outcome(folder, "finished", scores=done.scores, model=model)
         return outcome
@@ -161,6 +163,8 @@ def _train(ready: Prepared, folder: RunFolder, console: Console, state: checkpoi
         ends: dict[str, EndStatus] = {"finished": "FINISHED", "interrupted": "KILLED"}
         folder.update(status=outcome.status, message=outcome.message, ended=time.time())
         unsent = tracker.close(ends.get(outcome.status, "FAILED"))
+        with contextlib.suppress(OSError):
+            mirror.push(folder.path, only="tracking.json")
         if unsent:
             console.print(f"{unsent} entries have not reached MLflow; they are kept. Later: manyviews sync {folder.name}", soft_wrap=True)
 

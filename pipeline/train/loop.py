@@ -216,6 +216,7 @@ class Trainer:
         if rank() == 0 and (step != self.saved_step or best):
             checkpoint.save(self.folder.checkpoints, self.state(), step=step, best=best, keep_every=self.config.train.keep_every)
             self.folder.update(step=step, total_steps=self.resolved.facts.total_steps)
+            checkpoint.send(self.folder.path, step)
         self.saved_step = step
 
     def note_bad(self, slots: Iterable[BadSlot]) -> None:

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.points import append_point
+from pipeline.mirror import remote_of
+from pipeline.points import append_line, encode
 from pipeline.train.display import Pace, Screen
 
 PAUSE = 0.25  # s between messages
@@ -74,8 +75,12 @@ class Remote:
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         """One point: on the shared storage first, so that a killed driver loses none."""
+        line = encode(step, metrics)
         with contextlib.suppress(OSError):  # a full disk stops the run at its next checkpoint, with a clear message
-            append_point(self.folder, step, metrics)
+            append_line(self.folder, line)
+        if remote_of(self.folder):  # the driver has a copy of its own
+            with self._lock:
+                self._said.append(("point", {"line": line}))
 
     def close(self) -> None:
         """Send what is left."""
@@ -103,8 +108,8 @@ class Listener:
         heard_at: monotonic time of the last sign of progress, s.
     """
 
-    def __init__(self, relay: Any, screen: Screen) -> None:
-        self.relay, self.screen = relay, screen
+    def __init__(self, relay: Any, screen: Screen, folder: Path) -> None:
+        self.relay, self.screen, self.folder = relay, screen, folder
         self.heard_at = time.monotonic()
 
     def listen(self, stop: bool) -> bool:
@@ -113,7 +118,10 @@ class Listener:
 
         said = ray.get(self.relay.take.remote(stop))
         for kind, what in said:
-            getattr(self.screen, kind)(**what)
+            if kind == "point":
+                append_line(self.folder, what["line"])
+            else:
+                getattr(self.screen, kind)(**what)
         if said:
             self.heard_at = time.monotonic()
         return bool(said)

@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -28,12 +27,12 @@ from pipeline.train.prepare import Prepared, choose_device, set_threads, untrain
 
 @dataclass(frozen=True)
 class Done:
-    """How a worker's training ended. Only rank 0 has scores and pictures."""
+    """How a worker's training ended. Only rank 0 has scores and names of pictures."""
 
     step: int
     complete: bool
     scores: Scores | None = None
-    pictures: list[Path] = field(default_factory=list)
+    pictures: list[str] = field(default_factory=list)
 
 
 def work(
@@ -138,7 +137,8 @@ def evaluated(
     registry.export(
         backbone, config.backbone, folder.model, size=config.evaluation_size, mean=config.data.mean, std=config.data.std, facts=facts
     )
-    return dataclasses.replace(done, scores=scores, pictures=pictures)
+    checkpoint.send(folder.path, done.step)
+    return dataclasses.replace(done, scores=scores, pictures=[picture.name for picture in pictures])
 
 
 def keep_listed_bad(folder: RunFolder, position: Position) -> None:

@@ -16,7 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 from methods.parts.errors import ConfigError
+from pipeline import mirror
 from pipeline.config import TrainConfig, divisors
+from pipeline.ingest.ray_data import joins_cluster
 from pipeline.runs import RunFolder
 from pipeline.train import checkpoint
 from pipeline.train.display import Screen
@@ -72,6 +74,7 @@ def train_with_workers(
     restarts, last = 0, -1
     while True:
         workers, share = place(config, ready.config.data.lanes, say=screen.say)
+        mirror.pull(folder.path)  # what the last workers saved
         step = last_step(folder)
         before(step)
         if step > last:
@@ -105,7 +108,7 @@ def place(config: TrainConfig, lanes: int, *, say: Callable[[str], None]) -> tup
     low, high = config.worker_range
     choices = [w for w in divisors(lanes) if low <= w <= high]
     share = GPU_WORKER if ray.cluster_resources().get("GPU", 0) else CPU_WORKER
-    deadline = time.monotonic() + (config.wait_s if os.environ.get("RAY_ADDRESS") else 0.0)
+    deadline = time.monotonic() + (config.wait_s if joins_cluster() else 0.0)
     waiting = False
     while True:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -171,8 +174,15 @@ def _attempt(
     config = ready.config.train
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     relay = ray.remote(Relay).options(num_cpus=0, scheduling_strategy=here).remote()
-    cpus = ray.cluster_resources().get("CPU", 1) - workers * share["CPU"]
-    settings = {"given": [given], "relay": relay, "tasks": max(1, round(cpus / workers)), "batch": ready.resolved.facts.global_batch_size}
+    spare = ray.cluster_resources().get("CPU", 1) - workers * share["CPU"]
+    tasks = None if joins_cluster() else max(1, round(spare / workers))
+    settings = {
+        "given": [given],
+        "relay": relay,
+        "tasks": tasks,
+        "remote": mirror.remote_of(folder.path),
+        "batch": ready.resolved.facts.global_batch_size,
+    }
     scratch = f".ray-{uuid.uuid4().hex[:8]}"
     trainer = TorchTrainer(
         _worker,
@@ -190,7 +200,7 @@ def _attempt(
             outcome.append(error)
 
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-    listener = Listener(relay, screen)
+    listener = Listener(relay, screen, folder.path)
     thread.start()
     try:
         while thread.is_alive():
@@ -208,6 +218,7 @@ def _attempt(
         ray.kill(relay)
         shutil.rmtree(folder.path / scratch, ignore_errors=True)
     if isinstance(outcome[0], Done):
+        mirror.pull(folder.path)
         return outcome[0]
     raise _meaning(outcome[0])
 
@@ -220,11 +231,13 @@ def _worker(settings: dict[str, Any]) -> Done | None:
 
     context = get_context()
     ready, folder, state = ray.get(settings["given"][0])
+    if settings["remote"]:
+        folder = RunFolder(mirror.second_copy(settings["remote"], f"worker-{context.get_local_rank()}"))
     common = {"device": get_device(), "local_workers": context.get_local_world_size(), "tasks": settings["tasks"]}
     if context.get_world_rank() > 0:
         work(ready, folder, state, screen=Mute(), report=lambda step, metrics: None, stop=lambda: False, **common)
         return None
-    remote = Remote(settings["relay"], folder.path, settings["batch"], last_step(folder))
+    remote = Remote(settings["relay"], folder.path, ready.resolved.facts.global_batch_size, last_step(folder))
     try:
         return work(ready, folder, state, screen=remote, report=remote.report, stop=remote.stopping.is_set, **common)
     finally:
