@@ -71,7 +71,7 @@ _row_groups: OrderedDict[_Key, _Group] = OrderedDict()
 def _row_groups_of(keys: list[_Key]) -> list[_Group | None]:
     """Row groups, from this process's cache of the last few; those that are not in it are read at the same time.
 
-    None for a file that is gone.
+    None for an object that is gone from its store.
     """
     missing = [key for key in keys if key not in _row_groups]
     read = [_row_group(key) for key in missing] if len(missing) < 2 else files.each(_row_group, missing)
@@ -95,6 +95,8 @@ def _row_group(key: _Key) -> _Group | None:
         with _parquet_file(file) as parquet:
             table = parquet.read_row_group(group, columns=[column], use_threads=False)
     except FileNotFoundError:
+        if not files.is_remote(file):
+            raise  # a whole file of images that was on this disk: somebody must look
         return None
     cells = table.column(column).combine_chunks()
     cells = cells.chunk(0) if isinstance(cells, pa.ChunkedArray) else cells
