@@ -26,9 +26,10 @@ from methods.parts.views import Views
 from pipeline.config import TrainConfig, resolve
 from pipeline.recipes import load_recipe
 from pipeline.train.display import Display
+from pipeline.train.guards import TrainingStopped
 from pipeline.train.loop import agreed, mean_over_workers
 from pipeline.train.relay import Listener, Relay
-from pipeline.train.workers import CPU_WORKER, GPU_WORKER, fits
+from pipeline.train.workers import CPU_WORKER, GPU_WORKER, fits, from_a_peer
 from tests.test_methods import BATCH, SMALL, built
 
 
@@ -225,15 +226,44 @@ def test_worker_counts_must_divide_the_lanes() -> None:
 # ---------------------------------------------------------------------------- the line to the driver
 
 
-def test_what_rank_0_says_reaches_the_screen_and_the_wish_to_stop_comes_back(ray_local: None) -> None:
+def test_what_rank_0_says_reaches_the_screen_and_the_wish_to_stop_comes_back(ray_local: None, tmp_path: Path) -> None:
     import ray
 
     out = io.StringIO()
     screen = Display(Console(file=out, width=120), total_steps=10, start_step=0, batch=4, chance=None)
     relay = ray.remote(Relay).options(num_cpus=0).remote()
-    listener = Listener(relay, screen)
+    begun: list[int] = []
+    listener = Listener(relay, screen, tmp_path, begun.append, restarts=1)
     assert not listener.listen(False)
     assert ray.get(relay.send.remote([("update", {"step": 5, "loss": 1.5}), ("say", {"text": "evaluating ..."})])) is False
     assert listener.listen(True)
     assert "step 5/10" in out.getvalue() and "loss 1.500" in out.getvalue() and "evaluating" in out.getvalue()
     assert ray.get(relay.send.remote([])) is True
+
+
+def test_a_group_begins_when_the_driver_has_made_way_and_not_too_often(ray_local: None, tmp_path: Path) -> None:
+    import ray
+
+    out = io.StringIO()
+    screen = Display(Console(file=out, width=120), total_steps=10, start_step=0, batch=4, chance=None)
+    relay = ray.remote(Relay).options(num_cpus=0).remote()
+    begun: list[int] = []
+    listener = Listener(relay, screen, tmp_path, begun.append, restarts=1)
+    for life, step in enumerate([0, 6, 6]):
+        ray.get(relay.send.remote([("begin", {"step": step})]))
+        assert ray.get(relay.may_begin.remote(life)) is False
+        listener.listen(False)
+        assert ray.get(relay.may_begin.remote(life)) is True and begun[-1] == step
+    assert out.getvalue().count("workers were lost; going on from step 6") == 2
+    ray.get(relay.send.remote([("begin", {"step": 6})]))
+    with pytest.raises(TrainingStopped, match="lost 2 times without a checkpoint after step 6"):
+        listener.listen(False)
+    ray.get(relay.send.remote([("failed", {"error": ConfigError("data.path=x: gone")})]))
+    with pytest.raises(ConfigError, match="gone"):
+        listener.listen(False)
+
+
+def test_only_what_a_peer_broke_is_worth_another_start() -> None:
+    assert from_a_peer(RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"))
+    assert not from_a_peer(RuntimeError("shape mismatch"))
+    assert not from_a_peer(TrainingStopped("loss is nan"))

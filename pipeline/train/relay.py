@@ -5,34 +5,48 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.mirror import remote_of
 from pipeline.points import append_line, encode
 from pipeline.train.display import Pace, Screen
+from pipeline.train.guards import TrainingStopped
 
 PAUSE = 0.25  # s between messages
 
 
 class Relay:
-    """The actor in the middle: what rank 0 has said since it was last asked, and whether it shall stop."""
+    """The actor in the middle: what rank 0 has said since it was last asked, and what the driver wants."""
 
     def __init__(self) -> None:
         self.said: list[tuple[str, dict[str, Any]]] = []
         self.stop = False
+        self.lives = 0  # worker groups that may begin
 
     def send(self, said: list[tuple[str, dict[str, Any]]]) -> bool:
-        """From rank 0. Returns whether the driver wants it to stop."""
+        """From a worker. Returns whether the driver wants the run to stop."""
         self.said += said
         return self.stop
+
+    def may_begin(self, life: int) -> bool:
+        """From rank 0: has the driver made way for the worker group of this number?"""
+        return self.lives > life
+
+    def begun(self) -> int:
+        """How many worker groups there were."""
+        return self.lives
 
     def take(self, stop: bool) -> list[tuple[str, dict[str, Any]]]:
         """From the driver: everything said since the last call."""
         self.stop = self.stop or stop
         said, self.said = self.said, []
         return said
+
+    def admit(self) -> None:
+        """From the driver: the next worker group may begin."""
+        self.lives += 1
 
 
 class Mute:
@@ -55,7 +69,17 @@ class Remote:
         self._lock = threading.Lock()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._work, name="relay", daemon=True)
+        self._begin(start_step)
         self._thread.start()
+
+    def _begin(self, step: int) -> None:
+        """Wait until the driver has forgotten the points behind this step."""
+        import ray
+
+        life = ray.get(self.relay.begun.remote())
+        ray.get(self.relay.send.remote([("begin", {"step": step})]))
+        while not ray.get(self.relay.may_begin.remote(life)):
+            time.sleep(PAUSE / 2)
 
     @property
     def images_per_s(self) -> float:
@@ -104,24 +128,51 @@ class Remote:
 class Listener:
     """The driver's end: shows what rank 0 says and passes on the wish to stop.
 
+    Args:
+        before: called with the step from which a worker group begins, before it does.
+        restarts: groups that may begin at the same step before the run gives up.
+
     Attributes:
-        heard_at: monotonic time of the last sign of progress, s.
+        heard_at: monotonic time of the last sign of life, s.
     """
 
-    def __init__(self, relay: Any, screen: Screen, folder: Path) -> None:
-        self.relay, self.screen, self.folder = relay, screen, folder
+    def __init__(self, relay: Any, screen: Screen, folder: Path, before: Callable[[int], None], restarts: int) -> None:
+        self.relay, self.screen, self.folder, self.before, self.restarts = relay, screen, folder, before, restarts
         self.heard_at = time.monotonic()
+        self.begins: list[int] = []
 
     def listen(self, stop: bool) -> bool:
-        """Returns whether there was anything."""
+        """Returns whether there was anything.
+
+        Raises:
+            Exception: what a worker failed with, where starting again would not help.
+            TrainingStopped: workers were lost too often without a new checkpoint between.
+        """
         import ray
 
         said = ray.get(self.relay.take.remote(stop))
         for kind, what in said:
             if kind == "point":
                 append_line(self.folder, what["line"])
+            elif kind == "begin":
+                self.begin(what["step"])
+            elif kind == "failed":
+                raise what["error"]
             else:
                 getattr(self.screen, kind)(**what)
         if said:
             self.heard_at = time.monotonic()
         return bool(said)
+
+    def begin(self, step: int) -> None:
+        import ray
+
+        if self.begins:
+            self.screen.say(f"[yellow]warning:[/yellow] workers were lost; going on from step {step}")
+        self.begins.append(step)
+        if self.begins.count(step) > self.restarts + 1:
+            raise TrainingStopped(
+                f"workers were lost {self.restarts + 1} times without a checkpoint after step {step}; look at their machines"
+            )
+        self.before(step)
+        ray.get(self.relay.admit.remote())

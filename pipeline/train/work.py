@@ -14,7 +14,7 @@ from methods.parts.contract import find
 from methods.parts.distributed import rank, world_size
 from methods.parts.norms import synchronized
 from pipeline import registry
-from pipeline.evaluate.protocols import KNNData, Scores, final_scores, online_knn
+from pipeline.evaluate.protocols import Scores, final_scores, online_knn
 from pipeline.gallery import run_figures
 from pipeline.ingest.stream import Batch, training_batches
 from pipeline.runs import RunFolder, write_atomic, write_json
@@ -67,7 +67,6 @@ def work(
     set_threads(config, state, local_workers)
     if world_size() > 1 and ready.method.sync_batchnorm:
         synchronized(ready.method)
-    knn_data = KNNData.load(config, ready.manifest, config.evaluate.online_bank) if rank() == 0 else None
     method = ready.method.to(device)
     trainer = Trainer(
         config=config,
@@ -80,17 +79,16 @@ def work(
         display=screen,
         report=report,
         images=len(ready.manifest),
-        online_knn=online_knn(config, knn_data, device, precision) if knn_data else None,
         stop=stop,
     )
+    if rank() == 0:
+        trainer.online_knn = online_knn(config, ready.manifest, device, precision, trainer.note_bad)
     if state is not None:
         trainer.restore(state)
         if own is None:  # a continued run owns its beginning
             trainer.save()
     if rank() == 0:
         keep_listed_bad(folder, trainer.position)
-    if knn_data:
-        trainer.note_bad([*knn_data.bank.bad, *knn_data.queries.bad])
     trainer.run(batches(ready, trainer.position.step, tasks))
     done = Done(trainer.position.step, trainer.position.step >= resolved.facts.total_steps)
     if rank() > 0 or not done.complete:

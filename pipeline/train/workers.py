@@ -71,21 +71,17 @@ def train_with_workers(
 
     config = ready.config.train
     given = ray.put((ready, folder, state))
-    restarts, last = 0, -1
+    losses: list[int] = []
     while True:
         workers, share = place(config, ready.config.data.lanes, say=screen.say)
         mirror.pull(folder.path)  # what the last workers saved
-        step = last_step(folder)
-        before(step)
-        if step > last:
-            restarts, last = 0, step
         try:
-            return _attempt(ready, folder, given, workers, share, screen=screen, stop=stop, news=news)
+            return _attempt(ready, folder, given, workers, share, screen=screen, stop=stop, news=news, before=before)
         except WorkersLost as loss:
-            restarts += 1
-            if restarts > config.max_restarts:
-                raise TrainingStopped(f"workers were lost {restarts} times without a new checkpoint; the last time: {loss}") from None
-            screen.say(f"[yellow]warning:[/yellow] {loss}; going on from step {last_step(folder)}")
+            losses.append(last_step(folder))
+            if losses.count(losses[-1]) > config.max_restarts:
+                raise TrainingStopped(f"{loss}, {len(losses)} times without a new checkpoint; look at their machines") from None
+            screen.say(f"[yellow]warning:[/yellow] {loss}; starting again with as many workers as fit")
 
 
 def last_step(folder: RunFolder) -> int:
@@ -163,8 +159,9 @@ def _attempt(
     screen: Screen,
     stop: Callable[[], bool],
     news: Callable[[], None],
+    before: Callable[[int], None],
 ) -> Done:
-    """One life of the worker group."""
+    """One Ray Train run. With a fixed number of workers it restarts the group after a loss; a range ends it, to choose anew."""
     os.environ.update({key: value for key, value in SETTINGS.items() if key not in os.environ})
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -172,6 +169,7 @@ def _attempt(
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     config = ready.config.train
+    elastic = len(set(config.worker_range)) > 1
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     relay = ray.remote(Relay).options(num_cpus=0, scheduling_strategy=here).remote()
     spare = ray.cluster_resources().get("CPU", 1) - workers * share["CPU"]
@@ -189,7 +187,7 @@ def _attempt(
         train_loop_config=settings,
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if "GPU" in share else "gloo", timeout_s=int(config.progress_timeout_s)),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu="GPU" in share, resources_per_worker=share),
-        run_config=RunConfig(name=scratch, storage_path=str(folder.path), failure_config=FailureConfig(max_failures=0)),
+        run_config=RunConfig(name=scratch, storage_path=str(folder.path), failure_config=FailureConfig(max_failures=0 if elastic else -1)),
     )
     outcome: list[Any] = []
 
@@ -200,27 +198,41 @@ def _attempt(
             outcome.append(error)
 
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-    listener = Listener(relay, screen, folder.path)
+    listener = Listener(relay, screen, folder.path, before, config.max_restarts)
     thread.start()
     try:
         while thread.is_alive():
             thread.join(POLL)
             if listener.listen(stop()):
                 news()
-            if time.monotonic() - listener.heard_at > config.progress_timeout_s:
-                raise TrainingStopped(
-                    f"no step in {config.progress_timeout_s:.0f} s; the cluster may lack a free CPU for cutting images, or a worker hangs "
-                    "(longer steps than that: raise train.progress_timeout_s)"
-                )
+            _check_progress(time.monotonic() - listener.heard_at, config, workers, share)
         listener.listen(stop())
         news()
     finally:
-        ray.kill(relay)
+        if thread.is_alive():
+            ray.shutdown()  # the only way to end a worker group that Ray Train would start again
+        else:
+            ray.kill(relay)
         shutil.rmtree(folder.path / scratch, ignore_errors=True)
     if isinstance(outcome[0], Done):
         mirror.pull(folder.path)
         return outcome[0]
     raise _meaning(outcome[0])
+
+
+def _check_progress(silence_s: float, config: TrainConfig, workers: int, share: dict[str, float]) -> None:
+    import ray
+
+    if silence_s > config.progress_timeout_s:
+        raise TrainingStopped(
+            f"no step in {silence_s:.0f} s; the cluster may lack a free CPU for cutting images, or a worker hangs "
+            "(longer steps than that: raise train.progress_timeout_s)"
+        )
+    if silence_s > config.wait_s and not fits(workers, share, [node["Resources"] for node in ray.nodes() if node["Alive"]]):
+        raise TrainingStopped(
+            f"a node is gone and {workers} workers have not fitted for {silence_s:.0f} s; add nodes and resume, "
+            f"or give a range such as train.workers=1:{workers} to a new phase"
+        )
 
 
 def _worker(settings: dict[str, Any]) -> Done | None:
@@ -234,48 +246,33 @@ def _worker(settings: dict[str, Any]) -> Done | None:
     if settings["remote"]:
         folder = RunFolder(mirror.second_copy(settings["remote"], f"worker-{context.get_local_rank()}"))
     common = {"device": get_device(), "local_workers": context.get_local_world_size(), "tasks": settings["tasks"]}
-    if context.get_world_rank() > 0:
-        work(ready, folder, state, screen=Mute(), report=lambda step, metrics: None, stop=lambda: False, **common)
-        return None
-    remote = Remote(settings["relay"], folder.path, ready.resolved.facts.global_batch_size, last_step(folder))
     try:
-        return work(ready, folder, state, screen=remote, report=remote.report, stop=remote.stopping.is_set, **common)
-    finally:
-        remote.close()
+        if context.get_world_rank() > 0:
+            work(ready, folder, state, screen=Mute(), report=lambda step, metrics: None, stop=lambda: False, **common)
+            return None
+        remote = Remote(settings["relay"], folder.path, ready.resolved.facts.global_batch_size, last_step(folder))
+        try:
+            return work(ready, folder, state, screen=remote, report=remote.report, stop=remote.stopping.is_set, **common)
+        finally:
+            remote.close()
+    except Exception as error:
+        if not from_a_peer(error):  # starting again would not help: the driver ends the run
+            ray.get(settings["relay"].send.remote([("failed", {"error": error})]))
+        raise
 
 
 def _meaning(error: BaseException) -> BaseException:
-    """What a failed attempt means: our own errors as they are, losses as `WorkersLost`, anything else as it is."""
-    from ray.exceptions import RayActorError, RayTaskError
+    """What a run that ended with an error means. The errors of our own code have reached the driver before."""
     from ray.train import TrainingFailedError
 
     if not isinstance(error, TrainingFailedError):
         return error
-    failures = dict(getattr(error, "worker_failures", None) or {-1: getattr(error, "controller_failure", error)})
-    causes = {rank: _cause(failure) for rank, failure in failures.items()}
-    for cause in causes.values():
-        if isinstance(cause, (TrainingStopped, checkpoint.DiskFull, ConfigError)):
-            return cause
-    own = [cause for cause in causes.values() if not _from_a_peer(cause)]
-    dead = [rank for rank, cause in causes.items() if isinstance(cause, RayActorError) or not isinstance(cause, (RayTaskError, *PYTHON))]
-    if own and not dead:
-        return own[0]
-    return WorkersLost(f"lost worker {', '.join(map(str, sorted(dead or causes)))} ({type(next(iter(causes.values()))).__name__})")
+    failures = getattr(error, "worker_failures", None) or {}
+    ranks = ", ".join(str(rank) for rank in sorted(failures))
+    return WorkersLost(f"lost worker {ranks}" if ranks else f"Ray Train failed ({str(error).strip().splitlines()[-1]})")
 
 
-PYTHON = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, OSError, RuntimeError, TypeError, ValueError)
-
-
-def _cause(error: BaseException) -> BaseException:
-    for name in ("cause", "_base_exc", "health_check_failure", "__cause__"):
-        inner = getattr(error, name, None)
-        if isinstance(inner, BaseException):
-            return _cause(inner)
-    return error
-
-
-def _from_a_peer(error: BaseException) -> bool:
-    """Whether a worker failed only because another one did: its collective call broke."""
-    text = str(error)
-    marks = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL", "gloo")
-    return isinstance(error, RuntimeError) and any(mark in text for mark in marks)
+def from_a_peer(error: BaseException) -> bool:
+    """Whether a worker failed only because another one did: its collective call broke, or its device did."""
+    marks = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL", "gloo", "CUDA error")
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in marks)
