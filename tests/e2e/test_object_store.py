@@ -1,0 +1,125 @@
+"""Data and run folders in an S3 store of this test's own: train, die, lose the local copy, resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.ingest.patches import open_patches
+
+moto = pytest.importorskip("moto.server", reason="needs moto[server]; pip install -e .[dev]")
+boto3 = pytest.importorskip("boto3", reason="needs boto3; pip install -e .[dev]")
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+ROOT = Path(__file__).parent.parent.parent
+SECRET = "secret-never-to-be-shown"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, dict[str, str]]]:
+    """A client with a bucket of images, and the environment that leads to it."""
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "AKIADUMMYDUMMY",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    client = boto3.client(
+        "s3",
+        endpoint_url=environment["AWS_ENDPOINT_URL"],
+        aws_access_key_id="AKIADUMMYDUMMY",
+        aws_secret_access_key=SECRET,
+        region_name="us-east-1",
+    )
+    client.create_bucket(Bucket="lake")
+    source = open_patches("patches:per_photo=16")
+    rows = list(source.read(np.arange(len(source))))
+    file = tmp_path_factory.mktemp("data") / "a.parquet"
+    pq.write_table(pa.table({"image": [r.image for r in rows], "label": [r.label for r in rows]}), file, row_group_size=64)
+    client.upload_file(str(file), "lake", "images/a.parquet")
+    yield client, environment
+    server.stop()
+
+
+def start(arguments: list[str], environment: dict[str, str], cache: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "manyviews.py"), *arguments]
+    env = os.environ | environment | {"MANYVIEWS_CACHE": str(cache)}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def in_store(client: Any, key: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(client.get_object(Bucket="lake", Key=key)["Body"].read()))
+    except client.exceptions.NoSuchKey:
+        return {}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_in_the_store_goes_on_without_its_local_copy(store: tuple[Any, dict[str, str]], tmp_path: Path, workers: int) -> None:
+    client, environment = store
+    name, where = f"run{workers}", "--runs-dir=s3://lake/runs"
+    settings = [
+        "--train.steps=24",
+        "--train.global-batch-size=32",
+        "--train.checkpoint-every=4",
+        "--backbone.width=0.125",
+        "--train.threads=1",
+    ]
+    first = start(
+        ["pretrain", "swav-small", "--data.path=s3://lake/images", where, f"--run={name}", f"--train.workers={workers}", *settings],
+        environment,
+        tmp_path / "cache",
+    )
+    while in_store(client, f"runs/{name}/checkpoints/last.json").get("step", 0) < 8:
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    said = first.communicate()[0]
+    shutil.rmtree(tmp_path / "cache")
+
+    second = start(["resume", name, where], environment, tmp_path / "other")
+    said += second.communicate()[0]
+    assert second.returncode == 0, said
+    assert "from step 0" not in said and " steps of 32 images from step " in said
+    state = in_store(client, f"runs/{name}/run.json")
+    assert (state["status"], state["step"]) == ("finished", 24)
+    keys = {item["Key"] for item in client.list_objects_v2(Bucket="lake", Prefix=f"runs/{name}/")["Contents"]}
+    left = {key.removeprefix(f"runs/{name}/") for key in keys}
+    assert {"config.yaml", "metrics.jsonl", "evaluation.json", "model/backbone.safetensors", "figures/curves.png"} <= left
+    folders = {key.split("/")[1] for key in left if key.startswith("checkpoints/step-")}
+    pointers = {in_store(client, f"runs/{name}/checkpoints/{which}.json").get("folder") for which in ("last", "best")} - {None}
+    assert folders == pointers, "what is not pointed to is removed"
+    lines = client.get_object(Bucket="lake", Key=f"runs/{name}/metrics.jsonl")["Body"].read().decode().splitlines()
+    steps = [json.loads(line)["step"] for line in lines if "loss" in json.loads(line)["metrics"]]
+    assert steps == sorted(set(steps)) and steps[-1] == 24
+    assert SECRET not in said and not any(SECRET in path.read_text(errors="ignore") for path in tmp_path.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--data.path=s3://lake/images", "--runs-dir=s3://no-such-lake/runs"], "runs_dir=s3://no-such-lake/runs"),
+        (["--data.path=s3://no-such-lake/images", "--runs-dir=s3://lake/runs"], "data.path=s3://no-such-lake/images"),
+    ],
+)
+def test_a_wrong_bucket_is_one_sentence(store: tuple[Any, dict[str, str]], tmp_path: Path, settings: list[str], message: str) -> None:
+    process = start(["pretrain", "swav-small", *settings], store[1], tmp_path)
+    said = process.communicate()[0]
+    assert process.returncode == 2 and message in said and "bucket" in said, said
+    assert "Traceback" not in said and SECRET not in said
