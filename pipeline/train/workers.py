@@ -103,13 +103,15 @@ def place(config: TrainConfig, lanes: int, *, say: Callable[[str], None]) -> tup
 
     low, high = config.worker_range
     choices = [w for w in divisors(lanes) if low <= w <= high]
-    share = GPU_WORKER if ray.cluster_resources().get("GPU", 0) else CPU_WORKER
+    share = GPU_WORKER if _has_gpus() else CPU_WORKER
     deadline = time.monotonic() + (config.wait_s if joins_cluster() else 0.0)
     waiting = False
     while True:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         fitting = [w for w in choices if fits(w, share, nodes)]
         if fitting:
+            if waiting:
+                _ask_for(0, share)
             return max(fitting), share
         if time.monotonic() >= deadline:
             break
@@ -135,11 +137,20 @@ def fits(workers: int, share: dict[str, float], nodes: list[dict[str, float]]) -
     return False
 
 
+def _has_gpus() -> bool:
+    """Whether the cluster has GPUs, or would have if it grew: an autoscaled pool may be empty now."""
+    import ray
+    from ray._private.state import state  # nothing public tells what a pool can grow to
+
+    growing = state.get_max_resources_from_cluster_config() or {}
+    return bool(ray.cluster_resources().get("GPU", 0) or growing.get("GPU", 0))
+
+
 def _ask_for(workers: int, share: dict[str, float]) -> None:
-    """Tell the cluster's autoscaler, if there is one."""
+    """Tell the cluster's autoscaler, if there is one, to make room; 0 = for nobody any more."""
     from ray.autoscaler.sdk import request_resources
 
-    request_resources(bundles=[share] * workers + [{"CPU": 1}])
+    request_resources(bundles=[*[share] * workers, {"CPU": 1}] if workers else [])
 
 
 def _words(resources: dict[str, float]) -> str:
