@@ -356,7 +356,7 @@ def explained(path: str, key: str = "data.path") -> Iterator[None]:
         kind = "missing" if isinstance(error, FileNotFoundError) else _kind(str(error))
         what = {
             "bucket": "there is no such bucket; check its name" + (" and AWS_ENDPOINT_URL" if scheme == "s3" and _endpoint() else ""),
-            "rights": f"it may not be used with the credentials found; {rights}",
+            "rights": f"it may not be {'read' if key == 'data.path' else 'written'} with the credentials found; {rights}",
             "missing": "there is nothing of this name; check it, capitals included"
             + ("; options after ? are not read, use AWS_ENDPOINT_URL" if "?" in path else ""),
             "network": f"the store does not answer; {network}",
