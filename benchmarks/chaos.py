@@ -70,10 +70,12 @@ def undisturbed(runs: Path, name: str = "undisturbed", settings: list[str] = RUN
     return str(facts(runs, name)["state_sha256"])
 
 
-def disturbed(runs: Path, kills: int, seed: int, name: str = "killed", say: bool = False) -> tuple[str, list[int]]:
+def disturbed(
+    runs: Path, kills: int, seed: int, name: str = "killed", say: bool = False, settings: list[str] = RUN
+) -> tuple[str, list[int]]:
     """Kill the run up to `kills` times, resuming after each; returns the final hash and the steps last saved at each kill."""
     chance, steps = random.Random(seed), []
-    process = start([*RUN, f"--run={name}"], runs)
+    process = start([*settings, f"--run={name}"], runs)
     for _ in range(kills):
         before = facts(runs, name).get("step", 0)
         while process.poll() is None and facts(runs, name).get("step", 0) == before:
@@ -85,7 +87,7 @@ def disturbed(runs: Path, kills: int, seed: int, name: str = "killed", say: bool
         process.wait()
         steps.append(int(str(facts(runs, name)["step"])))
         if say:
-            print(f"killed after the checkpoint of step {steps[-1]} of {STEPS}", flush=True)
+            print(f"killed after the checkpoint of step {steps[-1]}", flush=True)
         process = start(["resume", name], runs)
     finish(process, "the last resume")
     return str(facts(runs, name)["state_sha256"]), steps

@@ -34,12 +34,16 @@ def golden(reference: Path) -> Callable[[str], dict[str, np.ndarray]]:
 
 
 @pytest.fixture(scope="session")
-def ray_local() -> Iterator[None]:
-    """One Ray for all tests of this process."""
-    from pipeline.ingest.stream import start_ray
-
-    start_ray()
+def _ray_ends() -> Iterator[None]:
     yield
     import ray
 
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def ray_local(_ray_ends: None) -> None:
+    """One Ray for all tests of this process; started again where another file, with a cluster of its own, has ended it."""
+    from pipeline.ingest.stream import start_ray
+
+    start_ray()

@@ -185,6 +185,7 @@ def test_ctrl_c_leaves_a_whole_checkpoint_and_resume_finishes(folder: Path, tmp_
 
 def test_a_killed_run_ends_in_the_state_of_an_undisturbed_one(tmp_path: Path) -> None:
     """Two kills here; `make chaos` does ten."""
-    got, steps = chaos.disturbed(tmp_path, kills=2, seed=1)
+    settings = [*chaos.RUN, "--train.steps=100"]
+    got, steps = chaos.disturbed(tmp_path, kills=2, seed=1, settings=settings)
     assert len(steps) == 2
-    assert got == chaos.undisturbed(tmp_path)
+    assert got == chaos.undisturbed(tmp_path, settings=settings)
