@@ -113,19 +113,14 @@ def cluster() -> Iterator[Any]:
         local.shutdown()
 
 
-def workers_below(pid: int) -> list[psutil.Process]:
-    """The training workers that descend from a process."""
+def workers_of(node: Any) -> list[psutil.Process]:
+    """The training workers on a node: children of its raylet."""
     found = []
-    for child in psutil.Process(pid).children(recursive=True):
+    for child in psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it has ended meanwhile
             if "TrainWorker" in " ".join(child.cmdline()):
                 found.append(child)
     return found
-
-
-def workers_of(node: Any) -> list[psutil.Process]:
-    """The training workers on a node of the local cluster."""
-    return workers_below(node.all_processes["raylet"][0].process.pid)
 
 
 def progress(process: subprocess.Popen[bytes], runs: Path, name: str, beyond: int, patience_s: float = 120.0) -> float:
@@ -140,19 +135,6 @@ def progress(process: subprocess.Popen[bytes], runs: Path, name: str, beyond: in
             raise SystemExit(f"no checkpoint beyond step {beyond} in {patience_s:.0f} s")
         time.sleep(0.05)
     return time.monotonic() - began
-
-
-def disturbed_on_one_machine(runs: Path, settings: list[str], name: str = "lost") -> str:
-    """Lose a worker, then the driver with everything it started; returns the final hash."""
-    process = start([*settings, f"--run={name}"], runs)
-    progress(process, runs, name, beyond=4)
-    workers_below(process.pid)[-1].kill()
-    step = int(str(facts(runs, name)["step"]))
-    progress(process, runs, name, beyond=step + 2)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    finish(start(["resume", name], runs), "the resumed run")
-    return str(facts(runs, name)["state_sha256"])
 
 
 def disturbed_workers(runs: Path, name: str = "lost") -> tuple[str, dict[str, float]]:

@@ -86,7 +86,7 @@ def test_a_run_in_the_store_goes_on_without_its_local_copy(store: tuple[Any, dic
         environment,
         tmp_path / "cache",
     )
-    while in_store(client, f"runs/{name}/checkpoints/last.json").get("step", 0) < 8:
+    while in_store(client, f"runs/{name}/checkpoints/last.json").get("step", 0) < 4:
         assert first.poll() is None, first.communicate()[0]
         time.sleep(0.05)
     first.send_signal(signal.SIGKILL)
@@ -98,7 +98,7 @@ def test_a_run_in_the_store_goes_on_without_its_local_copy(store: tuple[Any, dic
     assert second.returncode == 0, said
     assert "from step 0" not in said and " steps of 32 images from step " in said
     state = in_store(client, f"runs/{name}/run.json")
-    assert (state["status"], state["step"]) == ("finished", 24)
+    assert (state["status"], state["step"]) == ("finished", 12)
     keys = {item["Key"] for item in client.list_objects_v2(Bucket="lake", Prefix=f"runs/{name}/")["Contents"]}
     left = {key.removeprefix(f"runs/{name}/") for key in keys}
     assert {"config.yaml", "metrics.jsonl", "evaluation.json", "model/backbone.safetensors", "figures/curves.png"} <= left
@@ -107,19 +107,12 @@ def test_a_run_in_the_store_goes_on_without_its_local_copy(store: tuple[Any, dic
     assert folders == pointers, "what is not pointed to is removed"
     lines = client.get_object(Bucket="lake", Key=f"runs/{name}/metrics.jsonl")["Body"].read().decode().splitlines()
     steps = [json.loads(line)["step"] for line in lines if "loss" in json.loads(line)["metrics"]]
-    assert steps == sorted(set(steps)) and steps[-1] == 24
+    assert steps == sorted(set(steps)) and steps[-1] == 12
     assert SECRET not in said and not any(SECRET in path.read_text(errors="ignore") for path in tmp_path.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (["--data.path=s3://lake/images", "--runs-dir=s3://no-such-lake/runs"], "runs_dir=s3://no-such-lake/runs"),
-        (["--data.path=s3://no-such-lake/images", "--runs-dir=s3://lake/runs"], "data.path=s3://no-such-lake/images"),
-    ],
-)
-def test_a_wrong_bucket_is_one_sentence(store: tuple[Any, dict[str, str]], tmp_path: Path, settings: list[str], message: str) -> None:
-    process = start(["pretrain", "swav-small", *settings], store[1], tmp_path)
+def test_a_wrong_bucket_is_one_sentence(store: tuple[Any, dict[str, str]], tmp_path: Path) -> None:
+    process = start(["pretrain", "swav-small", "--data.path=s3://lake/images", "--runs-dir=s3://no-such-lake/runs"], store[1], tmp_path)
     said = process.communicate()[0]
-    assert process.returncode == 2 and message in said and "bucket" in said, said
+    assert process.returncode == 2 and "runs_dir=s3://no-such-lake/runs" in said and "bucket" in said, said
     assert "Traceback" not in said and SECRET not in said
