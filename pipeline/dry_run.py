@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import RunConfig, resolve
-from pipeline.ingest.sources import Row
+from pipeline.ingest.manifest import Row
 from pipeline.machine import Check, available_cores
 
 BUDGET_S = 2.0  # for the timed steps; the first one, which makes kernels, comes on top

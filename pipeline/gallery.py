@@ -17,8 +17,8 @@ from pipeline.evaluate.features import extract
 from pipeline.evaluate.protocols import MEMORY_LIMIT, Scores
 from pipeline.ingest.crops import COLUMN, cut_window, draw_views
 from pipeline.ingest.decode import BadImage, decode
+from pipeline.ingest.manifest import Manifest
 from pipeline.ingest.photometric import finish_views
-from pipeline.ingest.sources import Manifest
 from pipeline.ingest.stream import Batch, evaluation_images
 from pipeline.runs import RunFolder
 

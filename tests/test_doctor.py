@@ -130,14 +130,14 @@ def test_a_large_sample_is_spread_over_the_data(tmp_path: Path) -> None:
         def __len__(self) -> int:
             return 1_000_000
 
-    import pipeline.ingest.sources as sources
+    from pipeline.ingest import manifest, sources
 
     fake = Fake()
     fake.labels, fake.class_names, fake.skipped = np.full(10, -1), [], []  # type: ignore[attr-defined]
 
-    def read(ids: list[int]) -> list[sources.Row]:
+    def read(ids: list[int]) -> list[manifest.Row]:
         fake.asked += ids
-        return [sources.Row(ids[0], jpeg(), -1, "x")]
+        return [manifest.Row(ids[0], jpeg(), -1, "x")]
 
     fake.read = read  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:

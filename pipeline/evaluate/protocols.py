@@ -19,7 +19,8 @@ from methods.parts.errors import ConfigError
 from pipeline.config import RunConfig
 from pipeline.evaluate.features import Precision, calibrate_batchnorm, extract, raw_pixels
 from pipeline.evaluate.knn import centred, knn_accuracy
-from pipeline.ingest.sources import Manifest, open_source
+from pipeline.ingest.manifest import Manifest
+from pipeline.ingest.sources import open_source
 from pipeline.ingest.stream import BadSlot, EvaluationImages, evaluation_images
 
 MEMORY_LIMIT = 512 * 2**20  # bytes of evaluation images kept in memory

@@ -12,7 +12,7 @@ import numpy as np
 from methods.parts.errors import ConfigError
 from pipeline.ingest import files
 from pipeline.ingest.files import File, Part
-from pipeline.ingest.sources import IMAGE_EXTENSIONS, Manifest, fingerprint
+from pipeline.ingest.manifest import IMAGE_EXTENSIONS, Manifest, fingerprint
 
 if TYPE_CHECKING:
     import pyarrow as pa

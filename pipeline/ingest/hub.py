@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from methods.parts.errors import ConfigError
 from pipeline.ingest import files
+from pipeline.ingest.manifest import Manifest
 from pipeline.ingest.parquet import open_parquet
-from pipeline.ingest.sources import Manifest
 
 if TYPE_CHECKING:
     from pipeline.config import DataConfig

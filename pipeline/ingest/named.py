@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from methods.parts.errors import ConfigError
 from pipeline.ingest.files import File, cache_folder
-from pipeline.ingest.sources import Manifest, fingerprint
+from pipeline.ingest.manifest import Manifest, fingerprint
 
 if TYPE_CHECKING:
     from pipeline.config import DataConfig

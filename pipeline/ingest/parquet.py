@@ -14,7 +14,7 @@ import numpy as np
 from methods.parts.errors import ConfigError
 from pipeline.ingest import files
 from pipeline.ingest.files import File
-from pipeline.ingest.sources import Manifest, fingerprint, numbered
+from pipeline.ingest.manifest import Manifest, fingerprint, numbered
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from methods.parts.errors import ConfigError, require
+from pipeline.ingest.manifest import Manifest, fingerprint
 from pipeline.ingest.philox import PATCH, TILE, permutation, uniforms
-from pipeline.ingest.sources import Manifest, fingerprint
 
 SKIMAGE = (
     "astronaut.png brick.png camera.png chelsea.png coffee.png coins.png color.png grass.png gravel.png "

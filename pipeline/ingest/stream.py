@@ -16,10 +16,10 @@ from torch import Tensor
 from methods.parts.views import ViewsConfig
 from pipeline.ingest.crops import COLUMNS, cut_window, draw_views
 from pipeline.ingest.decode import BadImage, decode, evaluation_crop
+from pipeline.ingest.manifest import Manifest, Row
 from pipeline.ingest.plan import Plan
 from pipeline.ingest.ray_data import default_tasks, run
 from pipeline.ingest.ray_data import start_ray as start_ray  # callers of the stream find it here
-from pipeline.ingest.sources import Manifest, Row
 
 PASS_BYTES = 128 * 2**20  # views of one Ray Data execution, or one group of windows if that is more; starting one costs 0.1 to 0.5 s
 EVALUATION_BYTES = 16 * 2**20  # pixels one evaluation task returns

@@ -20,7 +20,7 @@ import numpy as np
 from methods.parts.errors import ConfigError
 from pipeline.ingest import files
 from pipeline.ingest.files import File, Part
-from pipeline.ingest.sources import IMAGE_EXTENSIONS, Manifest, fingerprint, numbered
+from pipeline.ingest.manifest import IMAGE_EXTENSIONS, Manifest, fingerprint, numbered
 
 if TYPE_CHECKING:
     import pyarrow as pa

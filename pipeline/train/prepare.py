@@ -11,8 +11,9 @@ from methods.parts.backbones import build_backbone
 from methods.parts.contract import Method, RunFacts, find
 from methods.parts.errors import ConfigError
 from pipeline.config import Resolved, RunConfig, absolute, resolve
+from pipeline.ingest.manifest import Manifest
 from pipeline.ingest.plan import Plan
-from pipeline.ingest.sources import Manifest, is_local_path, open_source
+from pipeline.ingest.sources import is_local_path, open_source
 from pipeline.machine import available_cores
 from pipeline.train import checkpoint
 

@@ -18,7 +18,8 @@ from methods.parts.errors import ConfigError
 from pipeline.config import DataConfig
 from pipeline.ingest import named
 from pipeline.ingest.decode import decode
-from pipeline.ingest.sources import Manifest, open_source
+from pipeline.ingest.manifest import Manifest
+from pipeline.ingest.sources import open_source
 
 CLASSES = ["airplane", "automobile", "bird"]
 

@@ -15,7 +15,8 @@ import pytest
 from methods.parts.errors import ConfigError
 from pipeline.config import DataConfig
 from pipeline.ingest import files, parquet, tars
-from pipeline.ingest.sources import Manifest, is_local_path, open_source
+from pipeline.ingest.manifest import Manifest
+from pipeline.ingest.sources import is_local_path, open_source
 from tests.ingest.pictures import png, write_tar
 
 moto = pytest.importorskip("moto.server", reason="needs moto[server]; pip install -e .[dev]")

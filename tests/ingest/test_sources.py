@@ -16,8 +16,9 @@ from methods.parts.errors import ConfigError
 from pipeline.config import DataConfig
 from pipeline.ingest import parquet
 from pipeline.ingest.decode import decode
+from pipeline.ingest.manifest import Manifest
 from pipeline.ingest.patches import CLASS_NAMES, load_photo, tiles
-from pipeline.ingest.sources import Manifest, open_source
+from pipeline.ingest.sources import open_source
 
 
 def png(value: int) -> bytes:

@@ -13,8 +13,9 @@ from PIL import Image
 from methods.parts.views import CropGroup
 from pipeline.config import DataConfig
 from pipeline.ingest import stream
+from pipeline.ingest.manifest import Manifest
 from pipeline.ingest.plan import Plan
-from pipeline.ingest.sources import Manifest, open_source
+from pipeline.ingest.sources import open_source
 from pipeline.ingest.stream import Batch, cut_images, evaluation_images, substitutes, training_batches
 
 VIEWS = {"global": CropGroup(count=2, size=16), "local": CropGroup(count=1, size=8, scale=(0.1, 0.3))}

@@ -14,7 +14,8 @@ import pytest
 from methods.parts.errors import ConfigError
 from pipeline.config import DataConfig
 from pipeline.ingest import files, tars
-from pipeline.ingest.sources import Manifest, open_source
+from pipeline.ingest.manifest import Manifest
+from pipeline.ingest.sources import open_source
 from tests.ingest.pictures import png, write_tar
 
 LONG = "x/" + "l" * 150 + ".webp"
