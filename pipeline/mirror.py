@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +96,12 @@ def pull(run: Path) -> None:
                 _sent[local] = _mark(local)
 
 
-def push(run: Path, only: str | None = None) -> None:
+def push(run: Path, only: str | None = None, keep: Callable[[str], bool] = lambda name: False) -> None:
     """Send what has changed since this process sent it last; remove checkpoints that were pruned here. A plain run is left alone.
 
     Args:
         only: one file by its name, instead of everything.
+        keep: whether a checkpoint folder of this name stays in the store though it is not here: a local copy holds the last ones only.
 
     Raises:
         OSError: the store did not take it.
@@ -118,7 +119,8 @@ def push(run: Path, only: str | None = None) -> None:
         _sent[file] = mark
     if not only:
         here = {path.name for path in (run / "checkpoints").glob("step-*")}
-        for gone in {file.name.split("/")[1] for file in files.tree(uri) if file.name.startswith("checkpoints/step-")} - here:
+        there = {file.name.split("/")[1] for file in files.tree(uri) if file.name.startswith("checkpoints/step-")}
+        for gone in filter(lambda name: not keep(name), there - here):
             files.remove_tree(files.join(uri, f"checkpoints/{gone}"))
 
 

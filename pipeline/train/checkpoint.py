@@ -57,14 +57,17 @@ def save(checkpoints: Path, state: State, *, step: int, best: bool = False, keep
     return folder
 
 
-def send(run: Path, step: int) -> None:
+def send(run: Path, step: int, keep_every: int | None = None) -> None:
     """Send a run folder's news to the object store whose copy it is, if it is one.
+
+    Args:
+        keep_every: checkpoints of every n-th step stay there, as they do here.
 
     Raises:
         DiskFull: the store did not take it; what it holds is whole.
     """
     try:
-        mirror.push(run)
+        mirror.push(run, keep=lambda name: _kept(name, keep_every))
     except OSError as error:
         raise DiskFull(f"checkpoint of step {step} could not be sent: {error}") from None
 
@@ -72,11 +75,14 @@ def send(run: Path, step: int) -> None:
 def _prune(checkpoints: Path, keep_every: int | None) -> None:
     pointed = {pointed_to(checkpoints, which) for which in ("last", "best")}
     for folder in checkpoints.glob("step-*"):
-        step = int(folder.name.split("-")[1])
-        if folder not in pointed and not (keep_every and step % keep_every == 0):
+        if folder not in pointed and not _kept(folder.name, keep_every):
             shutil.rmtree(folder, ignore_errors=True)
     for leftover in checkpoints.glob(".step-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _kept(name: str, keep_every: int | None) -> bool:
+    return bool(keep_every) and int(name.split("-")[1]) % keep_every == 0  # type: ignore[operator]
 
 
 def pointed_to(checkpoints: Path, which: str = "last") -> Path | None:

@@ -67,7 +67,6 @@ class Trainer:
     position: Position = field(default_factory=Position)
     saved_step: int | None = None
     last_knn: float | None = None
-    measures_knn: bool = False  # on any worker
 
     def __post_init__(self) -> None:
         self.forward: nn.Module = self.method
@@ -85,7 +84,7 @@ class Trainer:
         total, every = self.resolved.facts.total_steps, self.resolved.checkpoint_every
         guards = Guards(self.method, patience_steps=min(2 * self.resolved.facts.steps_per_epoch, total // 2))
         outputs: list[StepOutput] = []  # since the last point
-        self.measures_knn = bool(all_reduce_max(torch.tensor(int(self.online_knn is not None))))
+        measures_knn = bool(all_reduce_max(torch.tensor(int(self.online_knn is not None))))
         if self.position.step == 0:
             self.measure_knn()
         self.method.train()
@@ -95,7 +94,7 @@ class Trainer:
             self.note_bad(bad)
             step = self.position.step
             save = step % every == 0 or step == total or stopping
-            measure = self.measures_knn and (step % self.resolved.knn_every == 0 or step == total)
+            measure = measures_knn and (step % self.resolved.knn_every == 0 or step == total)
             if save or measure or step % self.config.train.log_every == 0:
                 metrics = self.flush(outputs)
                 outputs = []
@@ -216,7 +215,7 @@ class Trainer:
         if rank() == 0 and (step != self.saved_step or best):
             checkpoint.save(self.folder.checkpoints, self.state(), step=step, best=best, keep_every=self.config.train.keep_every)
             self.folder.update(step=step, total_steps=self.resolved.facts.total_steps)
-            checkpoint.send(self.folder.path, step)
+            checkpoint.send(self.folder.path, step, self.config.train.keep_every)
         self.saved_step = step
 
     def note_bad(self, slots: Iterable[BadSlot]) -> None:

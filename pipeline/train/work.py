@@ -135,7 +135,7 @@ def evaluated(
     registry.export(
         backbone, config.backbone, folder.model, size=config.evaluation_size, mean=config.data.mean, std=config.data.std, facts=facts
     )
-    checkpoint.send(folder.path, done.step)
+    checkpoint.send(folder.path, done.step, config.train.keep_every)
     return dataclasses.replace(done, scores=scores, pictures=[picture.name for picture in pictures])
 
 
