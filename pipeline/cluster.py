@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.parts.errors import ConfigError
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, absolute
 from pipeline.machine import Check
 
 PACKAGES = ("ray", "torch", "torchvision", "timm", "numpy", "pyarrow", "mlflow")
@@ -152,10 +152,10 @@ def existing(folder: Path) -> Path:
 
 
 def local_images(config: RunConfig | None) -> str | None:
-    """The images as an absolute path; None for the built-in ones and for object stores."""
-    if config is None or config.data.path.split(":")[0] == "patches" or "://" in config.data.path:
-        return None
-    return str(Path(config.data.path).expanduser().resolve())
+    """The images as an absolute path; None for named sets and for object stores."""
+    from pipeline.ingest.sources import is_local_path
+
+    return absolute(config.data.path) if config is not None and is_local_path(config.data.path) else None
 
 
 def on_gpu(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:

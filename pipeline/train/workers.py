@@ -1,8 +1,8 @@
 """Several workers under Ray Train: how many fit, how they are started, and what happens when one is lost.
 
-Ray Train places the workers, forms their process group and notices their deaths. Checkpoints, positions and restarts are
-ours, so that they are the same in one process and in many: after a loss this driver starts a new group of as many
-workers as fit, and each begins at the run's last checkpoint.
+Ray Train places the workers, forms their process group and notices their deaths. Checkpoints and positions are ours, the same
+in one process and in many. After a loss Ray Train starts a fixed number of workers again; for a range, this driver starts as
+many as fit. Either way each begins at the run's last checkpoint.
 """
 
 from __future__ import annotations
@@ -185,13 +185,7 @@ def _attempt(
     relay = ray.remote(Relay).options(num_cpus=0, scheduling_strategy=here).remote()
     spare = ray.cluster_resources().get("CPU", 1) - workers * share["CPU"]
     tasks = None if joins_cluster() else max(1, round(spare / workers))
-    settings = {
-        "given": [given],
-        "relay": relay,
-        "tasks": tasks,
-        "remote": mirror.remote_of(folder.path),
-        "batch": ready.resolved.facts.global_batch_size,
-    }
+    settings = {"given": [given], "relay": relay, "tasks": tasks, "remote": mirror.remote_of(folder.path)}
     scratch = f".ray-{uuid.uuid4().hex[:8]}"
     trainer = TorchTrainer(
         _worker,
@@ -253,11 +247,11 @@ def _worker(settings: dict[str, Any]) -> Done | None:
     from ray.train.torch import get_device
 
     context = get_context()
-    ready, folder, state = ray.get(settings["given"][0])
-    if settings["remote"]:
-        folder = RunFolder(mirror.second_copy(settings["remote"], f"worker-{context.get_local_rank()}"))
-    common = {"device": get_device(), "local_workers": context.get_local_world_size(), "tasks": settings["tasks"]}
     try:
+        ready, folder, state = ray.get(settings["given"][0])
+        if settings["remote"]:
+            folder = RunFolder(mirror.second_copy(settings["remote"], f"worker-{context.get_local_rank()}"))
+        common = {"device": get_device(), "local_workers": context.get_local_world_size(), "tasks": settings["tasks"]}
         if context.get_world_rank() > 0:
             work(ready, folder, state, screen=Mute(), report=lambda step, metrics: None, stop=lambda: False, **common)
             return None
