@@ -233,30 +233,25 @@ def plan(config: RunConfig | None, have: Mapping[str, float], nodes: list[Mappin
         have: the cluster's resources in sum.
         nodes: each node's.
     """
-    low, high = asked(config.train.workers if config else 0)
-    gpus, cpus = have.get("GPU", 0.0), have.get("CPU", 0.0)
+    from pipeline.train.workers import CPU_WORKER, GPU_WORKER, fits
+
+    low, high = config.train.worker_range if config else (0, 0)
     if high == 0:
         if config is not None and len(nodes) > 1:
             remedy = "give --train.workers N to train on the cluster's GPUs, or submit with --entrypoint-num-gpus 1"
             yield Check("workers", "warn", "train.workers=0: training runs in the job's own process, on one node", remedy)
         return
-    wanted = f"train.workers={low}" if low == high else f"train.workers={low}:{high}"
-    device, places = ("GPU", gpus) if gpus else ("CPU", cpus)
-    found = f"{wanted}, one {device} each; {places:g} {device}s are here"
-    if places < low:
-        remedy = "an autoscaling cluster adds machines when the run asks for them (see `ray status`); on a fixed one use fewer workers"
-        yield Check("workers", "warn", found, remedy)
-    elif not any(node.get("CPU", 0) >= 1 for node in nodes) or (device == "CPU" and cpus < low + 1):
-        remedy = "leave one whole CPU free beside the workers: Ray Data cuts the views with it, and would wait for ever"
-        yield Check("workers", "warn", found, remedy)
-    else:
+    share, device = (GPU_WORKER, "GPU") if have.get("GPU", 0) else (CPU_WORKER, "CPU")
+    each = " and ".join(f"{amount:g} {key}" for key, amount in share.items())
+    found = f"train.workers={config.train.workers if config else 0}, {each} each; {have.get(device, 0):g} {device}s are here"
+    if fits(low, share, [dict(node) for node in nodes]):
         yield Check("workers", "ok", found)
-
-
-def asked(workers: int | str | None) -> tuple[int, int]:
-    """`4` or `"2:4"` as the smallest and the largest number of workers."""
-    low, _, high = str(workers or 0).partition(":")
-    return int(low), int(high or low)
+        return
+    remedy = (
+        "beside the workers one whole CPU must be free on some node, to cut the views; an autoscaling cluster adds machines when the "
+        "run asks for them (see `ray status`), on a fixed one use fewer workers"
+    )
+    yield Check("workers", "warn", found, remedy)
 
 
 def _count(number: int, word: str) -> str:

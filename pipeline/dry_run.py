@@ -117,7 +117,7 @@ def report(config: RunConfig, manifest: Any, ids: Sequence[int]) -> Iterable[Che
     cost, cores = cluster.on_gpu(measure, config, rows, num_images) if joins_cluster() else (None, available_cores())
     place = "on a GPU node" if cost else "on this machine"
     cost = cost or measure(config, rows, num_images)
-    workers = max(1, cluster.asked(config.train.workers)[1])
+    workers = max(1, config.train.worker_range[1])
     seconds = image_seconds(cost, cores, workers)
     hours = duration(facts.total_steps * facts.global_batch_size * seconds)
     many = f" with {workers} workers" if workers > 1 else ""
