@@ -44,7 +44,7 @@ def measure(config: RunConfig, rows: Sequence[Row], num_images: int) -> Cost:
     from methods.parts.contract import Progress
     from pipeline.ingest.photometric import finish_views
     from pipeline.ingest.stream import Batch, cut_images
-    from pipeline.train.prepare import build_method, choose_device
+    from pipeline.train.prepare import build_method, choose_device, thread_count
 
     facts = resolve(config, num_images).facts
     device, precision = choose_device(config)
@@ -52,7 +52,7 @@ def measure(config: RunConfig, rows: Sequence[Row], num_images: int) -> Cost:
     pixels = sum(group.count * group.size**2 for group in config.views.values())
     most = (256, 3e7) if device.type == "cuda" else (32, 6e5)  # images, pixels: a second or two
     size = max(4, min(most[0], int(most[1] / pixels), facts.global_batch_size // config.train.accumulation_steps))
-    before, threads = torch.get_num_threads(), config.train.threads or max(1, int(available_cores()) - 1)  # as in the run
+    before, threads = torch.get_num_threads(), thread_count(config)  # as in the run
     try:
         torch.set_num_threads(1)  # as in a task
         some = [rows[i % len(rows)] for i in range(size)]

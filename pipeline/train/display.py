@@ -112,7 +112,8 @@ class Display:
             self.live.update(self.task, completed=step, figures=self.figures())
             return
         tenth = step * 10 // self.total > self.printed_step * 10 // self.total
-        if self.loss is not None and (tenth or time.monotonic() - self.printed_at > self.quiet_s):
+        last = step == self.total and knn is not None  # comes after the last loss
+        if self.loss is not None and (tenth or last or time.monotonic() - self.printed_at > self.quiet_s):
             self._line()
 
     def _line(self) -> None:

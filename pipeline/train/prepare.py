@@ -92,10 +92,15 @@ def choose_device(config: RunConfig) -> tuple[torch.device, torch.dtype]:
     return device, torch.bfloat16 if config.train.precision == "bf16" or native else torch.float32
 
 
+def thread_count(config: RunConfig, local_workers: int = 1) -> int:
+    """Torch threads of a worker: its share of the machine's cores; alone it leaves one for the tasks that cut images."""
+    cores = int(available_cores())
+    return config.train.threads or max(1, cores // local_workers if local_workers > 1 else cores - 1)
+
+
 def set_threads(config: RunConfig, state: checkpoint.State | None, local_workers: int = 1) -> None:
     """Pin the thread count; in deterministic mode a resumed run must have the same one, because sums depend on it."""
-    cores = int(available_cores())
-    wanted = config.train.threads or max(1, cores // local_workers if local_workers > 1 else cores - 1)
+    wanted = thread_count(config, local_workers)
     if config.train.deterministic:
         if state and state["threads"] != wanted:
             raise ConfigError(f"train.threads={wanted}: the run began with {state['threads']} and is deterministic; give it as many cores")
