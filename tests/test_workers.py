@@ -6,6 +6,7 @@ import copy
 import io
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from methods.parts.distributed import average_gradients
 from methods.parts.errors import ConfigError
 from methods.parts.norms import SyncBatchNorm, average_statistics, synchronized
 from methods.parts.views import Views
-from pipeline.config import TrainConfig, resolve
+from pipeline.config import TrainConfig, override, resolve
 from pipeline.recipes import load_recipe
 from pipeline.train.display import Display
 from pipeline.train.guards import TrainingStopped
@@ -211,11 +212,9 @@ def test_worker_counts_that_mean_nothing_are_refused(value: str) -> None:
 
 
 def test_worker_counts_must_divide_the_lanes() -> None:
-    import dataclasses
-
     config = load_recipe("swav-small")
     for value, good in ((3, False), ("5:7", False), (8, True), ("3:7", True), (0, True)):
-        changed = dataclasses.replace(config, train=dataclasses.replace(config.train, workers=value))
+        changed = override(config, {"train.workers": value})
         if good:
             resolve(changed, 5000)
         else:
@@ -226,41 +225,51 @@ def test_worker_counts_must_divide_the_lanes() -> None:
 # ---------------------------------------------------------------------------- the line to the driver
 
 
-def test_what_rank_0_says_reaches_the_screen_and_the_wish_to_stop_comes_back(ray_local: None, tmp_path: Path) -> None:
+@dataclass
+class Line:
+    """Both ends of a relay, with what the driver's screen shows and the steps it made way for."""
+
+    relay: Any
+    listener: Listener
+    out: io.StringIO
+    begun: list[int]
+
+
+@pytest.fixture
+def line(ray_local: None, tmp_path: Path) -> Line:
     import ray
 
-    out = io.StringIO()
+    out, begun = io.StringIO(), []
     screen = Display(Console(file=out, width=120), total_steps=10, start_step=0, batch=4, chance=None)
     relay = ray.remote(Relay).options(num_cpus=0).remote()
-    begun: list[int] = []
-    listener = Listener(relay, screen, tmp_path, begun.append, restarts=1)
-    assert not listener.listen(False)
-    assert ray.get(relay.send.remote([("update", {"step": 5, "loss": 1.5}), ("say", {"text": "evaluating ..."})])) is False
-    assert listener.listen(True)
-    assert "step 5/10" in out.getvalue() and "loss 1.500" in out.getvalue() and "evaluating" in out.getvalue()
-    assert ray.get(relay.send.remote([])) is True
+    return Line(relay, Listener(relay, screen, tmp_path, begun.append, restarts=1), out, begun)
 
 
-def test_a_group_begins_when_the_driver_has_made_way_and_not_too_often(ray_local: None, tmp_path: Path) -> None:
+def test_what_rank_0_says_reaches_the_screen_and_the_wish_to_stop_comes_back(line: Line) -> None:
     import ray
 
-    out = io.StringIO()
-    screen = Display(Console(file=out, width=120), total_steps=10, start_step=0, batch=4, chance=None)
-    relay = ray.remote(Relay).options(num_cpus=0).remote()
-    begun: list[int] = []
-    listener = Listener(relay, screen, tmp_path, begun.append, restarts=1)
+    assert not line.listener.listen(False)
+    assert ray.get(line.relay.send.remote([("update", {"step": 5, "loss": 1.5}), ("say", {"text": "evaluating ..."})])) is False
+    assert line.listener.listen(True)
+    assert "step 5/10" in line.out.getvalue() and "loss 1.500" in line.out.getvalue() and "evaluating" in line.out.getvalue()
+    assert ray.get(line.relay.send.remote([])) is True
+
+
+def test_a_group_begins_when_the_driver_has_made_way_and_not_too_often(line: Line) -> None:
+    import ray
+
     for life, step in enumerate([0, 6, 6]):
-        ray.get(relay.send.remote([("begin", {"step": step})]))
-        assert ray.get(relay.may_begin.remote(life)) is False
-        listener.listen(False)
-        assert ray.get(relay.may_begin.remote(life)) is True and begun[-1] == step
-    assert out.getvalue().count("workers were lost; going on from step 6") == 2
-    ray.get(relay.send.remote([("begin", {"step": 6})]))
+        ray.get(line.relay.send.remote([("begin", {"step": step})]))
+        assert ray.get(line.relay.may_begin.remote(life)) is False
+        line.listener.listen(False)
+        assert ray.get(line.relay.may_begin.remote(life)) is True and line.begun[-1] == step
+    assert line.out.getvalue().count("workers were lost; going on from step 6") == 2
+    ray.get(line.relay.send.remote([("begin", {"step": 6})]))
     with pytest.raises(TrainingStopped, match="lost 2 times without a checkpoint after step 6"):
-        listener.listen(False)
-    ray.get(relay.send.remote([("failed", {"error": ConfigError("data.path=x: gone")})]))
+        line.listener.listen(False)
+    ray.get(line.relay.send.remote([("failed", {"error": ConfigError("data.path=x: gone")})]))
     with pytest.raises(ConfigError, match="gone"):
-        listener.listen(False)
+        line.listener.listen(False)
 
 
 def test_only_what_a_peer_broke_is_worth_another_start() -> None:
