@@ -10,6 +10,10 @@ import numpy as np
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Ray settles the mode once for a process and the servers it starts read the environment: one value for all of a session's
+# Rays, or the second of two that differ cannot talk to its own server. The e2e tests start processes with USERS_ENV.
+USERS_ENV = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+os.environ["RAY_AUTH_MODE"] = "disabled"
 ROOT = Path(__file__).parent.parent
 
 

@@ -275,7 +275,6 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     from ray.cluster_utils import Cluster
 
     ray.shutdown()  # another test's; a cluster can be joined by one Ray at a time
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     it = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100_000_000})
     try:
         it.add_node(wait=False, num_cpus=2, object_store_memory=100_000_000)

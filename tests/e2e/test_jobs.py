@@ -26,6 +26,8 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from tests.conftest import USERS_ENV
+
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.timeout(600),
@@ -116,7 +118,7 @@ def head() -> Iterator[Head]:
 
     token, port = uuid.uuid4().hex, free_port()
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # short, because Unix sockets allow 107 bytes
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "PYTHONPATH"}
+    environment = {k: v for k, v in USERS_ENV.items() if k != "PYTHONPATH"}
     # the mode is given, not left to Ray's default, which depends on its version and on files of the account
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.ingest.patches import open_patches
+from tests.conftest import USERS_ENV
 
 moto = pytest.importorskip("moto.server", reason="needs moto[server]; pip install -e .[dev]")
 boto3 = pytest.importorskip("boto3", reason="needs boto3; pip install -e .[dev]")
@@ -59,7 +59,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, dict[
 
 def start(arguments: list[str], environment: dict[str, str], cache: Path) -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "manyviews.py"), *arguments]
-    env = os.environ | environment | {"MANYVIEWS_CACHE": str(cache)}
+    env = USERS_ENV | environment | {"MANYVIEWS_CACHE": str(cache)}
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

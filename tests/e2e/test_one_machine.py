@@ -19,6 +19,7 @@ from PIL import Image
 
 from benchmarks import chaos
 from pipeline.ingest.patches import open_patches
+from tests.conftest import USERS_ENV
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parent.parent.parent
@@ -32,7 +33,8 @@ TINY = [
 
 
 def manyviews(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([sys.executable, str(ROOT / "manyviews.py"), *arguments], capture_output=True, text=True, check=False)
+    command = [sys.executable, str(ROOT / "manyviews.py"), *arguments]
+    done = subprocess.run(command, env=USERS_ENV, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     return done
