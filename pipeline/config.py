@@ -27,7 +27,8 @@ Triple = tuple[float, float, float]
 class DataConfig:
     """Where the images come from and how they are dealt."""
 
-    # folder, Parquet or tars, local or s3:// or gs://; hf://datasets/OWNER/NAME; cifar10; "patches[:pixels=32,per_photo=320,seed=0]"
+    # folder, Parquet or tars, local or s3:// or gs://; hf://datasets/OWNER/NAME; cifar10; "patches[:pixels=32,per_photo=320,seed=0]";
+    # stream:FILE.py:FUNCTION, a Python function that yields the bytes of images without end
     path: str = "patches"
     image_column: str = "image"  # Parquet: the column of encoded bytes
     label_column: str = "label"  # Parquet: the column of labels; absent is fine
@@ -79,6 +80,7 @@ class TrainConfig:
     accumulation_steps: int = 1  # micro-batches per optimizer step
     epochs: float = 100  # passes over the training images
     steps: int | None = None  # optimizer steps; given, it overrides epochs
+    steps_per_epoch: int | None = None  # unit of every length in epochs; None = one pass over the images; a stream: needs it
     workers: int | str = 0  # 0 = in this process; N = so many under Ray Train; LOW:HIGH = as many as fit. They must divide data.lanes
     seed: int = 0
     first_epoch: tyro.conf.Suppress[int] = 0  # passes that an earlier phase has behind it; `continue` sets it
@@ -103,7 +105,7 @@ class TrainConfig:
         require(self.wait_s >= 0, "train.wait_s", self.wait_s, "use 0 or more seconds")
         require(self.progress_timeout_s > 0, "train.progress_timeout_s", self.progress_timeout_s, "use a positive number of seconds")
         require(self.log_every >= 1, "train.log_every", self.log_every, "use 1 or more")
-        for name in ("threads", "checkpoint_every", "keep_every"):
+        for name in ("threads", "steps_per_epoch", "checkpoint_every", "keep_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"train.{name}", value, "use 1 or more, or leave it out")
 
@@ -305,19 +307,18 @@ class Resolved:
     knn_every: int
 
 
-def resolve(config: RunConfig, num_images: int) -> Resolved:
-    """Derive the numbers of a run over `num_images` training images.
+def resolve(config: RunConfig, num_images: int | None) -> Resolved:
+    """Derive the numbers of a run over `num_images` training images; None = images without end.
 
     Raises:
-        ConfigError: a batch larger than the data, or one that the lanes cannot share.
+        ConfigError: a batch larger than the data, or one that the lanes cannot share; a length of the epoch that is
+            needed and not given, or that the method cannot work with.
     """
     batch, lanes = config.train.global_batch_size, config.data.lanes
-    require(
-        batch <= num_images,
-        "train.global_batch_size",
-        batch,
-        f"larger than the {num_images} training images; use {max(lanes, num_images // lanes * lanes)} or fewer, or smaller data.lanes",
-    )
+    steps_per_epoch = _steps_per_epoch(config, num_images)
+    if num_images is not None and batch > num_images:
+        remedy = f"use {max(lanes, num_images // lanes * lanes)} or fewer, or smaller data.lanes"
+        raise ConfigError(f"train.global_batch_size={batch}: larger than the {num_images} training images; {remedy}")
     if batch % lanes:
         low = batch // lanes * lanes
         near = f"{low} or {low + lanes}" if low else str(lanes)
@@ -333,7 +334,6 @@ def resolve(config: RunConfig, num_images: int) -> Resolved:
         config.train.accumulation_steps,
         f"does not divide the {chunk} images that each of the {lanes} lanes gives to a batch",
     )
-    steps_per_epoch = num_images // batch
     total = config.train.steps or max(1, round(config.train.epochs * steps_per_epoch))
     scale = {"none": 1.0, "linear": batch / 256, "sqrt": math.sqrt(batch / 256)}[config.optim.lr_rule]
     largest = max((g.size for g in config.views.values() if g.count), default=224)
@@ -349,6 +349,27 @@ def resolve(config: RunConfig, num_images: int) -> Resolved:
         checkpoint_every=config.train.checkpoint_every or min(500, steps_per_epoch),
         knn_every=config.evaluate.knn_every or max(1, total // 10),
     )
+
+
+def _steps_per_epoch(config: RunConfig, num_images: int | None) -> int:
+    entry, given = find(config.method), config.train.steps_per_epoch
+    if num_images is None:
+        facts = {"needs_dense_ids": "keeps something for every image", "needs_passes": "works in whole passes over the images"}
+        for fact, words in facts.items():
+            if getattr(entry.method, fact):
+                raise ConfigError(f"data.path={config.data.path}: has no end, but {entry.name} {words}; use a folder, Parquet or tars")
+        require(
+            given is not None,
+            "train.steps_per_epoch",
+            given,
+            f"{config.data.path} has no end, so it must be given: the unit of schedules in epochs, e.g. 1000",
+        )
+        return int(given or 0)
+    one_pass = num_images // config.train.global_batch_size
+    if given is not None and given != one_pass and entry.method.needs_passes:
+        remedy = f"use {one_pass}, or leave it out"
+        raise ConfigError(f"train.steps_per_epoch={given}: {entry.name} works in whole passes over the images; {remedy}")
+    return given or one_pass
 
 
 def divisors(number: int) -> list[int]:

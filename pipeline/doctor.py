@@ -181,7 +181,7 @@ def _data(data: DataConfig, config: RunConfig | None) -> Iterable[Check]:
     seconds = time.perf_counter() - begin
     labelled = int((manifest.labels >= 0).sum())
     words = f"{labelled:,} labelled in {len(manifest.class_names)} classes" if labelled else "no labels"
-    found = f"{len(manifest):,} images, {words}; opened in {seconds:.1f} s"
+    found = f"{manifest.describe()}, {words}; opened in {seconds:.1f} s"
     yield Check("data", "ok", found, "" if labelled else "fine for training; kNN figures need labels (class folders, or a label column)")
     if manifest.skipped:
         listed = _listed(manifest.skipped)

@@ -28,12 +28,12 @@ class Cost:
     batch: int  # images in each
 
 
-def measure(config: RunConfig, rows: Sequence[Row], num_images: int) -> Cost:
+def measure(config: RunConfig, rows: Sequence[Row], num_images: int | None) -> Cost:
     """Cut real images and time the method's own step on them. Runs here, or in a task on a node with a GPU.
 
     Args:
         rows: some images that can be decoded.
-        num_images: of the training set.
+        num_images: of the training set; None = without end.
 
     Raises:
         ConfigError: a batch that does not fit the data or the method.
@@ -111,7 +111,7 @@ def report(config: RunConfig, manifest: Any, ids: Sequence[int]) -> Iterable[Che
     from pipeline import cluster
     from pipeline.ingest.ray_data import joins_cluster
 
-    num_images = len(manifest.training_ids(config.data.held_out))
+    num_images = manifest.num_training(config.data.held_out)
     facts = resolve(config, num_images).facts
     rows = manifest.read(list(ids)[:32])
     cost, cores = cluster.on_gpu(measure, config, rows, num_images) if joins_cluster() else (None, available_cores())

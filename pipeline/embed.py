@@ -89,6 +89,8 @@ def embed(
     to = to.expanduser().resolve()
     _check_target(to)
     manifest = open_source(data)
+    if manifest.num_training(0.0) is None:
+        raise ConfigError(f"data.path={data.path}: has no end, so its embeddings would have none; give a folder, Parquet or tars")
     start_ray()
     _clear(to)
     facts = {"model": str(model), "backbone": spec.backbone.name, "size": spec.size, "features": spec.features}

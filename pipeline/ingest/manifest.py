@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.ingest.philox import HELD_OUT, uniforms
+from pipeline.ingest.plan import Plan
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 MOST_HELD_OUT = 5000  # enough for an accuracy to half a point; a large source should train on the rest
@@ -46,6 +47,26 @@ class Manifest:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def describe(self) -> str:
+        """How many images, in words."""
+        return f"{len(self):,} images"
+
+    def num_training(self, fraction: float) -> int | None:
+        """Training images; None = no end."""
+        return len(self.training_ids(fraction))
+
+    def plan(self, *, seed: int, held_out: float, global_batch: int, lanes: int, window: int, steps_per_epoch: int) -> Plan:
+        """Who sees which image when. A pass over the images has the length it has; only a source without end asks for one.
+
+        Raises:
+            ConfigError: the lanes cannot share the batch, or there are fewer images than one batch.
+        """
+        return Plan(self.spans, self.training_ids(held_out), seed=seed, global_batch=global_batch, lanes=lanes, window=window)
+
+    def served(self, plan: Plan, first_step: int) -> Manifest:
+        """This manifest as the tasks of a run need it, which begins with step `first_step`."""
+        return self
 
     def path(self, id: int) -> str:
         """Where an image lies, for messages."""

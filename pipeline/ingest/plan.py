@@ -40,12 +40,15 @@ class Plan:
         starts = np.sort(np.asarray(spans, dtype=np.int64)[:, 0])
         self.span_of = (np.searchsorted(starts, self.ids, side="right") - 1).astype(np.int32)
         self.num_spans = len(starts)
-        self.seed, self.global_batch, self.lanes = seed, global_batch, lanes
-        self.chunk = global_batch // lanes
-        self.steps_per_epoch = len(self.ids) // global_batch
-        self.chunks_per_window = max(1, min(window // self.chunk, self.steps_per_epoch))
-        self.groups = -(-self.steps_per_epoch // self.chunks_per_window)
+        self.seed = seed
+        self._cut(global_batch, lanes, window, len(self.ids) // global_batch)
         self._forget()
+
+    def _cut(self, global_batch: int, lanes: int, window: int, steps_per_epoch: int) -> None:
+        self.global_batch, self.lanes, self.chunk = global_batch, lanes, global_batch // lanes
+        self.steps_per_epoch = steps_per_epoch
+        self.chunks_per_window = max(1, min(window // self.chunk, steps_per_epoch))
+        self.groups = -(-steps_per_epoch // self.chunks_per_window)
 
     def _forget(self) -> None:
         # The order is 8 bytes an image; two epochs are kept, because the stream crosses from one to the next.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from methods.parts.errors import ConfigError
@@ -15,6 +16,7 @@ from pipeline.ingest.named import open_named
 from pipeline.ingest.parquet import open_parquet
 from pipeline.ingest.patches import open_patches
 from pipeline.ingest.tars import open_tars
+from pipeline.ingest.unbounded import open_unbounded, with_absolute_path
 
 if TYPE_CHECKING:
     from pipeline.config import DataConfig  # importing it costs seconds (timm)
@@ -24,7 +26,14 @@ NAMES = ("patches", "cifar10", "cifar100")  # `data.path` may be one of these, w
 
 def is_local_path(path: str) -> bool:
     """Is `data.path` a path on this machine, which workers need in its absolute form, and no URI or built-in name?"""
-    return "://" not in path and path.partition(":")[0] not in NAMES
+    return "://" not in path and path.partition(":")[0] not in (*NAMES, "stream")
+
+
+def absolute_source(path: str) -> str:
+    """`data.path` as it is found from any folder."""
+    if path.startswith("stream:"):
+        return with_absolute_path(path)
+    return str(Path(path).expanduser().resolve()) if is_local_path(path) else path
 
 
 def open_source(data: DataConfig) -> Manifest:
@@ -38,6 +47,8 @@ def open_source(data: DataConfig) -> Manifest:
         return open_patches(data.path)
     if name in NAMES:
         return open_named(data)
+    if name == "stream":
+        return open_unbounded(data.path)
     root = files.resolve(data.path)
     if root.startswith("hf://"):
         return open_hub(root, data)

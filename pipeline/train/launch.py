@@ -212,7 +212,8 @@ def introduce(ready: Prepared, folder: RunFolder, console: Console, start: int) 
     size = sum(p.numel() for p in ready.method.evaluation_backbone().parameters()) / 1e6
     say = lambda key, text: console.print(f"[bold]{key:9}[/bold] {text}", highlight=False, soft_wrap=True)  # noqa: E731
     say("run", str(folder.path))
-    say("data", f"{config.data.path}: {facts.num_images:,} training images of {len(manifest):,}, {labels}")
+    training = "" if facts.num_images is None else f"{facts.num_images:,} training images of "
+    say("data", f"{config.data.path}: {training}{manifest.describe()}, {labels}")
     for path, reason in manifest.skipped[:3]:
         say("", f"skipped {path}: {reason}")
     if len(manifest.skipped) > 3:
@@ -223,8 +224,10 @@ def introduce(ready: Prepared, folder: RunFolder, console: Console, start: int) 
     kind = str(precision).removeprefix("torch.")
     where = f"{config.train.workers} workers" if config.train.worker_range[1] else f"{kind} on {device.type}"
     say("model", f"{find(config.method).name}, {config.backbone.name} ({size:.1f} M parameters), {where}")
-    passes = facts.total_steps / facts.steps_per_epoch
+    epochs = f"{facts.total_steps / facts.steps_per_epoch:.3g} epochs"
+    if facts.num_images is not None:
+        epochs = f"{facts.total_steps * facts.global_batch_size / facts.num_images:.3g} passes over the data"
     begin = f" from step {start}" if start else ""
-    say("plan", f"{facts.total_steps:,} steps of {facts.global_batch_size} images{begin} ({passes:.3g} passes over the data)")
+    say("plan", f"{facts.total_steps:,} steps of {facts.global_batch_size} images{begin} ({epochs})")
     for sentence in ready.method.advice(facts):
         say("[yellow]advice[/yellow]   ", sentence)

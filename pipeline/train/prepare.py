@@ -10,10 +10,10 @@ from torch import nn
 from methods.parts.backbones import build_backbone
 from methods.parts.contract import Method, RunFacts, find
 from methods.parts.errors import ConfigError
-from pipeline.config import Resolved, RunConfig, absolute, resolve
+from pipeline.config import Resolved, RunConfig, resolve
 from pipeline.ingest.manifest import Manifest
 from pipeline.ingest.plan import Plan
-from pipeline.ingest.sources import is_local_path, open_source
+from pipeline.ingest.sources import absolute_source, open_source
 from pipeline.machine import available_cores
 from pipeline.train import checkpoint
 
@@ -39,15 +39,14 @@ def prepare(config: RunConfig) -> Prepared:
     manifest = open_source(config.data)
     if config.evaluate.path is not None:
         open_source(dataclasses.replace(config.data, path=config.evaluate.path))
-    ids = manifest.training_ids(config.data.held_out)
-    resolved = resolve(config, len(ids))
-    plan = Plan(
-        spans=manifest.spans,
-        ids=ids,
+    resolved = resolve(config, manifest.num_training(config.data.held_out))
+    plan = manifest.plan(
         seed=config.train.seed,
+        held_out=config.data.held_out,
         global_batch=config.train.global_batch_size,
         lanes=config.data.lanes,
         window=resolved.window,
+        steps_per_epoch=resolved.facts.steps_per_epoch,
     )
     return Prepared(config, manifest, plan, resolved, build_method(config, resolved.facts))
 
@@ -68,14 +67,10 @@ def build_method(config: RunConfig, facts: RunFacts) -> Method:
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Workers do not share the driver's folder."""
-    data = dataclasses.replace(config.data, path=_absolute_source(config.data.path))
+    data = dataclasses.replace(config.data, path=absolute_source(config.data.path))
     path = config.evaluate.path
-    evaluate = dataclasses.replace(config.evaluate, path=path and _absolute_source(path))
+    evaluate = dataclasses.replace(config.evaluate, path=path and absolute_source(path))
     return dataclasses.replace(config, data=data, evaluate=evaluate)
-
-
-def _absolute_source(path: str) -> str:
-    return absolute(path) if is_local_path(path) else path
 
 
 def untrained(config: RunConfig, resolved: Resolved) -> nn.Module:

@@ -78,7 +78,7 @@ def work(
         precision=precision,
         display=screen,
         report=report,
-        images=len(ready.manifest),
+        images=len(ready.manifest) if resolved.facts.num_images else resolved.facts.total_steps * resolved.facts.global_batch_size,
         stop=stop,
     )
     if rank() == 0:
