@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -9,20 +10,24 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks import chaos
+from manyviews import main
 from pipeline.ingest.patches import open_patches
 from tests.conftest import USERS_ENV
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parent.parent.parent
+Verb = Callable[..., subprocess.CompletedProcess[str]]
 TINY = [
     "--train.global-batch-size=32",
     "--backbone.width=0.125",
@@ -33,11 +38,29 @@ TINY = [
 
 
 def manyviews(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """A command as a user gives it, in a process of its own."""
     command = [sys.executable, str(ROOT / "manyviews.py"), *arguments]
     done = subprocess.run(command, env=USERS_ENV, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     return done
+
+
+@pytest.fixture(scope="module")
+def verb(ray_local: None) -> Verb:
+    """A verb in this process, which need not start Ray and import torch anew: half the time of a short run."""
+    return here
+
+
+def here(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    out, err, threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            returned = main(arguments)
+    finally:
+        torch.set_num_threads(threads)
+    assert returned == code, out.getvalue() + err.getvalue()
+    return subprocess.CompletedProcess(arguments, returned, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +109,7 @@ def test_bad_images_are_listed_and_stray_files_skipped(finished: Path) -> None:
     assert all(row["reason"] for row in listed)
 
 
-def test_the_registered_model_embeds_bytes_in_a_process_of_its_own(finished: Path, folder: Path, tmp_path: Path) -> None:
+def test_the_registered_model_embeds_bytes_in_a_process_of_its_own(verb: Verb, finished: Path, folder: Path, tmp_path: Path) -> None:
     images = [next(folder.glob(f"coffee/*.{kind}")) for kind in ("png", "jpg")]
     big = tmp_path / "big.jpg"
     Image.open(images[0]).convert("RGB").resize((400, 300)).save(big)
@@ -104,7 +127,7 @@ def test_the_registered_model_embeds_bytes_in_a_process_of_its_own(finished: Pat
     rows = np.array(json.loads(done.stdout.splitlines()[-1]))
     assert rows.shape[0] == 3
     assert np.isfinite(rows).all()
-    manyviews("embed", "first", f"--runs-dir={finished}", f"--data.path={folder}", f"--to={tmp_path / 'features'}")
+    verb("embed", "first", f"--runs-dir={finished}", f"--data.path={folder}", f"--to={tmp_path / 'features'}")
     table = pd.concat(pq.read_table(p).to_pandas() for p in sorted((tmp_path / "features").glob("*.parquet")))
     ours = table.set_index("path").loc[[str(p) for p in images], "embedding"]
     np.testing.assert_allclose(np.stack(list(ours)), rows[:2], atol=1e-4)
@@ -125,40 +148,40 @@ def test_mlflow_holds_the_curves_and_no_run_is_left_running(finished: Path) -> N
     assert version.tags["recipe"] == "swav-small"
 
 
-def test_evaluate_by_run_and_by_registered_name_agree_with_the_run(finished: Path, folder: Path, tmp_path: Path) -> None:
+def test_evaluate_by_run_and_by_registered_name_agree_with_the_run(verb: Verb, finished: Path, folder: Path, tmp_path: Path) -> None:
     scores = json.loads((finished / "first" / "evaluation.json").read_text())
     for reference, extra in (("first", []), ("models:/swav-small@best", [f"--data.path={folder}"])):
-        manyviews("evaluate", reference, f"--runs-dir={finished}", f"--json={tmp_path / 'scores.json'}", *extra)
+        verb("evaluate", reference, f"--runs-dir={finished}", f"--json={tmp_path / 'scores.json'}", *extra)
         again = json.loads((tmp_path / "scores.json").read_text())
         assert again["trained"] == pytest.approx(scores["trained"], abs=1e-6)
         assert again["protocol"] == scores["protocol"]
 
 
-def test_continue_starts_a_new_phase_from_the_full_state_and_a_warm_start_from_weights(finished: Path, folder: Path) -> None:
+def test_continue_starts_a_new_phase_from_the_full_state_and_a_warm_start_from_weights(verb: Verb, finished: Path, folder: Path) -> None:
     common = [f"--runs-dir={finished}", "--track.no-register"]
-    manyviews("continue", "first", "--run=second", "--train.steps=10", *common)
+    verb("continue", "first", "--run=second", "--train.steps=10", *common)
     state = json.loads((finished / "second" / "run.json").read_text())
     assert (state["status"], state["step"]) == ("finished", 10)
     assert "first_epoch: 4" in (finished / "second" / "config.yaml").read_text()  # 30 steps of 8 or 9 an epoch
-    assert "run=first: it is finished" in manyviews("resume", "first", f"--runs-dir={finished}", code=2).stderr
-    manyviews("pretrain", "swav-small", f"--data.path={folder}", "--run=third", "--train.steps=2", "--backbone.init=first", *TINY, *common)
+    assert "run=first: it is finished" in verb("resume", "first", f"--runs-dir={finished}", code=2).stderr
+    verb("pretrain", "swav-small", f"--data.path={folder}", "--run=third", "--train.steps=2", "--backbone.init=first", *TINY, *common)
     other = ["--backbone.init=first", "--backbone.name=resnet34", "--run=fourth"]
-    assert "do not fit" in manyviews("pretrain", "swav-small", f"--data.path={folder}", *TINY, *common, *other, code=2).stderr
+    assert "do not fit" in verb("pretrain", "swav-small", f"--data.path={folder}", *TINY, *common, *other, code=2).stderr
 
 
-def test_too_many_bad_images_stop_the_run_with_their_count(folder: Path, tmp_path: Path) -> None:
+def test_too_many_bad_images_stop_the_run_with_their_count(verb: Verb, folder: Path, tmp_path: Path) -> None:
     bad = tmp_path / "images"
     bad.mkdir()
     for i, path in enumerate(sorted(folder.glob("*/*.jpg"))[:60]):
         (bad / f"{i:03}.jpg").write_bytes(path.read_bytes()[: 10 if i % 10 == 0 else None])
-    done = manyviews(
+    done = verb(
         "pretrain", "swav-small", f"--data.path={bad}", f"--runs-dir={tmp_path}", "--run=bad", "--train.steps=5", *TINY, code=1
     )  # fmt: skip
     assert "cannot be decoded, more than data.max_bad_fraction=0.01 allows" in done.stderr
     assert json.loads((tmp_path / "bad" / "run.json").read_text())["status"] == "failed"
 
 
-def test_ctrl_c_leaves_a_whole_checkpoint_and_resume_finishes(folder: Path, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_a_whole_checkpoint_and_resume_finishes(verb: Verb, folder: Path, tmp_path: Path) -> None:
     call = ["pretrain", "swav-small", f"--data.path={folder}", f"--runs-dir={tmp_path}", "--run=stopped", "--train.steps=400", *TINY]
     call += ["--track.no-register", "--train.checkpoint-every=1000"]
     process = subprocess.Popen(
@@ -178,16 +201,16 @@ def test_ctrl_c_leaves_a_whole_checkpoint_and_resume_finishes(folder: Path, tmp_
     assert "Traceback" not in said
     step = json.loads((tmp_path / "stopped" / "checkpoints" / "last.json").read_text())["step"]
     assert 10 <= step < 400
-    listed = manyviews("runs", f"--runs-dir={tmp_path}").stdout
+    listed = verb("runs", f"--runs-dir={tmp_path}").stdout
     assert "interrupted" in listed
     text = (tmp_path / "stopped" / "config.yaml").read_text()
     (tmp_path / "stopped" / "config.yaml").write_text(text.replace("steps: 400", f"steps: {step + 5}"))
-    assert f"from step {step}" in manyviews("resume", "stopped", f"--runs-dir={tmp_path}").stdout
+    assert f"from step {step}" in verb("resume", "stopped", f"--runs-dir={tmp_path}").stdout
 
 
 def test_a_killed_run_ends_in_the_state_of_an_undisturbed_one(tmp_path: Path) -> None:
-    """Two kills here; `make chaos` does ten."""
-    settings = [*chaos.RUN, "--train.steps=100"]
-    got, steps = chaos.disturbed(tmp_path, kills=2, seed=1, settings=settings)
-    assert len(steps) == 2
+    """One kill here; `make chaos` does ten."""
+    settings = [*chaos.RUN, "--train.steps=60"]
+    got, steps = chaos.disturbed(tmp_path, kills=1, seed=1, settings=settings)
+    assert len(steps) == 1
     assert got == chaos.undisturbed(tmp_path, settings=settings)
