@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from methods.parts.contract import Progress
-from methods.parts.distributed import average_gradients
+from methods.parts.distributed import average_gradients, gather_with_gradient
 from methods.parts.errors import ConfigError
 from methods.parts.norms import SyncBatchNorm, average_statistics, synchronized
 from methods.parts.views import Views
@@ -276,3 +276,26 @@ def test_only_what_a_peer_broke_is_worth_another_start() -> None:
     assert from_a_peer(RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"))
     assert not from_a_peer(RuntimeError("shape mismatch"))
     assert not from_a_peer(TrainingStopped("loss is nan"))
+
+
+# ---------------------------------------------------------------------------- gather
+
+
+def _contrast(rank: int, world: int) -> Any:
+    """The gradient of a contrastive loss: own anchors against the columns of all workers."""
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 4).double()
+    rows = torch.randn(8, 5, dtype=torch.float64).chunk(world)[rank]
+    z = layer(rows)
+    columns = gather_with_gradient(z)
+    labels = torch.arange(len(z)) + rank * len(z)
+    nn.functional.cross_entropy(z @ columns.T, labels).backward()
+    average_gradients(layer.parameters())
+    return layer.weight.grad
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_negatives_of_all_workers_need_no_factor(world: int, tmp_path: Path) -> None:
+    want = _contrast(0, 1)
+    for got in in_processes(world, tmp_path, _contrast):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)

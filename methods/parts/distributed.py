@@ -41,6 +41,28 @@ def all_gather_rows(value: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def gather_with_gradient(value: Tensor) -> Tensor:
+    """`(B, ...)` of every worker, joined in rank order to `(W * B, ...)`, with gradient. Every worker must bring B rows.
+
+    Backward sums the gradients of all workers and takes the own rows. So a loss that is the mean over local anchors and
+    all W * B columns, with the parameter gradients averaged over workers, has the gradient of one process on the joined
+    batch: without a further factor.
+    """
+    return value if world_size() == 1 else _Gather.apply(value)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        ctx.rows = len(value)
+        return all_gather_rows(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = all_reduce_sum(gradients[0].contiguous().clone())
+        return total[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+
+
 def all_gather_objects(value: Any) -> list[Any]:
     """A small picklable value of every worker, in rank order. Slow: not for every step."""
     if world_size() == 1:
