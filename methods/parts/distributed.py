@@ -48,7 +48,7 @@ def gather_with_gradient(value: Tensor) -> Tensor:
     all W * B columns, with the parameter gradients averaged over workers, has the gradient of one process on the joined
     batch: without a further factor.
     """
-    return value if world_size() == 1 else _Gather.apply(value)  # type: ignore[no-any-return,no-untyped-call]
+    return value if world_size() == 1 else _Gather.apply(value)
 
 
 class _Gather(torch.autograd.Function):

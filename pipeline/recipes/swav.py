@@ -111,6 +111,6 @@ def small() -> RunConfig:
         backbone=replace(base.backbone, stem="strided"),
         optim=replace(base.optim, warmup_epochs=0.5),
         method=SwAVConfig(num_prototypes=64, epsilon=0.03, projector_hidden=256, freeze_prototypes_epochs=1.0),
-        train=TrainConfig(global_batch_size=128, steps=300),
-        evaluate=EvaluateConfig(knn_every=60),
+        train=TrainConfig(global_batch_size=128, steps=250),
+        evaluate=EvaluateConfig(knn_every=50),
     )
