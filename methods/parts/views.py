@@ -16,7 +16,7 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class CropGroup:
-    """Crops that share one recipe of augmentation, in torchvision's order: crop, flip, jitter, grayscale, blur, solarize."""
+    """Crops that share one recipe of augmentation, in the order crop, flip, jitter, grayscale, blur, solarize."""
 
     count: int = 2  # crops of this kind per image
     size: int = 224  # side of a finished crop, pixels
@@ -27,8 +27,10 @@ class CropGroup:
     jitter: tuple[float, float, float, float] = (0.8, 0.8, 0.8, 0.2)  # brightness, contrast, saturation, hue
     jitter_probability: float = 0.8
     grayscale: float = 0.2  # probability
+    grayscale_first: bool = False  # before the jitter (MoCo v1)
     blur: float = 0.5  # probability
     blur_sigma: Range = (0.1, 2.0)  # standard deviation in pixels, drawn uniformly
+    blur_taps: int | None = None  # odd width of the kernel, pixels (SimCLR and BYOL at 224: 23); None = four of the largest sigma each way
     solarize: float = 0.0  # probability
     solarize_threshold: float = 0.5  # in [0, 1]; values at or above are inverted
 
@@ -40,6 +42,8 @@ class CropGroup:
         for name in ("flip", "jitter_probability", "grayscale", "blur", "solarize", "solarize_threshold"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "use a number from 0 to 1")
         require(all(j >= 0 for j in self.jitter) and self.jitter[3] <= 0.5, "jitter", self.jitter, "use strengths >= 0, hue at most 0.5")
+        taps = self.blur_taps
+        require(taps is None or (taps % 2 == 1 and taps < 2 * self.size), "blur_taps", taps, "use an odd number below twice the size")
         require(0 < self.blur_sigma[0] <= self.blur_sigma[1], "blur_sigma", self.blur_sigma, "use 0 < low <= high, in pixels")
 
     def describe(self) -> str:
@@ -47,12 +51,15 @@ class CropGroup:
         parts = [f"{self.count} x {self.size} px", f"scale {self.scale[0]:g}-{self.scale[1]:g}"]
         if self.flip:
             parts.append(f"flip {self.flip:g}")
+        if self.interpolation != "bilinear":
+            parts.insert(1, self.interpolation)
         if any(self.jitter) and self.jitter_probability:
             parts.append(f"jitter ({', '.join(f'{j:g}' for j in self.jitter)}) p {self.jitter_probability:g}")
         if self.grayscale:
-            parts.append(f"gray {self.grayscale:g}")
+            parts.insert(len(parts) - self.grayscale_first, f"gray {self.grayscale:g}")
         if self.blur:
-            parts.append(f"blur {self.blur_sigma[0]:g}-{self.blur_sigma[1]:g} px p {self.blur:g}")
+            taps = f" {self.blur_taps} taps" if self.blur_taps else ""
+            parts.append(f"blur {self.blur_sigma[0]:g}-{self.blur_sigma[1]:g} px{taps} p {self.blur:g}")
         if self.solarize:
             parts.append(f"solarize {self.solarize:g}")
         return ", ".join(parts)

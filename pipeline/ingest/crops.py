@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from methods.parts.views import CropGroup, ViewsConfig
 from pipeline.ingest.philox import uniforms
@@ -130,16 +129,22 @@ def cut_window(images: Sequence[np.ndarray], tables: Mapping[str, np.ndarray], v
     return cut
 
 
+# `interpolate` has no `out=`; the operators behind it write straight into the window's buffer
+RESIZE = {"bilinear": torch.ops.aten._upsample_bilinear2d_aa.out, "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out}
+
+
 def _cut_large(image: np.ndarray, place: int, tables: Mapping[str, np.ndarray], views: ViewsConfig, cut: dict[str, np.ndarray]) -> None:
-    # torch's uint8 kernel for channels_last input is the fast one
-    pixels = torch.from_numpy(image if image.flags.writeable else image.copy()).permute(2, 0, 1)[None]
+    scratch = np.empty(image.size, np.uint8)
     for name, table in tables.items():
-        group = views[name]
-        for view, row in enumerate(table[place]):
-            top, left, height, width, flip = (int(x) for x in row[:5])
-            box = pixels[:, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
-            crop = interpolate(box, (group.size, group.size), mode=group.interpolation, antialias=True)
-            cut[name][place, view] = (crop.flip(3) if flip else crop)[0].permute(1, 2, 0).numpy()
+        size, resize = [views[name].size] * 2, RESIZE[views[name].interpolation]
+        out = torch.from_numpy(cut[name][place]).permute(0, 3, 1, 2)  # (V, 3, size, size), channels last: torch's fast kernel
+        for view, (top, left, height, width, flip) in enumerate(table[place, :, :5].astype(int).tolist()):
+            box = scratch[: height * width * 3].reshape(height, width, 3)
+            np.copyto(box, image[top : top + height, left : left + width])
+            crop = out[view : view + 1]
+            resize(torch.from_numpy(box).permute(2, 0, 1)[None], size, False, None, None, out=crop)
+            if flip:
+                crop.copy_(crop.flip(3))
 
 
 def _cut_small(

@@ -21,6 +21,7 @@ from pipeline.ingest.crops import COLUMN
 ORDERS = np.array(list(itertools.permutations(range(4))))  # (24, 4): 0 brightness, 1 contrast, 2 saturation, 3 hue
 HUE = 3
 CHUNK_VALUES = 2**20  # float32 values worked on at a time on a CPU: fewer miss its cache, more pay less overhead (measured)
+BLUR_BLOCK = 56  # pixels of a row or column blurred at a time: smaller blocks multiply fewer zeros, larger ones are fewer calls
 
 
 class CutBatch(Protocol):
@@ -76,17 +77,32 @@ def finish_crops(
 ) -> Tensor:
     """Finish crops `(N, H, W, 3)` uint8 by their rows of the table `(N, len(COLUMNS))`: `(N, 3, H, W)` of `dtype`."""
     count, height, width, _ = pixels.shape
+    device = pixels.device
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    out = torch.empty((count, 3, height, width), dtype=dtype, device=pixels.device, memory_format=layout)
-    step = count if pixels.device.type != "cpu" else max(1, CHUNK_VALUES // (3 * height * width))
+    out = torch.empty((count, 3, height, width), dtype=dtype, device=device, memory_format=layout)
+    order = np.where(_jitters(table), table[:, COLUMN["order"]], -1)
+    sorted_rows = np.argsort(order, kind="stable")  # samples with the same order of operations lie together
+    step = count if device.type != "cpu" else max(1, CHUNK_VALUES // (3 * height * width))
+    # allocated once: new memory for every operation would cost as much as the operation
+    work = torch.empty((min(step, count), 3, height, width), device=device)
+    planes = torch.empty((6, min(step, count), height, width), device=device)
     for first in range(0, count, step):
-        part = slice(first, first + step)
-        x = _to_float(pixels[part])
-        x = _jitter(x, table[part])
-        x = _grayscale(x, table[part])
-        x = _blur(x, table[part], group)
-        x = _solarize(x, table[part], group)
-        out[part].copy_(_normalise_(x, mean, std))
+        rows = sorted_rows[first : first + step]
+        places, part = _to_device(rows, device), table[rows]
+        x = _to_float(pixels.index_select(0, places), work[: len(rows)])
+        if group.grayscale_first:
+            _grayscale_(x, part)
+        _jitter_(x, part, order[rows], planes)
+        if not group.grayscale_first:
+            _grayscale_(x, part)
+        _blur_(x, part, group)
+        _solarize_(x, part, group)
+        _normalise_(x, mean, std)
+        if device.type == "cpu":
+            for place, sample in zip(rows.tolist(), x, strict=True):  # index_copy_ takes thrice as long to channels last
+                out[place].copy_(sample)
+        else:
+            out.index_copy_(0, places, x.to(dtype))
     return out
 
 
@@ -98,12 +114,16 @@ def normalise(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Plain images for evaluation: `(B, H, W, 3)` uint8 to `(B, 3, H, W)` of `dtype`, channels last in memory."""
-    x = _normalise_(_to_float(images.to(device, non_blocking=True)), mean, std)
+    pixels = images.to(device, non_blocking=True)
+    x = torch.empty((len(pixels), 3, *pixels.shape[1:3]), device=pixels.device)
+    x = _normalise_(_to_float(pixels, x), mean, std)
     return x.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def _to_float(pixels: Tensor) -> Tensor:
-    return pixels.float().permute(0, 3, 1, 2).contiguous().mul_(1 / 255)
+def _to_float(pixels: Tensor, out: Tensor) -> Tensor:
+    for plane in range(3):
+        out[:, plane].copy_(pixels[..., plane])  # by planes: a quarter faster than one permuted copy
+    return out.mul_(1 / 255)
 
 
 def _normalise_(x: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
@@ -112,9 +132,9 @@ def _normalise_(x: Tensor, mean: tuple[float, float, float], std: tuple[float, f
     return x
 
 
-def _gray(x: Tensor) -> Tensor:
+def _gray(x: Tensor, out: Tensor | None = None) -> Tensor:
     """`(n, 3, H, W)` to `(n, H, W)`, the luma of ITU-R 601."""
-    return (x[:, 0] * 0.2989).add_(x[:, 1], alpha=0.587).add_(x[:, 2], alpha=0.114)
+    return torch.mul(x[:, 0], 0.2989, out=out).add_(x[:, 1], alpha=0.587).add_(x[:, 2], alpha=0.114)
 
 
 def _to_device(values: np.ndarray, device: torch.device) -> Tensor:
@@ -128,95 +148,100 @@ def _where(flags: np.ndarray, device: torch.device) -> Tensor | None:
     return _to_device(chosen, device) if len(chosen) else None
 
 
-def _jitter(x: Tensor, table: np.ndarray) -> Tensor:
-    """Brightness, contrast, saturation and hue in every sample's own order.
+def _jitters(table: np.ndarray) -> np.ndarray:
+    flags: np.ndarray = table[:, COLUMN["jitter"]] > 0
+    return flags
 
-    The first three are one formula, clamp(f x + (1 - f) reference), with reference 0, the mean of gray, and gray: so
-    three passes serve every order, with the hue of the samples whose turn it is before, between and after them.
+
+def _jitter_(x: Tensor, table: np.ndarray, order: np.ndarray, planes: Tensor) -> None:
+    """Brightness, contrast, saturation and hue, in one pass for each run of samples that have them in the same order.
+
+    Args:
+        order: `(n,)`, index into `ORDERS`, sorted; -1 = no jitter.
+        planes: `(6, n or more, H, W)`, scratch memory.
     """
-    on = table[:, COLUMN["jitter"]] > 0
-    if not on.any():
-        return x
-    order = ORDERS[table[:, COLUMN["order"]].astype(int)]
-    hue = np.where(on, table[:, COLUMN["hue"]], 0).astype(np.float32)
-    hue_turn = (order == HUE).argmax(axis=1)
-    blends = order[order != HUE].reshape(-1, 3)
     first = COLUMN["brightness"]
-    factors = np.where(on[:, None], table[:, first : first + 3], 1).astype(np.float32)
-    for turn in range(4):
-        chosen = _where((hue != 0) & (hue_turn == turn), x.device)
-        if chosen is not None:
-            shift = _to_device(hue[(hue != 0) & (hue_turn == turn)], x.device)
-            x.index_copy_(0, chosen, _adjust_hue(x.index_select(0, chosen), shift))
-        if turn < 3:
-            kind = blends[:, turn]
-            factor = np.take_along_axis(factors, kind[:, None], axis=1)[:, 0]
-            if (factor != 1).any():
-                rows = np.stack([factor, (1 - factor) * (kind == 2), (1 - factor) * (kind == 1)])
-                _blend_(x, *_to_device(rows, x.device))
-    return x
+    factors = _to_device(np.ascontiguousarray(table[:, first : first + 4].T), x.device)[:, :, None, None, None]  # (4, n, 1, 1, 1)
+    idle = [(table[:, first + kind] == (0 if kind == HUE else 1)).all() for kind in range(4)]
+    bounds = [0, *(np.flatnonzero(np.diff(order)) + 1).tolist(), len(order)]
+    for low, high in itertools.pairwise(bounds):
+        if order[low] < 0:
+            continue
+        for kind in ORDERS[int(order[low])]:
+            if not idle[kind]:
+                OPERATIONS[kind](x[low:high], factors[kind, low:high], planes[:, : high - low])
 
 
-def _blend_(x: Tensor, factor: Tensor, of_gray: Tensor, of_mean: Tensor) -> None:
-    reference = _gray(x)
-    mean = reference.mean((1, 2)).mul_(of_mean)
-    reference.mul_(of_gray[:, None, None]).add_(mean[:, None, None])
-    torch.addcmul(reference[:, None], x, factor[:, None, None, None], out=x)
-    x.clamp_(0, 1)
+def _brightness_(x: Tensor, factor: Tensor, planes: Tensor) -> None:
+    x.mul_(factor).clamp_(0, 1)
 
 
-def _adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue by `shift` turns `(n,)` without branches: each channel is max - range * clamp(min(k, 4 - k), 0, 1)."""
-    r, g, b = x.unbind(1)
-    high = torch.maximum(torch.maximum(r, g), b)
-    extent = high - torch.minimum(torch.minimum(r, g), b)
-    red, green = high.clone().eq_(r), high.clone().eq_(g)  # masks as 0.0 and 1.0: torch.where takes ten times as long
-    green.addcmul_(red, green, value=-1)
-    blue = (1 - red).sub_(green)
-    hue = ((g - b) * red).addcmul_(b - r, green).addcmul_(r - g, blue)
-    hue.div_(extent.clamp(min=1e-12))  # gray: 0, whatever it is divided by
-    hue.add_(green, alpha=2).add_(blue, alpha=4).add_(6 * shift[:, None, None])  # in sixths of a turn
-    out = torch.empty_like(x)
-    for channel, offset in enumerate((5.0, 3.0, 1.0)):
-        k = hue + offset
-        k.sub_((k * (1 / 6)).floor_(), alpha=6)  # modulo 6, without the slow torch.remainder
-        k = torch.minimum(k, 4 - k).clamp_(0, 1)
-        torch.addcmul(high, extent, k, value=-1, out=out[:, channel])
-    return out.clamp_(0, 1)
+def _contrast_(x: Tensor, factor: Tensor, planes: Tensor) -> None:
+    mean = _gray(x.mean((2, 3), keepdim=True))[:, None]
+    x.mul_(factor).add_(mean.mul_(1 - factor)).clamp_(0, 1)
 
 
-def _grayscale(x: Tensor, table: np.ndarray) -> Tensor:
+def _saturation_(x: Tensor, factor: Tensor, planes: Tensor) -> None:
+    gray = _gray(x, out=planes[0])[:, None].mul_(1 - factor)
+    x.mul_(factor).add_(gray).clamp_(0, 1)
+
+
+def _hue_(x: Tensor, shift: Tensor, planes: Tensor) -> None:
+    """Turn the hue by `shift` turns, without branches.
+
+    With low, high and e the least, the greatest and their difference, and the hue h in sixths of a turn, 0 at red:
+    h - 3 = +-(2 - (g + b - r - low) / e), minus where g > b. Back from h - 3 = w in [-3, 3]:
+    r = low + e clamp(|w| - 1, 0, 1), g = high - e clamp(|w + 1| - 1, 0, 1), b = high - e clamp(|w - 1| - 1, 0, 1).
+    """
+    (r, g, b), (low, high, extent, w, sign, k) = x.unbind(1), planes.unbind(0)
+    torch.minimum(torch.minimum(g, b, out=low), r, out=low)
+    torch.maximum(torch.maximum(g, b, out=high), r, out=high)
+    torch.sub(high, low, out=extent)
+    torch.sub(b, g, out=sign)
+    torch.add(g, b, out=w).sub_(r).sub_(low).div_(torch.clamp(extent, min=1e-12, out=k))  # gray has no extent: any hue will do
+    w.neg_().add_(2).copysign_(sign).add_(shift[:, 0], alpha=6)
+    w.sub_(torch.mul(w, 1 / 6, out=k).round_(), alpha=6)  # to [-3, 3]
+    torch.addcmul(low, extent, torch.abs(w, out=k).sub_(1).clamp_(0, 1), out=r)
+    torch.addcmul(high, extent, torch.add(w, 1, out=k).abs_().sub_(1).clamp_(0, 1), value=-1, out=g)
+    torch.addcmul(high, extent, w.sub_(1).abs_().sub_(1).clamp_(0, 1), value=-1, out=b)
+
+
+OPERATIONS = (_brightness_, _contrast_, _saturation_, _hue_)
+
+
+def _grayscale_(x: Tensor, table: np.ndarray) -> None:
     chosen = _where(table[:, COLUMN["grayscale"]] > 0, x.device)
     if chosen is not None:
         gray = _gray(x.index_select(0, chosen))
-        x.index_copy_(0, chosen, gray[:, None].expand(-1, 3, -1, -1).contiguous())
-    return x
+        x.index_copy_(0, chosen, gray[:, None].expand(-1, 3, -1, -1))
 
 
-def _solarize(x: Tensor, table: np.ndarray, group: CropGroup) -> Tensor:
+def _solarize_(x: Tensor, table: np.ndarray, group: CropGroup) -> None:
     chosen = _where(table[:, COLUMN["solarize"]] > 0, x.device)
     if chosen is not None:
         part = x.index_select(0, chosen)
         x.index_copy_(0, chosen, part.addcmul(part.clone().ge_(group.solarize_threshold), 1 - 2 * part))
-    return x
 
 
 def blur_radius(group: CropGroup) -> int:
-    """Taps on each side of the Gaussian, pixels: three of the group's largest standard deviations, less than the crop."""
-    return min(math.ceil(3 * group.blur_sigma[1]), group.size - 1)
+    """Taps on each side of the Gaussian, pixels: as declared, else four of the largest standard deviations, less than the crop.
+
+    Beyond four lie 6e-5 of a Gaussian, a sixtieth of a level of 255.
+    """
+    return group.blur_taps // 2 if group.blur_taps else min(math.ceil(4 * group.blur_sigma[1]), group.size - 1)
 
 
-def _blur(x: Tensor, table: np.ndarray, group: CropGroup) -> Tensor:
+def _blur_(x: Tensor, table: np.ndarray, group: CropGroup) -> None:
     sigma = table[:, COLUMN["blur_sigma"]]
     chosen = _where(sigma > 0, x.device)
     if chosen is None:
-        return x
+        return
     radius = blur_radius(group)
     offsets = np.arange(-radius, radius + 1)
     taps = np.exp(-0.5 * (offsets / sigma[sigma > 0, None].astype(np.float64)) ** 2)
+    taps = np.where(taps > 1e-12, taps, 0)  # float32's subnormal numbers make the products many times slower
     weights = _to_device((taps / taps.sum(axis=1, keepdims=True)).astype(np.float32), x.device)
-    part = x.index_select(0, chosen)
-    return x.index_copy_(0, chosen, _blur_by_matrix(part, weights))
+    x.index_copy_(0, chosen, _blur_by_matrix(x.index_select(0, chosen), weights))
 
 
 @lru_cache(maxsize=16)
@@ -232,8 +257,17 @@ def _placement(size: int, radius: int, device: torch.device) -> Tensor:
 
 
 def _blur_by_matrix(x: Tensor, weights: Tensor) -> Tensor:
-    """Rows and columns by one banded matrix of every sample, the border inside it; faster than convolution up to 224 pixels."""
+    """Rows and columns by one banded matrix of every sample, the border inside it, a block of the band at a time."""
     count, _, size, _ = x.shape
-    matrix = (weights @ _placement(size, weights.shape[1] // 2, x.device)).view(count, size, size)
-    across = (x.reshape(count, 3 * size, size) @ matrix.mT).view(count, 3, size, size)
-    return matrix[:, None] @ across
+    radius = weights.shape[1] // 2
+    matrix = (weights @ _placement(size, radius, x.device)).view(count, size, size)
+    across, down = torch.empty_like(x), torch.empty_like(x)
+    wide = across.view(count, 3 * size, size)
+    blocks = [(i, min(i + BLUR_BLOCK, size)) for i in range(0, size, BLUR_BLOCK)]
+    for first, last in blocks:
+        near = slice(max(0, first - radius), min(size, last + radius))  # all that the band of these pixels reaches
+        torch.bmm(x.view(count, 3 * size, size)[..., near], matrix[:, first:last, near].mT, out=wide[..., first:last])
+    for first, last in blocks:
+        near = slice(max(0, first - radius), min(size, last + radius))
+        torch.matmul(matrix[:, None, first:last, near], across[:, :, near], out=down[:, :, first:last])
+    return down

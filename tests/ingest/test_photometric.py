@@ -1,10 +1,12 @@
 """Colour, blur and normalisation equal torchvision's float operations, sample by sample."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 from torchvision.transforms.v2 import functional as F
 
 from methods.parts.views import CropGroup
@@ -33,6 +35,8 @@ def one_by_one(pixels: torch.Tensor, row: np.ndarray, group: CropGroup) -> torch
     """The same recipe through torchvision."""
     value = {name: float(row[place]) for name, place in COLUMN.items()}
     x = pixels.permute(2, 0, 1).float() / 255
+    if group.grayscale_first and value["grayscale"]:
+        x = F.rgb_to_grayscale(x, num_output_channels=3)
     if value["jitter"]:
         operations = [
             lambda x: F.adjust_brightness(x, value["brightness"]),
@@ -42,7 +46,7 @@ def one_by_one(pixels: torch.Tensor, row: np.ndarray, group: CropGroup) -> torch
         ]
         for operation in ORDERS[int(value["order"])]:
             x = operations[operation](x)
-    if value["grayscale"]:
+    if value["grayscale"] and not group.grayscale_first:
         x = F.rgb_to_grayscale(x, num_output_channels=3)
     if value["blur_sigma"]:
         x = F.gaussian_blur(x, [2 * blur_radius(group) + 1] * 2, [value["blur_sigma"]] * 2)
@@ -51,10 +55,11 @@ def one_by_one(pixels: torch.Tensor, row: np.ndarray, group: CropGroup) -> torch
     return F.normalize(x, list(MEAN), list(STD))
 
 
+@pytest.mark.parametrize("changes", [{}, {"grayscale_first": True, "grayscale": 0.6}, {"blur_taps": 9}])
 @pytest.mark.parametrize("size", [16, 32, 100])
-def test_equal_to_torchvision(size: int) -> None:
-    group, count = CropGroup(size=size, **STRONG), 64
-    pixels, rows = crops(count, size), table(count, CropGroup(size=size, **STRONG))
+def test_equal_to_torchvision(size: int, changes: dict[str, Any]) -> None:
+    group, count = CropGroup(size=size, **(STRONG | changes)), 64
+    pixels, rows = crops(count, size), table(count, group)
     assert len(set(rows[:, COLUMN["order"]])) > 15
     finished = finish_crops(pixels, rows, group, MEAN, STD)
     for i in range(count):
@@ -62,6 +67,19 @@ def test_equal_to_torchvision(size: int) -> None:
         if rows[i, COLUMN["solarize"]]:  # a pixel within rounding of the threshold may fall on either side
             difference = difference[difference < difference.max()] if (difference > 1e-5).sum() <= 3 else difference
         assert difference.max() < 1e-5, (i, rows[i])
+
+
+@pytest.mark.parametrize("size", [32, 224])
+def test_the_blur_is_a_gaussian(size: int) -> None:
+    """Within 0.05 levels of the whole Gaussian, whose mirrored border is scipy's, for the smallest and the largest sigma."""
+    plain = CropGroup(size=size, jitter=(0, 0, 0, 0), grayscale=0, blur=1.0)
+    pixels = crops(6, size)
+    rows = table(6, plain)
+    rows[:, COLUMN["blur_sigma"]] = [0.1, 0.3, 0.7, 1.0, 1.5, 2.0]
+    finished = finish_crops(pixels, rows, plain, (0, 0, 0), (1, 1, 1)).double() * 255
+    for i, sigma in enumerate(rows[:, COLUMN["blur_sigma"]]):
+        exact = gaussian_filter(pixels[i].numpy().astype(np.float64), (sigma, sigma, 0), mode="mirror", truncate=8.0)
+        assert np.abs(finished[i].permute(1, 2, 0).numpy() - exact).max() < 0.05, sigma
 
 
 def test_no_augmentation_is_normalisation() -> None:
