@@ -38,6 +38,8 @@ class DataConfig:
     std: Triple = (0.229, 0.224, 0.225)
     lanes: int = 8  # V: each global batch is one chunk from each lane; worker counts that divide V see the same batches
     window: int | None = None  # images cut by one Ray Data task; None = 512 small or 128 large ones
+    # where colour, blur and normalisation are done: on the training device, or by the Ray Data tasks, which then send four times the bytes
+    finish: Literal["device", "tasks"] = "device"
 
     def __post_init__(self) -> None:
         require(bool(self.path), "data.path", self.path, "give a folder, Parquet or tar files, a URI, or patches")

@@ -43,7 +43,7 @@ def measure(config: RunConfig, rows: Sequence[Row], num_images: int | None) -> C
 
     from methods.parts.contract import Progress
     from pipeline.ingest.photometric import finish_views
-    from pipeline.ingest.stream import Batch, cut_images
+    from pipeline.ingest.stream import Batch, cut_images, finish_columns
     from pipeline.train.prepare import build_method, choose_device, thread_count
 
     facts = resolve(config, num_images).facts
@@ -59,6 +59,8 @@ def measure(config: RunConfig, rows: Sequence[Row], num_images: int | None) -> C
         cut_images(some[:1], 0, config.views, 0, 1)  # pays for imports
         begin = time.thread_time()  # CPU time: other work on this machine does not count
         columns = cut_images(some, 0, config.views, 0, 1)
+        if config.data.finish == "tasks":
+            finish_columns(columns, config.views, (config.data.mean, config.data.std))
         cut_s = (time.thread_time() - begin) / size
         torch.set_num_threads(threads)
         names = [name for name, group in config.views.items() if group.count]

@@ -24,6 +24,9 @@ CHUNK_VALUES = 2**20  # float32 values worked on at a time on a CPU: fewer miss 
 BLUR_BLOCK = 56  # pixels of a row or column blurred at a time: smaller blocks multiply fewer zeros, larger ones are fewer calls
 
 
+Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean and standard deviation, in [0, 1]
+
+
 class CutBatch(Protocol):
     """What `finish_views` needs of a batch (see `stream.Batch`)."""
 
@@ -46,7 +49,7 @@ def finish_views(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = True,
 ) -> Views:
-    """Turn uint8 crops `(B, V, H, W, 3)` and their tables into finished views on `device`.
+    """Turn uint8 crops `(B, V, H, W, 3)` and their tables into finished views on `device`; finished crops are only taken there.
 
     Args:
         mean, std: normalisation in [0, 1].
@@ -59,6 +62,10 @@ def finish_views(
     for name, crops in batch.crops.items():
         table = np.swapaxes(batch.tables[name], 0, 1).reshape(-1, len(COLUMN))
         pixels = crops.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+        if pixels.is_floating_point():
+            layout = torch.channels_last if channels_last else torch.contiguous_format
+            stacks[name] = pixels.to(dtype, memory_format=layout)
+            continue
         stacks[name] = finish_crops(pixels, table, views[name], mean, std, dtype, channels_last)
     counts = {name: crops.shape[1] for name, crops in batch.crops.items()}
     ids, labels = (x.to(device, non_blocking=True) for x in (batch.ids, batch.labels))

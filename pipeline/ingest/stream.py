@@ -17,6 +17,7 @@ from methods.parts.views import ViewsConfig
 from pipeline.ingest.crops import COLUMNS, cut_window, draw_views
 from pipeline.ingest.decode import BadImage, decode, evaluation_crop
 from pipeline.ingest.manifest import Manifest, Row
+from pipeline.ingest.photometric import Normalisation, finish_crops
 from pipeline.ingest.plan import Plan
 from pipeline.ingest.ray_data import default_tasks, run
 from pipeline.ingest.ray_data import start_ray as start_ray  # callers of the stream find it here
@@ -36,11 +37,12 @@ class BadSlot:
 
 @dataclass
 class Batch:
-    """One rank's part of a global batch, still uint8.
+    """One rank's part of a global batch.
 
-    `crops[group]` is `(B, V, size, size, 3)` uint8 and `tables[group]` `(B, V, len(COLUMNS))` float32. `ids` and `labels`
-    `(B,)` int64 are those of the images shown: in a bad slot, those of its substitute (if its whole window is bad,
-    zeros with the planned id). `step` counts from the start of the run.
+    `crops[group]` is `(B, V, size, size, 3)` uint8, or `(B, V, 3, size, size)` float32 where the tasks have finished it,
+    and `tables[group]` `(B, V, len(COLUMNS))` float32. `ids` and `labels` `(B,)` int64 are those of the images shown: in a
+    bad slot, those of its substitute (if its whole window is bad, zeros with the planned id). `step` counts from the start
+    of the run.
     """
 
     crops: dict[str, Tensor]
@@ -76,11 +78,13 @@ def training_batches(
     rank: int = 0,
     world_size: int = 1,
     tasks: int | None = None,
+    finish: Normalisation | None = None,
 ) -> Iterator[Batch]:
     """The batches of steps `start_step` to `total_steps - 1`, the same whether or not the run was interrupted.
 
     Args:
         tasks: windows cut at the same time; None = one per CPU, in a cluster as many as it has room for.
+        finish: the tasks finish the views too, with this mean and standard deviation; None = left to `finish_views`.
 
     Raises:
         RuntimeError: Ray Data returned other windows than planned.
@@ -89,9 +93,9 @@ def training_batches(
 
     shared = ray.put((manifest.served(plan, start_step), plan))
     items = _Items(plan, start_step, total_steps, rank, world_size)
-    cut = partial(_cut_item, shared=shared, items=items, views=views, seed=seed)
+    cut = partial(_cut_item, shared=shared, items=items, views=views, seed=seed, finish=finish)
     workers = tasks or default_tasks()
-    pixels = sum(g.count * (3 * g.size * g.size + 4 * len(COLUMNS)) for g in views.values())
+    pixels = sum(g.count * (3 * g.size * g.size * (4 if finish else 1) + 4 * len(COLUMNS)) for g in views.values())
     block = plan.chunks_per_window * plan.chunk * (pixels + 64)
     per_pass = items.lanes * max(1, PASS_BYTES // (items.lanes * block))
 
@@ -223,7 +227,7 @@ def _batch(parts: list[dict[str, np.ndarray]], names: list[str], manifest: Manif
 def _joined(parts: list[np.ndarray]) -> Tensor:
     """Copied out of shared memory, and where there is a GPU into pinned memory, from which it is fetched without waiting."""
     shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
-    stack = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    stack = torch.empty(shape, dtype=torch.uint8 if parts[0].dtype == np.uint8 else torch.float32, pin_memory=torch.cuda.is_available())
     np.concatenate(parts, out=stack.numpy())
     return stack
 
@@ -240,12 +244,16 @@ def _get(reference: Any) -> Any:
     return ray.get(reference)
 
 
-def _cut_item(item: dict[str, np.ndarray], shared: Any, items: _Items, views: ViewsConfig, seed: int) -> dict[str, np.ndarray]:
+def _cut_item(
+    item: dict[str, np.ndarray], shared: Any, items: _Items, views: ViewsConfig, seed: int, finish: Normalisation | None = None
+) -> dict[str, np.ndarray]:
     """Cut one window: one item in, one block of `chunks * chunk` rows out."""
     manifest, plan = _get(shared)
     epoch, group, lane = items.at(int(item["id"][0]))
     ids = plan.window(epoch, group, lane)
     columns = cut_images(manifest.read(ids), epoch, views, seed, plan.chunk)
+    if finish is not None:
+        finish_columns(columns, views, finish)
     columns["epoch"] = np.full(len(ids), epoch)
     columns["slot"] = _first_slot(plan, group, lane) + np.arange(len(ids))
     return columns
@@ -270,6 +278,15 @@ def cut_images(rows: list[Row], epoch: int, views: ViewsConfig, seed: int, chunk
     columns["label"] = np.array([rows[s].label for s in shown])
     columns["reason"] = np.array(reasons, dtype=object)
     return columns
+
+
+def finish_columns(columns: dict[str, np.ndarray], views: ViewsConfig, finish: Normalisation) -> None:
+    """Replace uint8 crops by finished ones, `(n, V, 3, size, size)` float32."""
+    for name, group in views.items():
+        if group.count:
+            crops, table = torch.from_numpy(columns[f"crops/{name}"]), columns[f"table/{name}"]
+            done = finish_crops(crops.flatten(0, 1), table.reshape(-1, len(COLUMNS)), group, *finish, channels_last=False)
+            columns[f"crops/{name}"] = done.unflatten(0, crops.shape[:2]).numpy()
 
 
 def substitutes(good: list[bool], chunk: int) -> np.ndarray:

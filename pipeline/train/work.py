@@ -100,7 +100,7 @@ def work(
 
 def batches(ready: Prepared, start: int, tasks: int | None = None) -> Iterator[Batch]:
     """This worker's batches from completed step `start` on; a continued run begins behind its earlier phases' passes."""
-    facts = ready.resolved.facts
+    facts, data = ready.resolved.facts, ready.config.data
     earlier = ready.config.train.first_epoch * facts.steps_per_epoch
     return training_batches(
         ready.manifest,
@@ -112,6 +112,7 @@ def batches(ready: Prepared, start: int, tasks: int | None = None) -> Iterator[B
         rank=rank(),
         world_size=world_size(),
         tasks=tasks,
+        finish=(data.mean, data.std) if data.finish == "tasks" else None,
     )
 
 

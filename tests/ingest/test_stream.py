@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ from methods.parts.views import CropGroup
 from pipeline.config import DataConfig
 from pipeline.ingest import stream
 from pipeline.ingest.manifest import Manifest
+from pipeline.ingest.photometric import finish_views
 from pipeline.ingest.plan import Plan
 from pipeline.ingest.sources import open_source
 from pipeline.ingest.stream import Batch, cut_images, evaluation_images, substitutes, training_batches
@@ -38,7 +40,7 @@ def make_plan(manifest: Manifest, window: int = 32, lanes: int = 4, batch: int =
     return Plan(manifest.spans, manifest.training_ids(0), seed=3, global_batch=batch, lanes=lanes, window=window)
 
 
-def collect(manifest: Manifest, plan: Plan, total: int, start: int = 0, **options: int) -> list[Batch]:
+def collect(manifest: Manifest, plan: Plan, total: int, start: int = 0, **options: Any) -> list[Batch]:
     return list(training_batches(manifest, plan, VIEWS, 3, start_step=start, total_steps=total, tasks=2, **options))
 
 
@@ -61,6 +63,18 @@ def test_batches_are_the_planned_ones(ray_local: None, tmp_path: Path) -> None:
     expected = cut_images(manifest.read(first.ids.numpy()), 0, VIEWS, 3, chunk=8)
     assert (first.crops["global"].numpy() == expected["crops/global"]).all()
     assert (first.tables["local"] == expected["table/local"]).all()
+
+
+def test_views_finished_by_the_tasks_are_those_finished_on_the_device(ray_local: None, tmp_path: Path) -> None:
+    manifest = write(tmp_path, 100)
+    plan, size = make_plan(manifest), ((0.4, 0.5, 0.6), (0.2, 0.3, 0.2))
+    cut, finished = collect(manifest, plan, 3), collect(manifest, plan, 3, finish=size)
+    for one, other in zip(cut, finished, strict=True):
+        assert other.crops["global"].shape == (32, 2, 3, 16, 16) and other.crops["global"].dtype == torch.float32
+        ours, theirs = finish_views(one, VIEWS, *size, "cpu"), finish_views(other, VIEWS, *size, "cpu")
+        for name in VIEWS:
+            assert theirs.stacks[name].is_contiguous(memory_format=torch.channels_last)
+            torch.testing.assert_close(ours.stacks[name], theirs.stacks[name], rtol=0, atol=5e-6)
 
 
 def test_resume_gives_the_remaining_batches(ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
