@@ -95,10 +95,11 @@ def floor(size: int) -> Iterator[tuple[str, Engine]]:
     """The least that any engine must do: decode, and one resize."""
 
     def by_torch(images: list[bytes]) -> object:
-        return [
-            interpolate(decode_jpeg(torch.frombuffer(bytearray(i), dtype=torch.uint8), ImageReadMode.RGB)[None], (size, size), mode="bilinear", antialias=True)
-            for i in images
-        ]  # fmt: skip
+        out = []
+        for image in images:
+            pixels = decode_jpeg(torch.frombuffer(bytearray(image), dtype=torch.uint8), ImageReadMode.RGB)[None]
+            out.append(interpolate(pixels, (size, size), mode="bilinear", antialias=True))
+        return out
 
     def by_pillow(images: list[bytes]) -> object:
         return [np.asarray(Image.open(io.BytesIO(i)).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)) for i in images]

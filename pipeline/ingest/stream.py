@@ -99,61 +99,96 @@ def training_batches(
     block = plan.chunks_per_window * plan.chunk * (pixels + 64)
     per_pass = items.lanes * max(1, PASS_BYTES // (items.lanes * block))
 
-    def passes() -> Iterator[Iterator[dict[str, np.ndarray]]]:
+    def passes() -> Iterator[tuple[int, Iterator[dict[str, np.ndarray]]]]:
         for first in range(items.first, items.last, per_pass):
-            yield run(cut, first, min(first + per_pass, items.last), workers)
+            last = min(first + per_pass, items.last)
+            yield last - first, run(cut, first, last, workers)
 
-    # the next pass begins when the trainer has begun the last group of this one
-    return batches_of(_ahead(passes(), waiting=items.lanes - 1), manifest, plan, views, items)
+    # the next pass begins when the trainer has begun the last group of this one, and only the last windows are being cut
+    return batches_of(_ahead(passes(), waiting=items.lanes - 1, overlap=workers or items.lanes), manifest, plan, views, items)
 
 
-def _ahead(passes: Iterator[Iterator[Any]], waiting: int) -> Generator[Any]:
-    """What successive Ray Data executions yield, fetched in a thread; the next one starts when `waiting` or fewer blocks wait.
+def _ahead(passes: Iterator[tuple[int, Iterator[Any]]], waiting: int, overlap: int) -> Generator[Any]:
+    """What successive Ray Data executions yield, in order, each drained in a thread of its own as fast as it delivers.
 
-    Each execution is drained as fast as it delivers. One whose output waits for its consumer would spin on a whole core
-    (seen with Ray 2.60), in the trainer's process and under its interpreter lock, which slows training several times.
+    The next one starts when `overlap` or fewer blocks of the last are outstanding, so that no core idles while one ends and
+    the other starts, and `waiting` or fewer blocks wait for the trainer. An execution whose output waits for its consumer
+    would spin on a whole core (seen with Ray 2.60), in the trainer's process and under its interpreter lock, which slows
+    training several times.
+
+    Args:
+        passes: how many blocks an execution yields, and the execution; it starts with its first `next`.
     """
-    blocks: deque[Any] = deque()
-    change = threading.Condition()
-    stopped = False
+    queues: deque[deque[Any]] = deque()  # blocks of every execution that is not yet used up, None behind its last
+    outstanding, change, stopped = 0, threading.Condition(), False
 
-    def put(value: Any) -> None:
-        with change:
-            blocks.append(value)
-            change.notify_all()
-
-    def work() -> None:
+    def drain(execution: Iterator[Any], queue: deque[Any]) -> None:
+        nonlocal outstanding
         try:
-            for execution in passes:
-                for block in execution:
-                    put(block)
+            for block in execution:
+                with change:
+                    queue.append(block)
+                    outstanding -= 1
+                    change.notify_all()
                     if stopped:
                         return
-                with change:
-                    change.wait_for(lambda: stopped or len(blocks) <= waiting)
-            put(None)
+            end: BaseException | None = None
         except BaseException as error:  # raised again in the trainer
-            put(error)
+            end = error
+        with change:
+            queue.append(end)
+            change.notify_all()
 
-    thread = threading.Thread(target=work, name="manyviews-stream", daemon=True)
-    thread.start()
+    def may_start() -> bool:
+        return stopped or (outstanding <= overlap and sum(map(len, queues)) <= waiting)
+
+    threads: list[threading.Thread] = []
+
+    def work() -> None:
+        nonlocal outstanding
+        try:
+            for count, execution in passes:
+                with change:
+                    change.wait_for(may_start)
+                    if stopped:
+                        return
+                    outstanding += count
+                    queue: deque[Any] = deque()
+                    queues.append(queue)
+                threads.append(threading.Thread(target=drain, args=(execution, queue), name="manyviews-drain", daemon=True))
+                threads[-1].start()
+                del threads[:-2]  # those before have ended
+            end: BaseException | None = None
+        except BaseException as error:
+            end = error
+        with change:
+            queues.append(deque([StopIteration() if end is None else end]))
+            change.notify_all()
+
+    threads.append(threading.Thread(target=work, name="manyviews-stream", daemon=True))
+    first = threads[0]
+    first.start()
     try:
         while True:
             with change:
-                change.wait_for(lambda: bool(blocks))
-                value = blocks.popleft()
+                change.wait_for(lambda: bool(queues) and bool(queues[0]))
+                value = queues[0].popleft()
+                if value is None:
+                    queues.popleft()
                 change.notify_all()
-            if value is None:
+            if isinstance(value, StopIteration):
                 return
             if isinstance(value, BaseException):
                 raise value
-            yield value
+            if value is not None:
+                yield value
     finally:
         with change:
             stopped = True
-            blocks.clear()
+            queues.clear()
             change.notify_all()
-        thread.join(timeout=30)
+        for thread in {first, *threads}:
+            thread.join(timeout=30)
 
 
 class _Items:
