@@ -204,6 +204,7 @@ def _data(data: DataConfig, config: RunConfig | None) -> Iterable[Check]:
             f"{remedy}{data.max_bad_fraction:.0%} are bad (data.max_bad_fraction)",
         )
     if config is not None and sizes:
+        yield from _guard("stream", lambda: [dry_run.stream(config, manifest.num_training(config.data.held_out))])
         yield from _guard("timed dry run", lambda: dry_run.report(config, manifest, good))
 
 

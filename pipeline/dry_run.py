@@ -135,6 +135,23 @@ def report(config: RunConfig, manifest: Any, ids: Sequence[int]) -> Iterable[Che
     yield Check("timed dry run", "warn" if remedy else "ok", found, remedy)
 
 
+def stream(config: RunConfig, num_images: int | None) -> Check:
+    """The row of the doctor about the stream: what was chosen, and why."""
+    from pipeline.ingest.stream import PASS_BYTES, block_bytes
+    from pipeline.train.prepare import thread_count
+
+    window = resolve(config, num_images).window
+    block = block_bytes(config.views, window, finished=config.data.finish == "tasks")
+    ahead = max(PASS_BYTES, config.data.lanes * block) / 1e6
+    workers = max(1, config.train.worker_range[1])
+    why = "data.window" if config.data.window else "so that a task's own cost of 24 ms hardly counts"
+    found = (
+        f"{window:,} images a task ({why}), {block / 1e6:.1f} MB; one task per CPU, each with one thread; up to {ahead:,.0f} MB "
+        f"for each worker are cut ahead; threads of training: {thread_count(config, workers)}"
+    )
+    return Check("stream", "ok", found, "")
+
+
 def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{math.ceil(seconds)} s"

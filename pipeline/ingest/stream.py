@@ -95,8 +95,7 @@ def training_batches(
     items = _Items(plan, start_step, total_steps, rank, world_size)
     cut = partial(_cut_item, shared=shared, items=items, views=views, seed=seed, finish=finish)
     workers = tasks or default_tasks()
-    pixels = sum(g.count * (3 * g.size * g.size * (4 if finish else 1) + 4 * len(COLUMNS)) for g in views.values())
-    block = plan.chunks_per_window * plan.chunk * (pixels + 64)
+    block = block_bytes(views, plan.chunks_per_window * plan.chunk, finished=finish is not None)
     per_pass = items.lanes * max(1, PASS_BYTES // (items.lanes * block))
 
     def passes() -> Iterator[tuple[int, Iterator[dict[str, np.ndarray]]]]:
@@ -106,6 +105,12 @@ def training_batches(
 
     # the next pass begins when the trainer has begun the last group of this one, and only the last windows are being cut
     return batches_of(_ahead(passes(), waiting=items.lanes - 1, overlap=workers or items.lanes), manifest, plan, views, items)
+
+
+def block_bytes(views: ViewsConfig, images: int, finished: bool) -> int:
+    """Size of what one task returns for so many images."""
+    pixels = sum(g.count * (3 * g.size * g.size * (4 if finished else 1) + 4 * len(COLUMNS)) for g in views.values())
+    return images * (pixels + 64)
 
 
 def _ahead(passes: Iterator[tuple[int, Iterator[Any]]], waiting: int, overlap: int) -> Generator[Any]:
