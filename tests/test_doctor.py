@@ -130,6 +130,9 @@ def test_a_large_sample_is_spread_over_the_data(tmp_path: Path) -> None:
         def __len__(self) -> int:
             return 1_000_000
 
+        def describe(self) -> str:
+            return "1,000,000 images"
+
     from pipeline.ingest import manifest, sources
 
     fake = Fake()
