@@ -97,6 +97,30 @@ def _fallback(heights: np.ndarray, widths: np.ndarray, group: CropGroup) -> tupl
     return height, width
 
 
+def shrink_factor(tables: Mapping[str, np.ndarray], views: ViewsConfig) -> int:
+    """The greatest of 1, 2, 4, 8 by which one image may be shrunk before it is cut: every box stays twice as large as its view.
+
+    So boxes, which are rounded to whole pixels of the shrunk image, move by a quarter of a pixel of the view at most.
+
+    Args:
+        tables: of this image, `(1, V, len(COLUMNS))` for every group.
+    """
+    sides = [COLUMN["height"], COLUMN["width"]]
+    room = min(float(table[..., sides].min()) / views[name].size for name, table in tables.items())
+    return 2 ** int(np.clip(np.floor(np.log2(max(room / 2, 1))), 0, 3))
+
+
+def shrunk(table: np.ndarray, factors: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """A table whose boxes lie in images shrunk by `factors` `(B,)` to `heights` and `widths` `(B,)`, to the nearest pixel."""
+    table = table.copy()
+    for start, extent, limit in (("top", "height", heights), ("left", "width", widths)):
+        first, size = table[..., COLUMN[start]], table[..., COLUMN[extent]]
+        begin = np.rint(first / factors[:, None])
+        end = np.minimum(np.maximum(np.rint((first + size) / factors[:, None]), begin + 1), limit[:, None])
+        table[..., COLUMN[start]], table[..., COLUMN[extent]] = np.minimum(begin, end - 1), end - np.minimum(begin, end - 1)
+    return table
+
+
 # ---------------------------------------------------------------------------- cutting
 
 

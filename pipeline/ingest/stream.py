@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from methods.parts.views import ViewsConfig
-from pipeline.ingest.crops import COLUMNS, cut_window, draw_views
-from pipeline.ingest.decode import BadImage, decode, evaluation_crop
+from pipeline.ingest.crops import COLUMNS, cut_window, draw_views, shrink_factor, shrunk
+from pipeline.ingest.decode import BadImage, decode, evaluation_crop, large_size
 from pipeline.ingest.manifest import Manifest, Row
 from pipeline.ingest.photometric import Normalisation, finish_crops
 from pipeline.ingest.plan import Plan
@@ -302,22 +302,37 @@ def _cut_item(
 def cut_images(rows: list[Row], epoch: int, views: ViewsConfig, seed: int, chunk: int) -> dict[str, np.ndarray]:
     """Decode a window of images and cut their views; bad slots get a good image from another chunk.
 
+    Large JPEGs are decoded at the smallest size in which every box is twice as large as its view. Their tables hold the boxes
+    in the whole image.
+
     Returns:
         Columns of `len(rows)` entries: `crops/GROUP` and `table/GROUP`, `id` and `label` of the image shown, `planned` id,
         and `reason`, empty unless the planned image is bad.
     """
-    images, reasons = _decode_all(rows)
+    sizes = [large_size(row.image) for row in rows]
+    factors = [
+        1 if size is None else shrink_factor(_draw([row], [size], seed, epoch, views), views) for row, size in zip(rows, sizes, strict=True)
+    ]
+    images, reasons = _decode_all(rows, factors)
     shown = substitutes([not reason for reason in reasons], chunk)
     pictures = [images[s] for s in shown]
     ids = np.array([rows[s].id for s in shown])
-    heights, widths = (np.array([picture.shape[axis] for picture in pictures]) for axis in (0, 1))
-    tables = draw_views(seed, epoch, ids, heights, widths, views)
-    columns = {f"crops/{name}": crops for name, crops in cut_window(pictures, tables, views).items()}
+    tables = _draw([rows[s] for s in shown], [sizes[s] or images[s].shape[:2] for s in shown], seed, epoch, views)
+    in_picture = tables
+    if max(factors) > 1:
+        heights, widths = (np.array([picture.shape[axis] for picture in pictures]) for axis in (0, 1))
+        in_picture = {name: shrunk(table, np.array(factors)[shown], heights, widths) for name, table in tables.items()}
+    columns = {f"crops/{name}": crops for name, crops in cut_window(pictures, in_picture, views).items()}
     columns |= {f"table/{name}": table for name, table in tables.items()}
     columns["id"], columns["planned"] = ids, np.array([row.id for row in rows])
     columns["label"] = np.array([rows[s].label for s in shown])
     columns["reason"] = np.array(reasons, dtype=object)
     return columns
+
+
+def _draw(rows: list[Row], sizes: list[tuple[int, ...]], seed: int, epoch: int, views: ViewsConfig) -> dict[str, np.ndarray]:
+    heights, widths = np.array(sizes).T
+    return draw_views(seed, epoch, np.array([row.id for row in rows]), heights, widths, views)
 
 
 def finish_columns(columns: dict[str, np.ndarray], views: ViewsConfig, finish: Normalisation) -> None:
@@ -341,11 +356,11 @@ def substitutes(good: list[bool], chunk: int) -> np.ndarray:
     return shown
 
 
-def _decode_all(rows: list[Row]) -> tuple[list[np.ndarray], list[str]]:
+def _decode_all(rows: list[Row], factors: Sequence[int] | None = None) -> tuple[list[np.ndarray], list[str]]:
     images, reasons = [], []
-    for row in rows:
+    for row, factor in zip(rows, factors or [1] * len(rows), strict=True):
         try:
-            images.append(decode(row.image))
+            images.append(decode(row.image, factor))
             reasons.append("")
         except BadImage as error:
             images.append(np.zeros((1, 1, 3), np.uint8))

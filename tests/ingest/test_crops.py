@@ -1,5 +1,7 @@
 """Views: torchvision's law of boxes, the same pixels whatever the batch, and pixels equal to torch's own resize."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,11 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from methods.parts.views import CropGroup
-from pipeline.ingest.crops import COLUMN, COLUMNS, cut_window, draw_views
+from pipeline.ingest.crops import COLUMN, COLUMNS, cut_window, draw_views, shrink_factor, shrunk
+from pipeline.ingest.decode import ORIENTATION, large_size
+from pipeline.ingest.manifest import Row
+from pipeline.ingest.patches import CLASS_NAMES, load_photo
+from pipeline.ingest.stream import cut_images
 
 VIEWS = {
     "global": CropGroup(count=2, size=32, scale=(0.3, 1.0)),
@@ -151,3 +157,41 @@ def test_pixels_are_those_of_pillow(shape: tuple[int, int], interpolation: str) 
         want = np.asarray(box.resize((size, height), resampling).resize((size, size), resampling))
         differences.append(np.abs(cut[i, v].astype(int) - (want[:, ::-1] if flip else want)))
     assert np.max(differences) <= 2 and np.mean(differences) < 0.1 and np.mean(np.array(differences) > 1) < 1e-3
+
+
+# ---------------------------------------------------------------------------- large images
+
+
+def test_no_box_is_shrunk_below_twice_its_view() -> None:
+    count, views = 300, {"global": CropGroup(size=224, scale=(0.2, 1.0)), "local": CropGroup(size=96, scale=(0.05, 0.2))}
+    heights, widths = np.full(count, 3000), np.full(count, 2001)
+    tables = draw_views(0, 0, np.arange(count), heights, widths, views)
+    factors = np.array([shrink_factor({name: table[[i]] for name, table in tables.items()}, views) for i in range(count)])
+    assert set(factors) == {2, 4}
+    small_heights, small_widths = -(-heights // factors), -(-widths // factors)
+    for name, table in tables.items():
+        boxes = shrunk(table, factors, small_heights, small_widths)
+        top, left, height, width = np.moveaxis(boxes[..., :4], -1, 0)
+        assert (np.minimum(height, width)[factors > 1] >= 2 * views[name].size - 1).all()
+        assert (top >= 0).all() and (left >= 0).all()
+        assert (top + height <= small_heights[:, None]).all() and (left + width <= small_widths[:, None]).all()
+        assert np.abs(boxes[..., :4] * factors[:, None, None] - table[..., :4]).max() <= 8
+        larger = np.minimum(*np.moveaxis(table[..., 2:4], -1, 0)).min(1) / views[name].size
+        assert (larger[factors > 1] >= 2 * factors[factors > 1]).all()
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_views_of_a_large_photograph_are_those_of_the_whole_one(orientation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[ORIENTATION] = orientation
+    load_photo(CLASS_NAMES.index("coffee")).resize((2400, 1800), Image.Resampling.BICUBIC).save(file, "JPEG", quality=92, exif=exif)
+    row = Row(5, file.getvalue(), -1, "")
+    assert large_size(row.image) == ((1800, 2400) if orientation == 1 else (2400, 1800))
+    views = {"global": CropGroup(size=64, scale=(0.3, 1.0)), "local": CropGroup(size=32, scale=(0.1, 0.3))}
+    small = cut_images([row], 0, views, 0, 1)
+    monkeypatch.setattr("pipeline.ingest.decode.LARGE_PIXELS", 10**9)
+    whole = cut_images([row], 0, views, 0, 1)
+    for name in views:
+        assert (small[f"table/{name}"] == whole[f"table/{name}"]).all()
+        difference = np.abs(small[f"crops/{name}"].astype(int) - whole[f"crops/{name}"])
+        assert difference.mean() < 1.5 and not (difference == 0).all()
