@@ -134,8 +134,8 @@ def _to_float(pixels: Tensor, out: Tensor) -> Tensor:
 
 
 def _normalise_(x: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
-    for plane, (m, s) in enumerate(zip(mean, std, strict=True)):
-        x[:, plane].sub_(m).mul_(1 / s)
+    for plane, m, s in zip(x.unbind(1), mean, std, strict=True):
+        torch.add(torch.tensor(-m / s), plane, alpha=1 / s, out=plane)  # (plane - m) / s in one pass
     return x
 
 
@@ -169,6 +169,8 @@ def _jitter_(x: Tensor, table: np.ndarray, order: np.ndarray, planes: Tensor) ->
     """
     first = COLUMN["brightness"]
     factors = _to_device(np.ascontiguousarray(table[:, first : first + 4].T), x.device)[:, :, None, None, None]  # (4, n, 1, 1, 1)
+    # at most 1: a convex combination, or darker; it stays in [0, 1] without a clamp
+    tame = table[:, first : first + HUE] <= 1
     idle = [(table[:, first + kind] == (0 if kind == HUE else 1)).all() for kind in range(4)]
     bounds = [0, *(np.flatnonzero(np.diff(order)) + 1).tolist(), len(order)]
     for low, high in itertools.pairwise(bounds):
@@ -177,20 +179,22 @@ def _jitter_(x: Tensor, table: np.ndarray, order: np.ndarray, planes: Tensor) ->
         for kind in ORDERS[int(order[low])]:
             if not idle[kind]:
                 OPERATIONS[kind](x[low:high], factors[kind, low:high], planes[:, : high - low])
+                if kind != HUE and not tame[low:high, kind].all():
+                    x[low:high].clamp_(0, 1)
 
 
 def _brightness_(x: Tensor, factor: Tensor, planes: Tensor) -> None:
-    x.mul_(factor).clamp_(0, 1)
+    x.mul_(factor)
 
 
 def _contrast_(x: Tensor, factor: Tensor, planes: Tensor) -> None:
     mean = _gray(x.mean((2, 3), keepdim=True))[:, None]
-    x.mul_(factor).add_(mean.mul_(1 - factor)).clamp_(0, 1)
+    x.mul_(factor).add_(mean.mul_(1 - factor))
 
 
 def _saturation_(x: Tensor, factor: Tensor, planes: Tensor) -> None:
     gray = _gray(x, out=planes[0])[:, None].mul_(1 - factor)
-    x.mul_(factor).add_(gray).clamp_(0, 1)
+    x.mul_(factor).add_(gray)
 
 
 def _hue_(x: Tensor, shift: Tensor, planes: Tensor) -> None:
