@@ -111,7 +111,7 @@ class GroupedBatchNorm(_BatchNorm):
         parts = min(max(1, self.groups // world_size()), max(1, len(input) // 2))
         if not self.training or parts == 1:
             return super().forward(input)
-        means, variances = (torch.empty(parts, self.num_features, device=input.device, dtype=promote(input).dtype) for _ in range(2))
+        means, variances = (torch.zeros(parts, self.num_features, device=input.device, dtype=promote(input).dtype) for _ in range(2))
         out = [  # with a momentum of 1 the buffers receive the statistics of the part
             F.batch_norm(x, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
             for x, mean, variance in zip(input.tensor_split(parts), means, variances, strict=True)

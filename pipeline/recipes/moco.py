@@ -28,10 +28,9 @@ def v2() -> RunConfig:
 def v1() -> RunConfig:
     """MoCo v1: one linear layer, temperature 0.07, stronger and certain jitter, no blur; 60.8 % linear on ImageNet."""
     second = v2()
-    colours = {"jitter": (0.4, 0.4, 0.4, 0.4), "jitter_probability": 1.0, "blur": 0.0}
     return replace(
         second,
-        views={name: replace(group, **colours) for name, group in second.views.items()},
+        views={name: replace(group, jitter=(0.4, 0.4, 0.4, 0.4), jitter_probability=1.0, blur=0.0) for name, group in second.views.items()},
         method=MoCoConfig(temperature=0.07, projector_layers=1),
     )
 
@@ -73,7 +72,7 @@ def v2_small() -> RunConfig:
         data=DataConfig(path="patches"),
         views=views,
         backbone=replace(base.backbone, stem="strided"),
-        method=replace(base.method, queue_length=1024),
+        method=MoCoConfig(queue_length=1024, momentum=0.99, projector_hidden=256, projection_dim=64, bn_groups=4),
         optim=replace(base.optim, warmup_epochs=0.5),
         train=TrainConfig(global_batch_size=128, steps=250),
         evaluate=EvaluateConfig(knn_every=50),
@@ -83,5 +82,5 @@ def v2_small() -> RunConfig:
 @recipe("moco-v1-small")
 def v1_small() -> RunConfig:
     """As moco-v2-small, with v1's one linear layer and temperature, on two CPU cores."""
-    second = v2_small()
-    return replace(second, method=replace(second.method, temperature=0.07, projector_layers=1))
+    method = MoCoConfig(temperature=0.07, queue_length=1024, momentum=0.99, projector_layers=1, projection_dim=64, bn_groups=4)
+    return replace(v2_small(), method=method)

@@ -55,13 +55,13 @@ def small() -> RunConfig:
     """Patches of 19 photographs, a 0.7 M-parameter ResNet, 2x32, a support set of 1,024, on two CPU cores."""
     base = cifar10_small()
     # as in swav-small: these photographs differ in colour more than in shape
-    colours = {"jitter": (0.2, 0.2, 0.1, 0.0), "grayscale": 0.0, "solarize": 0.0}
+    jitter = (0.2, 0.2, 0.1, 0.0)
     return replace(
         base,
         data=DataConfig(path="patches"),
-        views={name: replace(group, **colours) for name, group in base.views.items()},
+        views={name: replace(group, jitter=jitter, grayscale=0.0, solarize=0.0) for name, group in base.views.items()},
         backbone=replace(base.backbone, stem="strided"),
-        method=replace(base.method, support_set_size=1024),
+        method=NNCLRConfig(temperature=0.2, support_set_size=1024, projector_hidden=256, projection_dim=64, predictor_hidden=256),
         optim=replace(base.optim, warmup_epochs=0.5),
         train=TrainConfig(global_batch_size=128, steps=250),
         evaluate=EvaluateConfig(knn_every=50),

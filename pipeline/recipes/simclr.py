@@ -27,8 +27,7 @@ def simclr() -> RunConfig:
 @recipe("simclr-v2")
 def v2() -> RunConfig:
     """SimCLR v2: three-layer projector, a memory of 65,536, batch 4096, 800 epochs; about 72 % linear on ImageNet."""
-    bare = v2_nomemory()
-    return replace(bare, method=replace(bare.method, memory_size=65536))
+    return replace(v2_nomemory(), method=SimCLRConfig(projector_layers=3, memory_size=65536))
 
 
 @recipe("simclr-v2-nomemory")
@@ -90,6 +89,5 @@ def small() -> RunConfig:
 @recipe("simclr-v2-small")
 def v2_small() -> RunConfig:
     """Patches of 19 photographs with v2's deeper projector and a memory of 1,024, on two CPU cores."""
-    base = small()
-    method = replace(base.method, projector_layers=3, memory_size=1024, memory_momentum=0.99)
-    return replace(base, method=method)
+    settings = SimCLRConfig(temperature=0.2, projector_layers=3, projector_hidden=256, projection_dim=64)
+    return replace(small(), method=replace(settings, memory_size=1024, memory_momentum=0.99))
