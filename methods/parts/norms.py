@@ -132,7 +132,10 @@ class GroupedBatchNormAct(GroupedBatchNorm):
 
 
 def synchronized(module: nn.Module) -> nn.Module:
-    """The module with every batch norm replaced by one over all workers; names, parameters and buffers stay the same objects."""
+    """The module with every batch norm replaced by one over all workers; names, parameters and buffers stay the same objects.
+
+    Grouped ones stay: their method wants statistics of parts.
+    """
     return _replaced(module, SyncBatchNorm, SyncBatchNormAct)
 
 
@@ -150,7 +153,7 @@ def has_batch_norm(module: nn.Module) -> bool:
 
 
 def _replaced(module: nn.Module, plain: type[_BatchNorm], with_activation: type[_BatchNorm]) -> nn.Module:
-    if isinstance(module, _BatchNorm) and not isinstance(module, (plain, nn.SyncBatchNorm)):
+    if isinstance(module, _BatchNorm) and not isinstance(module, (plain, GroupedBatchNorm, nn.SyncBatchNorm)):
         kind = with_activation if isinstance(module, BatchNormAct2d) else plain
         twin = kind(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats, device="meta")
         twin.weight, twin.bias = module.weight, module.bias
