@@ -52,16 +52,16 @@ class DataConfig:
 class OptimConfig:
     """Optimizer and its schedules. Learning rates are per step: linear warm-up, then cosine."""
 
-    name: Literal["larc", "lars", "sgd", "adamw"] = "larc"
+    name: Literal["larc", "lars", "lars-classic", "sgd", "adamw"] = "larc"
     base_lr: float = 0.6
     lr_rule: Literal["none", "linear", "sqrt"] = "none"  # none: base_lr is the rate; else times (batch / 256) or its root
     warmup_epochs: float = 0.0
     warmup_start_lr: float = 0.0  # scaled by lr_rule like base_lr
     final_lr: float = 0.0  # scaled likewise
     weight_decay: float = 1e-6
-    momentum: float = 0.9  # SGD, LARC, LARS
+    momentum: float = 0.9  # SGD, LARC, both LARS
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW
-    trust_coefficient: float = 0.001  # LARC, LARS
+    trust_coefficient: float = 0.001  # LARC, both LARS
     clip_norm: float | None = None  # largest norm of the joint gradient; None = no clipping
 
     def __post_init__(self) -> None:
