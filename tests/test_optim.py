@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from methods.parts.contract import ParamGroup, RunFacts
+from methods.parts.errors import ConfigError
 from pipeline.config import OptimConfig, Resolved
 from pipeline.train.optim import LARC, build_optimizer, prepare_step, scheduled_lr
 
@@ -103,6 +104,16 @@ def test_layerwise_rates_equal_their_equations(name: str) -> None:
         plain = plain - lr * m_plain
         np.testing.assert_allclose(groups[0].params[0].detach().numpy(), p, atol=1e-12)
         np.testing.assert_allclose(groups[1].params[0].detach().numpy(), plain, atol=1e-12)
+
+
+def test_learning_rate_falls_in_steps_after_the_warmup() -> None:
+    """MoCo v1: a tenth at 120 of 200 epochs, a hundredth at 160."""
+    plan = resolved(lr=0.03, start_lr=0.0, warmup_steps=0, milestones=(0.6, 0.8))
+    np.testing.assert_allclose([scheduled_lr(plan, s) for s in range(10)], [0.03] * 6 + [0.003] * 2 + [0.0003] * 2, rtol=1e-12)
+    warm = resolved(lr=0.03, start_lr=0.01, warmup_steps=3, milestones=(0.2, 0.8))
+    np.testing.assert_allclose([scheduled_lr(warm, s) for s in range(4)], [0.01, 0.02, 0.03, 0.003], rtol=1e-12)
+    with pytest.raises(ConfigError, match=r"optim\.milestones=\(0\.8, 0\.6\): use rising fractions"):
+        OptimConfig(schedule="steps", milestones=(0.8, 0.6))
 
 
 def test_groups_are_frozen_scaled_held_and_clipped() -> None:

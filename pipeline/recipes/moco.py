@@ -32,6 +32,7 @@ def v1() -> RunConfig:
         second,
         views={name: replace(group, jitter=(0.4, 0.4, 0.4, 0.4), jitter_probability=1.0, blur=0.0) for name, group in second.views.items()},
         method=MoCoConfig(temperature=0.07, projector_layers=1),
+        optim=replace(second.optim, schedule="steps", milestones=(0.6, 0.8)),  # epochs 120 and 160
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from methods.parts.contract import ParamGroup
-from methods.parts.schedules import warmup_cosine
+from methods.parts.schedules import falling_steps, warmup_cosine
 from pipeline.config import OptimConfig, Resolved
 
 
@@ -130,6 +130,8 @@ def build_optimizer(config: OptimConfig, groups: Iterable[ParamGroup]) -> Optimi
 
 def scheduled_lr(resolved: Resolved, step: int) -> float:
     """The learning rate of the step after `step` completed ones."""
+    if resolved.milestones is not None and step >= resolved.warmup_steps:
+        return falling_steps(step, total_steps=resolved.facts.total_steps, base=resolved.lr, milestones=resolved.milestones)
     return warmup_cosine(
         step,
         total_steps=resolved.facts.total_steps,
