@@ -54,7 +54,7 @@ from methods.parts.views import CropGroup, Views, ViewsConfig
 class MoCoConfig(MethodConfig):
     # tau; v1: 0.07
     temperature: float = searchable(0.2, SearchRange(0.05, 0.5, "log", reason="best near 0.07 with one linear layer, 0.2 with two"))
-    # m in eq. (2)
+    # m in eq. (2): how slowly the key network follows
     momentum: float = searchable(0.999, SearchRange(scale="choice", choices=(0.9, 0.99, 0.996, 0.999), reason="short runs take less"))
     # K, over all workers
     queue_length: int = searchable(65536, SearchRange(scale="choice", choices=(1024, 4096, 16384, 65536), reason="at most the images"))

@@ -13,7 +13,7 @@ from pipeline.recipes import recipe
 
 @recipe("simclr")
 def simclr() -> RunConfig:
-    """The paper's run: ResNet-50 at 2x224, batch 4096, LARS, 1000 epochs; 69.3 % linear on ImageNet."""
+    """The paper's run: ResNet-50 at 2x224, batch 4096, LARS, 1000 epochs; published: 69.3 % linear on ImageNet."""
     return RunConfig(
         data=DataConfig(path="imagenet/train", lanes=64),
         views=SimCLR.default_views(),
@@ -26,13 +26,13 @@ def simclr() -> RunConfig:
 
 @recipe("simclr-v2")
 def v2() -> RunConfig:
-    """SimCLR v2: three-layer projector, a memory of 65,536, batch 4096, 800 epochs; about 72 % linear on ImageNet."""
+    """SimCLR v2: three-layer projector, a memory of 65,536, batch 4096, 800 epochs."""
     return replace(v2_nomemory(), method=SimCLRConfig(projector_layers=3, memory_size=65536))
 
 
 @recipe("simclr-v2-nomemory")
 def v2_nomemory() -> RunConfig:
-    """SimCLR v2 as its published code trains it: three-layer projector, no memory; 71.7 % linear on ImageNet."""
+    """SimCLR v2 as its published code trains it: three-layer projector, no memory; published: 71.7 % linear on ImageNet."""
     first = simclr()
     return replace(
         first,
@@ -45,7 +45,7 @@ def v2_nomemory() -> RunConfig:
 
 @recipe("simclr-cifar10")
 def cifar10() -> RunConfig:
-    """CIFAR-10 with ResNet-18 (3x3 stem), 2x32 without blur, batch 512, 1000 epochs; about 91 % linear; a GPU helps."""
+    """CIFAR-10 with ResNet-18 (3x3 stem), 2x32 without blur, batch 512, 1000 epochs; published: about 91 % linear; a GPU helps."""
     return RunConfig(
         data=DataConfig(path="cifar10/train", mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616)),
         views={"global": CropGroup(count=2, size=32, scale=(0.08, 1.0), interpolation="bicubic", jitter=(0.4, 0.4, 0.4, 0.1), blur=0.0)},
