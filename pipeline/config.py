@@ -52,18 +52,20 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Optimizer and its schedules. Learning rates are per step: linear warm-up, then cosine."""
+    """Optimizer and its schedules. Learning rates are per step: linear warm-up, then cosine, or steps."""
 
-    name: Literal["larc", "lars", "sgd", "adamw"] = "larc"
+    name: Literal["larc", "lars", "lars-classic", "sgd", "adamw"] = "larc"
     base_lr: float = 0.6
     lr_rule: Literal["none", "linear", "sqrt"] = "none"  # none: base_lr is the rate; else times (batch / 256) or its root
     warmup_epochs: float = 0.0
     warmup_start_lr: float = 0.0  # scaled by lr_rule like base_lr
     final_lr: float = 0.0  # scaled likewise
+    schedule: Literal["cosine", "steps"] = "cosine"
+    milestones: tuple[float, ...] = (0.6, 0.8)  # schedule steps: at these fractions of the run the rate falls to a tenth
     weight_decay: float = 1e-6
-    momentum: float = 0.9  # SGD, LARC, LARS
+    momentum: float = 0.9  # SGD, LARC, both LARS
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW
-    trust_coefficient: float = 0.001  # LARC, LARS
+    trust_coefficient: float = 0.001  # LARC, both LARS
     clip_norm: float | None = None  # largest norm of the joint gradient; None = no clipping
 
     def __post_init__(self) -> None:
@@ -71,6 +73,8 @@ class OptimConfig:
         require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "use 0 or more")
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "use 0 or more")
         require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "use a number in [0, 1)")
+        rising = all(0 < a < 1 for a in self.milestones) and list(self.milestones) == sorted(self.milestones)
+        require(rising, "optim.milestones", self.milestones, "use rising fractions of the run, e.g. 0.6 0.8")
         require(self.clip_norm is None or self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "use a positive number, or leave it out")
 
 
@@ -303,6 +307,7 @@ class Resolved:
     start_lr: float
     final_lr: float
     warmup_steps: int
+    milestones: tuple[float, ...] | None = None  # None = cosine
     chunk: int  # images of one lane in one global batch
     window: int  # images one task cuts: a whole number of chunks
     checkpoint_every: int
@@ -346,6 +351,7 @@ def resolve(config: RunConfig, num_images: int | None) -> Resolved:
         start_lr=config.optim.warmup_start_lr * scale,
         final_lr=config.optim.final_lr * scale,
         warmup_steps=min(total, round(config.optim.warmup_epochs * steps_per_epoch)),
+        milestones=config.optim.milestones if config.optim.schedule == "steps" else None,
         chunk=chunk,
         window=chunk * max(1, min(steps_per_epoch, round(wanted / chunk))),
         checkpoint_every=config.train.checkpoint_every or min(500, steps_per_epoch),

@@ -41,6 +41,30 @@ def test_paper_settings_of_the_large_run() -> None:
     assert (small.method.queue_length, small.method.queue_start_epoch, small.optim.base_lr) == (3840, 15, 0.6)
 
 
+@pytest.mark.parametrize(
+    ("name", "optim", "lr", "warmup_epochs", "decay", "batch", "epochs", "method"),
+    [
+        ("simclr", "lars", 4.8, 10, 1e-6, 4096, 1000, {"temperature": 0.1, "projector_layers": 2, "memory_size": 0}),
+        ("simclr-v2", "lars", 6.4, 40, 1e-4, 4096, 800, {"projector_layers": 3, "memory_size": 65536, "memory_momentum": 0.999}),
+        ("simclr-v2-nomemory", "lars", 6.4, 40, 1e-4, 4096, 800, {"temperature": 0.1, "projector_layers": 3, "memory_size": 0}),
+        ("moco-v1", "sgd", 0.03, 0, 1e-4, 256, 200, {"temperature": 0.07, "projector_layers": 1, "queue_length": 65536}),
+        ("moco-v2", "sgd", 0.03, 0, 1e-4, 256, 200, {"temperature": 0.2, "projector_layers": 2, "momentum": 0.999}),
+        ("nnclr", "lars", 4.8, 10, 1e-6, 4096, 1000, {"temperature": 0.1, "projection_dim": 256, "support_set_size": 98304}),
+    ],
+)
+def test_paper_settings_of_contrastive_recipes(
+    name: str, optim: str, lr: float, warmup_epochs: float, decay: float, batch: int, epochs: float, method: dict
+) -> None:
+    config = load_recipe(name)
+    numbers = resolve(config, 1_281_167)
+    assert numbers.lr == pytest.approx(lr) and numbers.warmup_steps == warmup_epochs * numbers.facts.steps_per_epoch
+    assert (config.optim.name, config.optim.weight_decay) == (optim, decay)
+    assert (config.train.global_batch_size, config.train.epochs) == (batch, epochs)
+    assert {key: getattr(config.method, key) for key in method} == method
+    assert numbers.milestones == ((0.6, 0.8) if name == "moco-v1" else None)
+    assert sum(group.count for group in config.views.values()) == 2
+
+
 def test_overrides_reach_every_level_and_are_validated_together() -> None:
     config = override(load_recipe("swav-small"), {"method.temperature": 0.2, "views.local.count": 5, "train.seed": 7})
     assert (config.method.temperature, config.views["local"].count, config.train.seed) == (0.2, 5, 7)

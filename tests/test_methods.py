@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from methods.parts.backbones import BackboneConfig, build_backbone
 from methods.parts.contract import Method, Progress, RunFacts, find, registered
 from methods.parts.errors import ConfigError
 from methods.parts.views import CropGroup, Views
-from pipeline.config import OptimConfig
+from pipeline.config import OptimConfig, override
 from pipeline.recipes import entries, load_recipe
 from pipeline.train.optim import build_optimizer
+from pipeline.train.prepare import build_method
 
 SMALL = [entry.name for entry in entries() if entry.name.endswith("-small")]
 BATCH = 16
@@ -59,7 +61,11 @@ def test_each_registered_method_has_a_small_recipe_and_a_paper() -> None:
 
 @pytest.mark.parametrize("recipe", SMALL)
 def test_learns_one_fixed_batch(recipe: str) -> None:
+    """With networks that follow another held still, and nothing enqueued: keys of the one batch would become its negatives."""
     method, views = built(recipe)
+    for name in {"momentum", "memory_momentum"} & set(vars(method.config)):
+        method.config = replace(method.config, **{name: 1.0})
+    method.after_step = lambda outputs, progress: None
     optimizer = build_optimizer(OptimConfig(name="adamw", base_lr=3e-3), method.param_groups())
     losses = advance(method, optimizer, views, range(20))
     assert losses[-1] < 0.9 * losses[0]
@@ -86,6 +92,19 @@ def test_parameter_groups_hold_every_trained_parameter_once(recipe: str) -> None
     method, _ = built(recipe)
     held = [id(p) for group in method.param_groups() for p in group.params]
     assert sorted(held) == sorted(id(p) for p in method.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("recipe", SMALL)
+def test_micro_batches_are_refused_with_a_remedy_where_the_loss_needs_the_whole_batch(recipe: str) -> None:
+    config = override(load_recipe(recipe), {"train.accumulation_steps": 2, "backbone.width": 0.125})
+    kind = find(config.method).method
+    facts = RunFacts(global_batch_size=BATCH, steps_per_epoch=4, total_steps=400)
+    if kind.accumulation == "exact":
+        build_method(config, facts)
+        return
+    assert kind.accumulation_remedy
+    with pytest.raises(ConfigError, match=rf"accumulation_steps=2: .* whole batch at once; use 1 \({kind.accumulation_remedy}\)"):
+        build_method(config, facts)
 
 
 @pytest.mark.parametrize("recipe", SMALL)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from methods.parts.contract import ParamGroup, RunFacts
+from methods.parts.errors import ConfigError
 from pipeline.config import OptimConfig, Resolved
 from pipeline.train.optim import LARC, build_optimizer, prepare_step, scheduled_lr
 
@@ -33,6 +34,48 @@ def test_larc_equals_the_original(golden, dtype: torch.dtype) -> None:
         for j, p in enumerate(params):
             tolerance = 1e-9 if dtype == torch.float64 else 2e-5
             np.testing.assert_allclose(p.detach().numpy(), values[f"opt_larc_p{j}_step{step}"], atol=tolerance)
+
+
+@pytest.mark.parametrize(("name", "form"), [("lars", "popular"), ("lars-classic", "classic")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_lars_equals_the_original(golden, name: str, form: str, dtype: torch.dtype) -> None:
+    """One group: biases and scales are left out by their shape; the rate begins at 0; zero weights and zero gradients occur."""
+    values = golden("contrastive_lars")
+    names = ["w", "b", "gamma", "w_zero"]
+    params = [nn.Parameter(torch.from_numpy(values[f"init/{n}"]).to(dtype)) for n in names]
+    settings = {"weight_decay": float(values["weight_decay"]), "momentum": float(values["momentum"])}
+    config = OptimConfig(name=name, trust_coefficient=float(values["trust_coefficient"]), **settings)
+    optimizer = build_optimizer(config, [ParamGroup(params=params)])
+    tolerance = {"rtol": 1e-9, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 2e-4, "atol": 2e-5}
+    others = ["classic" if form == "popular" else "popular", "lightly_variant"]
+    for step, lr in enumerate(values["lr"]):
+        for n, p in zip(names, params, strict=True):
+            p.grad = torch.from_numpy(values[f"grad/{n}"][step]).to(dtype)
+        optimizer.param_groups[0]["lr"] = float(lr)
+        optimizer.step()
+        for n, p in zip(names, params, strict=True):
+            np.testing.assert_allclose(p.detach().numpy(), values[f"{form}/{n}"][step], **tolerance)
+    for other in others:
+        assert max(np.abs(p.detach().numpy() - values[f"{other}/{n}"][-1]).max() for n, p in zip(names, params, strict=True)) > 1e-4
+
+
+def test_lars_worked_value_and_a_group_that_does_not_adapt() -> None:
+    config = OptimConfig(name="lars", base_lr=2.0, weight_decay=0.1)
+    w, held = (nn.Parameter(torch.tensor([[3.0, 4.0]], dtype=torch.float64)) for _ in range(2))
+    optimizer = build_optimizer(config, [ParamGroup(params=[w]), ParamGroup(params=[held], adapt=False)])
+    w.grad, held.grad = (torch.tensor([[1.0, 0.0]], dtype=torch.float64) for _ in range(2))
+    optimizer.step()
+    np.testing.assert_allclose(w.detach().numpy(), [[2.99044221, 3.99705914]], atol=5e-9)
+    np.testing.assert_allclose(held.detach().numpy(), [[3 - 2 * 1.3, 4 - 2 * 0.4]], atol=1e-12)
+
+
+def test_norms_of_half_precision_weights_do_not_overflow() -> None:
+    """400 x 400 weights of 1 and gradients of 200: the squares of the gradients sum to 6.4e9, beyond float16."""
+    w = nn.Parameter(torch.ones(400, 400, dtype=torch.float16))
+    optimizer = build_optimizer(OptimConfig(name="lars", base_lr=1.0, weight_decay=0, trust_coefficient=0.5), [ParamGroup(params=[w])])
+    w.grad = torch.full_like(w, 200)
+    optimizer.step()
+    assert w.detach().float().mean().item() == pytest.approx(0.5, abs=1e-3)
 
 
 @pytest.mark.parametrize("name", ["larc", "lars"])
@@ -63,6 +106,16 @@ def test_layerwise_rates_equal_their_equations(name: str) -> None:
         np.testing.assert_allclose(groups[1].params[0].detach().numpy(), plain, atol=1e-12)
 
 
+def test_learning_rate_falls_in_steps_after_the_warmup() -> None:
+    """MoCo v1: a tenth at 120 of 200 epochs, a hundredth at 160."""
+    plan = resolved(lr=0.03, start_lr=0.0, warmup_steps=0, milestones=(0.6, 0.8))
+    np.testing.assert_allclose([scheduled_lr(plan, s) for s in range(10)], [0.03] * 6 + [0.003] * 2 + [0.0003] * 2, rtol=1e-12)
+    warm = resolved(lr=0.03, start_lr=0.01, warmup_steps=3, milestones=(0.2, 0.8))
+    np.testing.assert_allclose([scheduled_lr(warm, s) for s in range(4)], [0.01, 0.02, 0.03, 0.003], rtol=1e-12)
+    with pytest.raises(ConfigError, match=r"optim\.milestones=\(0\.8, 0\.6\): use rising fractions"):
+        OptimConfig(schedule="steps", milestones=(0.8, 0.6))
+
+
 def test_groups_are_frozen_scaled_held_and_clipped() -> None:
     frozen, held, free = (nn.Parameter(torch.ones(2)) for _ in range(3))
     groups = [
@@ -83,7 +136,7 @@ def test_groups_are_frozen_scaled_held_and_clipped() -> None:
         assert [g["lr"] for g in optimizer.param_groups] == [scheduled_lr(plan, step), 2 * plan.lr, scheduled_lr(plan, step)]
 
 
-@pytest.mark.parametrize("name", ["larc", "lars", "sgd", "adamw"])
+@pytest.mark.parametrize("name", ["larc", "lars", "lars-classic", "sgd", "adamw"])
 def test_state_of_every_optimizer_goes_on_bit_exactly(name: str) -> None:
     def fresh() -> tuple[nn.Parameter, torch.optim.Optimizer]:
         p = nn.Parameter(torch.arange(6.0).view(2, 3) / 7)

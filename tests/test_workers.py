@@ -86,7 +86,7 @@ def test_batch_norm_over_workers_is_that_of_the_joined_batch(world: int, tmp_pat
 
 
 def test_synchronized_norms_keep_names_and_are_plain_ones_in_one_process() -> None:
-    method, views = built(SMALL[0])
+    method, views = built("swav-small")
     twin = copy.deepcopy(method)
     synchronized(twin)
     assert list(twin.state_dict()) == list(method.state_dict())
@@ -142,6 +142,7 @@ def _two_steps(rank: int, world: int, recipe: str, ddp: bool) -> dict[str, Any]:
         optimizer.step()
         method.after_step([out.outputs], progress)
         losses.append(mean_over_workers([out.loss.item()])[0])
+    average_statistics(method)  # as before every checkpoint
     return {"losses": losses, "gradients": gradients, "state": method.state_dict()}
 
 

@@ -36,8 +36,9 @@ def all_gather_rows(value: Tensor) -> Tensor:
     """`(B, ...)` of every worker, joined in rank order to `(W * B, ...)`; no gradient. Every worker must bring B rows."""
     if world_size() == 1:
         return value
-    parts = [torch.empty_like(value) for _ in range(world_size())]
-    dist.all_gather(parts, value.contiguous())
+    value = value.contiguous()  # images may be channels_last; the parts then must not be
+    parts = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(parts, value)
     return torch.cat(parts)
 
 

@@ -1,4 +1,4 @@
-"""Batch norm over the joined batch of all workers."""
+"""Batch norm over the joined batch of all workers, or over parts of it."""
 
 from __future__ import annotations
 
@@ -33,16 +33,8 @@ class SyncBatchNorm(_BatchNorm):
             return super().forward(input)
         out, mean, variance, rows = _SyncNormalize.apply(input, self.weight, self.bias, self.eps)
         if self.track_running_stats:
-            self._update(mean, variance * (rows / (rows - 1).clamp(min=1)))
+            _move_statistics(self, mean, variance * (rows / (rows - 1).clamp(min=1)))
         return out  # type: ignore[no-any-return]
-
-    @torch.no_grad()
-    def _update(self, mean: Tensor, variance: Tensor) -> None:
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        weight = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)
-        self.running_var.lerp_(variance.to(self.running_var.dtype), weight)
 
 
 class SyncBatchNormAct(SyncBatchNorm):
@@ -53,6 +45,15 @@ class SyncBatchNormAct(SyncBatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         return self.act(self.drop(super().forward(input)))  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _move_statistics(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    weight = norm.momentum if norm.momentum is not None else 1 / float(norm.num_batches_tracked)
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), weight)
+    norm.running_var.lerp_(variance.to(norm.running_var.dtype), weight)
 
 
 class _SyncNormalize(torch.autograd.Function):
@@ -92,19 +93,77 @@ class _SyncNormalize(torch.autograd.Function):
         return dx.to(x.dtype), None if weight is None else dweight, dbias if ctx.has_bias else None, None
 
 
+class GroupedBatchNorm(_BatchNorm):
+    """Batch norm whose training statistics are those of `groups` parts of the joined batch of all workers, each part on its own.
+
+    A worker holds groups / W parts, of consecutive rows, and never less than one: so one worker with groups = W does what
+    W workers do that do not synchronise. Running statistics move once a step, by the mean over this worker's parts.
+    Input `(B, C)`, `(B, C, L)` or `(B, C, H, W)`.
+    """
+
+    groups: int = 1
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected (B, C, ...), got {tuple(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        parts = min(max(1, self.groups // world_size()), max(1, len(input) // 2))
+        if not self.training or parts == 1:
+            return super().forward(input)
+        means, variances = (torch.zeros(parts, self.num_features, device=input.device, dtype=promote(input).dtype) for _ in range(2))
+        out = [  # with a momentum of 1 the buffers receive the statistics of the part
+            F.batch_norm(x, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
+            for x, mean, variance in zip(input.tensor_split(parts), means, variances, strict=True)
+        ]
+        if self.track_running_stats:
+            _move_statistics(self, means.mean(0), variances.mean(0))
+        return torch.cat(out)
+
+
+class GroupedBatchNormAct(GroupedBatchNorm):
+    """timm's batch norm with its drop-out and activation behind it."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(input)))  # type: ignore[no-any-return]
+
+
 def synchronized(module: nn.Module) -> nn.Module:
-    """The module with every batch norm replaced by one over all workers; names, parameters and buffers stay the same objects."""
-    if isinstance(module, _BatchNorm) and not isinstance(module, (SyncBatchNorm, nn.SyncBatchNorm)):
-        kind = SyncBatchNormAct if isinstance(module, BatchNormAct2d) else SyncBatchNorm
+    """The module with every batch norm replaced by one over all workers; names, parameters and buffers stay the same objects.
+
+    Grouped ones stay: their method wants statistics of parts.
+    """
+    return _replaced(module, SyncBatchNorm, SyncBatchNormAct)
+
+
+def grouped(module: nn.Module, groups: int) -> nn.Module:
+    """The module with every batch norm replaced by one over `groups` parts; names, parameters and buffers stay the same objects."""
+    module = _replaced(module, GroupedBatchNorm, GroupedBatchNormAct)
+    for norm in module.modules():
+        if isinstance(norm, GroupedBatchNorm):
+            norm.groups = groups
+    return module
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    return any(isinstance(m, _BatchNorm) for m in module.modules())
+
+
+def _replaced(module: nn.Module, plain: type[_BatchNorm], with_activation: type[_BatchNorm]) -> nn.Module:
+    if isinstance(module, _BatchNorm) and not isinstance(module, (plain, GroupedBatchNorm, nn.SyncBatchNorm)):
+        kind = with_activation if isinstance(module, BatchNormAct2d) else plain
         twin = kind(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats, device="meta")
         twin.weight, twin.bias = module.weight, module.bias
         twin.running_mean, twin.running_var = module.running_mean, module.running_var
         twin.num_batches_tracked = module.num_batches_tracked
-        if isinstance(twin, SyncBatchNormAct):
-            twin.drop, twin.act = module.drop, module.act  # type: ignore[assignment]
+        if isinstance(module, BatchNormAct2d):
+            twin.drop, twin.act = module.drop, module.act
         return twin.train(module.training)
     for name, child in module.named_children():
-        setattr(module, name, synchronized(child))
+        setattr(module, name, _replaced(child, plain, with_activation))
     return module
 
 

@@ -19,3 +19,8 @@ def warmup_cosine(step: int, *, total_steps: int, warmup_steps: int, start: floa
     if step < warmup_steps:
         return start + (base - start) * step / max(1, warmup_steps - 1)
     return cosine(step - warmup_steps, total_steps - warmup_steps, base, final)
+
+
+def falling_steps(step: int, *, total_steps: int, base: float, milestones: tuple[float, ...]) -> float:
+    """MoCo v1's learning rate: a tenth of itself from each milestone on, given as a fraction of the run."""
+    return base * 0.1 ** sum(step >= round(share * total_steps) for share in milestones)

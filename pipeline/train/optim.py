@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from methods.parts.contract import ParamGroup
-from methods.parts.schedules import warmup_cosine
+from methods.parts.schedules import falling_steps, warmup_cosine
 from pipeline.config import OptimConfig, Resolved
 
 
@@ -19,6 +19,8 @@ class _LayerwiseSGD(Optimizer):
 
     Parameters without a gradient are skipped, momentum included.
     """
+
+    rate_in_momentum = False  # m = momentum m + lr g', p -= m
 
     def __init__(
         self, params: Any, *, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, trust: float = 0.001, eps: float = 1e-8
@@ -41,8 +43,8 @@ class _LayerwiseSGD(Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(p)
                 buffers.append(state["momentum_buffer"])
             torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, directions)
-            torch._foreach_add_(params, buffers, alpha=-group["lr"])
+            torch._foreach_add_(buffers, directions, alpha=group["lr"] if self.rate_in_momentum else 1)
+            torch._foreach_add_(params, buffers, alpha=-1 if self.rate_in_momentum else -group["lr"])
 
     def scaled(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """The rescaled gradients g', one for each parameter."""
@@ -74,20 +76,34 @@ class LARC(_LayerwiseSGD):
 
 
 class LARS(_LayerwiseSGD):
-    """Layer-wise adaptive rate scaling in its popular form: g' = r (g + wd p), r = trust |p| / |g + wd p|, or 1 where a norm is 0.
+    """Layer-wise adaptive rate scaling in its popular form (BYOL's code): g' = r (g + wd p), r = trust |p| / |g + wd p|.
 
-    Groups with `adapt=False` take g + wd p; biases and norms belong there, with `decay=False`.
+    r = 1 where a norm is 0, so weights that begin at zero move. Vectors (biases, scales and shifts of norms) neither adapt
+    nor decay: g' = g. Groups with `adapt=False` take g + wd p.
     """
 
     def scaled(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        decayed = torch._foreach_add(grads, params, alpha=group["weight_decay"]) if group["weight_decay"] else grads
-        if not group["adapt"]:
-            return list(decayed)
         result = []
-        for g, p_norm, g_norm in zip(decayed, _norms(params), _norms(list(decayed)), strict=True):
+        decays = [group["weight_decay"] if p.ndim > 1 else 0.0 for p in params]
+        decayed = [torch.add(g, p, alpha=decay) if decay else g for g, p, decay in zip(grads, params, decays, strict=True)]
+        if not group["adapt"]:
+            return decayed
+        for p, g, p_norm, g_norm in zip(params, decayed, _norms(params), _norms(decayed), strict=True):
             rate = torch.where((p_norm > 0) & (g_norm > 0), group["trust"] * p_norm / g_norm, torch.ones_like(p_norm))
-            result.append(rate * g)
+            result.append(rate * g if p.ndim > 1 else g)
         return result
+
+
+class ClassicLARS(LARS):
+    """LARS as SimCLR's code has it: the momentum holds steps, m = momentum m + lr g', p -= m.
+
+    It equals the popular form while the learning rate stays, and differs in warm-up and decay.
+    """
+
+    rate_in_momentum = True
+
+
+LAYERWISE = {"larc": LARC, "lars": LARS, "lars-classic": ClassicLARS}
 
 
 def build_optimizer(config: OptimConfig, groups: Iterable[ParamGroup]) -> Optimizer:
@@ -102,19 +118,20 @@ def build_optimizer(config: OptimConfig, groups: Iterable[ParamGroup]) -> Optimi
             "clip": group.clip,
             "frozen_steps": group.frozen_steps,
         }
-        if config.name in ("larc", "lars"):
+        if config.name in LAYERWISE:
             one["adapt"] = group.adapt
         settings.append(one)
     if config.name == "adamw":
         return torch.optim.AdamW(settings, lr=config.base_lr, betas=config.betas, fused=True)
     if config.name == "sgd":
         return torch.optim.SGD(settings, lr=config.base_lr, momentum=config.momentum)
-    kind = LARC if config.name == "larc" else LARS
-    return kind(settings, lr=config.base_lr, momentum=config.momentum, trust=config.trust_coefficient)
+    return LAYERWISE[config.name](settings, lr=config.base_lr, momentum=config.momentum, trust=config.trust_coefficient)
 
 
 def scheduled_lr(resolved: Resolved, step: int) -> float:
     """The learning rate of the step after `step` completed ones."""
+    if resolved.milestones is not None and step >= resolved.warmup_steps:
+        return falling_steps(step, total_steps=resolved.facts.total_steps, base=resolved.lr, milestones=resolved.milestones)
     return warmup_cosine(
         step,
         total_steps=resolved.facts.total_steps,

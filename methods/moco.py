@@ -1,0 +1,164 @@
+"""MoCo: match a query to the key of the same image among a queue of earlier keys. He et al. 2019, arXiv:1911.05722.
+
+MoCo v2 (Chen et al. 2020, arXiv:2003.04297) adds a hidden layer to the projector, blur, and a higher temperature. With
+q = query(x1) and k = key(x2) unit rows `(N, D)` and a queue of K keys of earlier batches (eq. 1; Algorithm 1):
+
+    theta_k <- m theta_k + (1 - m) theta_q                                        (eq. 2, before the keys are made)
+    loss = - 1/N sum_i log( exp(q_i . k_i / tau) / ( exp(q_i . k_i / tau) + sum_j exp(q_i . queue_j / tau) ) )
+    the keys enter the queue, the oldest leave it                                 (after the step)
+
+Shuffled batch norm: the keys' images are permuted over the whole batch, then every norm sees one part of it. So a query
+and its key are normalised in different company, and their statistics do not tell that they belong together.
+
+Departs:
+    The batch norm of the original sees the images of one GPU, of eight. Here it sees one of `bn_groups` parts of the batch
+    on any number of workers up to as many, so one device, too, does what eight do.
+    The queue takes batches of any size (the original asks that they divide its length).
+    With micro-batches, all of one step see the same queue, and their keys enter it together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from methods.parts import ema
+from methods.parts.backbones import num_features
+from methods.parts.contract import (
+    Masks,
+    Method,
+    MethodConfig,
+    Outputs,
+    Progress,
+    RunFacts,
+    SearchRange,
+    StepOutput,
+    register,
+    searchable,
+)
+from methods.parts.contrast import contrast_meters, info_nce, pair
+from methods.parts.distributed import all_gather_rows, rank, world_size
+from methods.parts.errors import ConfigError, require
+from methods.parts.norms import grouped, has_batch_norm
+from methods.parts.numerics import embedding_std, full_precision, l2_normalize, promote
+from methods.parts.queue import Ring
+from methods.parts.views import CropGroup, Views, ViewsConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoCoConfig(MethodConfig):
+    # tau; v1: 0.07
+    temperature: float = searchable(0.2, SearchRange(0.05, 0.5, "log", reason="best near 0.07 with one linear layer, 0.2 with two"))
+    # m in eq. (2): how slowly the key network follows
+    momentum: float = searchable(0.999, SearchRange(scale="choice", choices=(0.9, 0.99, 0.996, 0.999), reason="short runs take less"))
+    # K, over all workers
+    queue_length: int = searchable(65536, SearchRange(scale="choice", choices=(1024, 4096, 16384, 65536), reason="at most the images"))
+    projector_layers: int = 2  # v1: 1
+    projector_hidden: int | None = None  # None = the width of the features
+    projection_dim: int = 128  # D
+    bn_groups: int = 8  # batch norm sees the global batch in so many parts
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, "method.temperature", self.temperature, "use a positive number, e.g. 0.2")
+        require(0 <= self.momentum <= 1, "method.momentum", self.momentum, "use a number in [0, 1], e.g. 0.999")
+        require(self.queue_length >= 1, "method.queue_length", self.queue_length, "use 1 or more, e.g. 65536")
+        require(self.projector_layers >= 1, "method.projector_layers", self.projector_layers, "use 1 or more")
+        require(
+            self.projector_hidden is None or self.projector_hidden >= 1,
+            "method.projector_hidden",
+            self.projector_hidden,
+            "use 1 or more, or leave it out",
+        )
+        require(self.projection_dim >= 2, "method.projection_dim", self.projection_dim, "use 2 or more")
+        require(self.bn_groups >= 1, "method.bn_groups", self.bn_groups, "use 1 or more, e.g. 8")
+
+
+@register("moco", MoCoConfig)
+class MoCo(Method):
+    config: MoCoConfig
+    paper = "He et al. 2019, arXiv:1911.05722; v2: arXiv:2003.04297"
+    sync_batchnorm = False  # statistics of the joined batch would tell which key belongs to which query
+
+    def __init__(self, config: MoCoConfig, backbone: nn.Module, facts: RunFacts) -> None:
+        super().__init__()
+        batch, groups = facts.global_batch_size, config.bn_groups
+        self.has_batch_norm = has_batch_norm(backbone)  # a ViT has none: nothing to shuffle for
+        if self.has_batch_norm and (batch % groups or batch < 2 * groups):
+            near = max(g for g in range(1, groups + 1) if batch % g == 0 and batch >= 2 * g)
+            raise ConfigError(
+                f"method.bn_groups={groups}: cannot share train.global_batch_size={batch} evenly, two images or more to each; use {near}"
+            )
+        self.config = config
+        width = num_features(backbone)
+        projector = head(width, config.projector_hidden or width, config.projection_dim, config.projector_layers)
+        self.query = grouped(nn.Sequential(OrderedDict(backbone=backbone, projector=projector)), groups)
+        self.key = ema.frozen_copy(self.query)
+        self.queue = Ring(config.queue_length, config.projection_dim)
+
+    @classmethod
+    def default_views(cls) -> ViewsConfig:
+        """2 x 224 with v2's colours and blur."""
+        return {"global": CropGroup(count=2, size=224, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1))}
+
+    def before_step(self, progress: Progress) -> None:
+        begins = progress.step == 0 and not int(self.queue.filled)  # whatever weights the run was given
+        ema.update(self.key, self.query, 0.0 if begins else self.config.momentum)  # eq. (2)
+
+    def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
+        x1, x2 = pair(views)
+        q = l2_normalize(promote(self.query(x1)))  # (n, D)
+        k = self.keys(x2, progress)  # (n, D)
+        with full_precision(q):
+            logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ self.queue.rows.T], dim=1) / self.config.temperature
+            positives = torch.zeros(len(q), dtype=torch.int64, device=q.device)  # (n, 1 + K): the key comes first
+            loss = info_nce(logits, positives)
+            metrics = contrast_meters(logits, positives, self.config.temperature)
+        metrics |= {"embedding_std": embedding_std(q.detach()), "queue_age": self.queue.age, "queue_fill": self.queue.fill}
+        return StepOutput(loss=loss, metrics=metrics, outputs={"k": k})
+
+    @torch.no_grad()
+    def keys(self, images: Tensor, progress: Progress) -> Tensor:
+        """Unit keys of the own images, `(n, 3, H, W) -> (n, D)`, normalised in random company (v1 sec. 3.3)."""
+        n = len(images)
+        own = slice(rank() * n, (rank() + 1) * n)
+        if not self.has_batch_norm or max(self.config.bn_groups, world_size()) == 1:
+            return l2_normalize(promote(self.key(images)))
+        order = torch.randperm(n * world_size(), generator=progress.generator).to(images.device)  # the same on every worker
+        k = self.key(all_gather_rows(images)[order[own]])
+        return l2_normalize(promote(all_gather_rows(k)[order.argsort()[own]]))
+
+    def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
+        self.queue.push(torch.cat([part["k"] for part in outputs]))
+
+    def evaluation_backbone(self) -> nn.Module:
+        return self.query.get_submodule("backbone")
+
+    def chance_loss(self) -> tuple[float, str]:
+        return math.log(self.config.queue_length + 1), "ln(K + 1)"
+
+    def stuck_remedies(self) -> str:
+        return f"try method.temperature={self.config.temperature * 2:g}, method.momentum=0.99 for a short run, or a lower optim.base_lr"
+
+    def advice(self, facts: RunFacts) -> Iterable[str]:
+        length, images, steps = self.config.queue_length, facts.num_images, facts.total_steps
+        filling = math.ceil(length / facts.global_batch_size)
+        if images is not None and length > images:
+            yield (
+                f"method.queue_length={length} for {images} images: it holds several copies of each, all taken for negatives; "
+                f"use {max(1, images // 2)} or fewer"
+            )
+        if filling > steps // 2:
+            yield f"method.queue_length={length} is filled after {filling} steps of {steps}; the loss rises until then; use a shorter queue"
+
+
+def head(in_features: int, hidden_features: int, out_features: int, layers: int) -> nn.Sequential:
+    """Linear layers with ReLU between them and no norm: `(B, in) -> (B, out)`."""
+    blocks: list[nn.Module] = []
+    for i in range(layers - 1):
+        blocks += [nn.Linear(hidden_features if i else in_features, hidden_features), nn.ReLU(inplace=True)]
+    return nn.Sequential(*blocks, nn.Linear(hidden_features if layers > 1 else in_features, out_features))

@@ -1,0 +1,165 @@
+"""NNCLR: the positive of a view is its nearest neighbour among earlier images. Dwibedi et al. 2021, arXiv:2104.14548.
+
+With z = projector(backbone(x)), p = predictor(z), n(v) = v / |v|, and Q a support set of K earlier n(z) `(K, D)`:
+
+    NN(z) = the row of Q nearest to n(z)                                                                (eq. 2)
+    A(z, p)_i = - log( exp(NN(z_i) . n(p_i) / tau) / sum_k exp(NN(z_i) . n(p_k) / tau) ),   k = 1..N     (eq. 3)
+    loss = 1/(2N) sum_i A(z1, p2)_i + A(z2, p1)_i                                    (symmetric, Algorithm 1)
+    n(z1) enters Q, the oldest rows leave it                                          (after the step)
+
+No gradient passes through the neighbours: it reaches the network through the predictions alone.
+
+Departs:
+    Rows of the support set are normalised when they enter; so the nearest by cosine is the nearest by distance.
+    `warmup_with_views` (off as in the paper): while the support set is not full, the positive is n(z) itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from methods.parts.backbones import num_features
+from methods.parts.contract import (
+    Masks,
+    Method,
+    MethodConfig,
+    Outputs,
+    ParamGroup,
+    Progress,
+    RunFacts,
+    SearchRange,
+    StepOutput,
+    register,
+    searchable,
+)
+from methods.parts.contrast import contrast_meters, info_nce, pair, weights_and_vectors
+from methods.parts.distributed import all_gather_rows, gather_with_gradient, rank
+from methods.parts.errors import require
+from methods.parts.heads import mlp
+from methods.parts.numerics import embedding_std, full_precision, l2_normalize, promote
+from methods.parts.queue import Ring
+from methods.parts.views import CropGroup, Views, ViewsConfig
+
+LOOKUP_ROWS = 1024  # so many rows look for their neighbours at a time: 400 MB of cosines with 98,304 rows in the set
+
+
+@dataclass(frozen=True, kw_only=True)
+class NNCLRConfig(MethodConfig):
+    # tau in eq. (3)
+    temperature: float = searchable(0.1, SearchRange(0.05, 0.5, "log", reason="0.2 on small images"))
+    # K, over all workers
+    support_set_size: int = searchable(
+        98304, SearchRange(scale="choice", choices=(1024, 4096, 16384, 65536, 98304), reason="larger is better, up to the images")
+    )
+    projector_hidden: int = 2048
+    projection_dim: int = 256  # D
+    projector_last_norm: bool = True  # batch norm behind the projector's last layer
+    predictor_hidden: int = 4096
+    column_term: bool = False  # add the transposed softmax: predictions against the neighbours of all images
+    warmup_with_views: bool = False  # until the support set is full, the positive is the other view, as in SimCLR
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, "method.temperature", self.temperature, "use a positive number, e.g. 0.1")
+        require(self.support_set_size >= 1, "method.support_set_size", self.support_set_size, "use 1 or more, e.g. 98304")
+        require(self.projector_hidden >= 1, "method.projector_hidden", self.projector_hidden, "use 1 or more")
+        require(self.projection_dim >= 2, "method.projection_dim", self.projection_dim, "use 2 or more")
+        require(self.predictor_hidden >= 1, "method.predictor_hidden", self.predictor_hidden, "use 1 or more")
+
+
+@register("nnclr", NNCLRConfig)
+class NNCLR(Method):
+    config: NNCLRConfig
+    paper = "Dwibedi et al. 2021, arXiv:2104.14548"
+    accumulation = "refuse"  # the predictions of all images are candidates
+    accumulation_remedy = "the support set gives varied positives to a small batch, too"
+
+    labels: Tensor  # (K,), of the rows of the support set; -1 = unknown
+
+    def __init__(self, config: NNCLRConfig, backbone: nn.Module, facts: RunFacts) -> None:
+        super().__init__()
+        self.config = config
+        self.global_batch_size = facts.global_batch_size
+        self.backbone = backbone
+        self.projector = mlp(num_features(backbone), config.projector_hidden, config.projection_dim, layers=3)
+        if config.projector_last_norm:
+            self.projector.append(nn.BatchNorm1d(config.projection_dim))
+        self.predictor = mlp(config.projection_dim, config.predictor_hidden, config.projection_dim)
+        self.support_set = Ring(config.support_set_size, config.projection_dim)
+        self.register_buffer("labels", torch.full((config.support_set_size,), -1, dtype=torch.int64))
+
+    @classmethod
+    def default_views(cls) -> ViewsConfig:
+        """2 x 224, one of BYOL's augmentations each: the first always blurred, the second at times solarised."""
+        first = CropGroup(count=1, size=224, scale=(0.08, 1.0), interpolation="bicubic", jitter=(0.4, 0.4, 0.2, 0.1), blur=1.0)
+        second = CropGroup(
+            count=1, size=224, scale=(0.08, 1.0), interpolation="bicubic", jitter=(0.4, 0.4, 0.2, 0.1), blur=0.1, solarize=0.2
+        )
+        return {"first": first, "second": second}
+
+    def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
+        z1, z2 = (self.projector(self.backbone(x)) for x in pair(views))  # (n, D) each
+        p1, p2 = (l2_normalize(promote(self.predictor(z))) for z in (z1, z2))
+        with full_precision(p1):
+            u1, u2 = (l2_normalize(promote(z.detach())) for z in (z1, z2))
+            (nn1, labels1), (nn2, _) = self.neighbours(u1), self.neighbours(u2)
+            logits, positives = self.logits(nn1, p2)
+            loss = 0.5 * info_nce(logits, positives) + 0.5 * info_nce(*self.logits(nn2, p1))
+            if self.config.column_term:
+                loss = loss + 0.5 * info_nce(*self.logits(p2, nn1)) + 0.5 * info_nce(*self.logits(p1, nn2))
+            metrics = contrast_meters(logits, positives, self.config.temperature)
+        known = (views.labels >= 0) & (labels1 >= 0)
+        metrics |= {
+            "embedding_std": embedding_std(u1),
+            "neighbour_agreement": (known & (labels1 == views.labels)).sum() / known.sum().clamp(min=1),  # 0 without labels
+            "queue_age": self.support_set.age,
+            "queue_fill": self.support_set.fill,
+        }
+        return StepOutput(loss=loss, metrics=metrics, outputs={"u1": u1, "labels": views.labels})
+
+    @torch.no_grad()
+    def neighbours(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest row of the support set for each unit row, and its label: `(n, D) -> (n, D), (n,)`."""
+        rows = self.support_set.rows
+        nearest = torch.cat([(part @ rows.T).argmax(dim=1) for part in u.split(LOOKUP_ROWS)])
+        found = rows[nearest]
+        if self.config.warmup_with_views:
+            found = torch.where(self.support_set.full, found, u)
+        return found, self.labels[nearest]
+
+    def logits(self, anchors: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        """Own anchors `(n, D)` against the candidates `(n, D)` of all workers: `(n, N)`, and each one's column `(n,)`."""
+        n = len(anchors)
+        own = torch.arange(n, device=anchors.device) + rank() * n
+        return anchors @ gather_with_gradient(candidates).T / self.config.temperature, own
+
+    def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
+        places = self.support_set.push(outputs[0]["u1"])
+        self.labels[places] = all_gather_rows(outputs[0]["labels"])[-len(places) :]
+
+    def param_groups(self) -> list[ParamGroup]:
+        return weights_and_vectors(self)
+
+    def evaluation_backbone(self) -> nn.Module:
+        return self.backbone
+
+    def chance_loss(self) -> tuple[float, str]:
+        return math.log(self.global_batch_size), "ln N"
+
+    def stuck_remedies(self) -> str:
+        return f"try method.warmup_with_views=true, method.temperature={self.config.temperature * 2:g}, or a lower optim.base_lr"
+
+    def advice(self, facts: RunFacts) -> Iterable[str]:
+        size, images, steps = self.config.support_set_size, facts.num_images, facts.total_steps
+        filling = math.ceil(size / facts.global_batch_size)
+        if images is not None and size > images:
+            yield (
+                f"method.support_set_size={size} for {images} images: neighbours are mostly the image itself; "
+                f"use {max(1, images // 2)} or fewer"
+            )
+        if filling > steps // 2:
+            yield f"method.support_set_size={size} is filled after {filling} steps of {steps}, and holds noise until then; use fewer rows"

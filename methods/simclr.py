@@ -1,0 +1,189 @@
+"""SimCLR: pick out the other view of the same image among all views of the batch. Chen et al. 2020, arXiv:2002.05709.
+
+SimCLR v2 (Chen et al. 2020, arXiv:2006.10029) has a deeper projector and, as an option, a memory of earlier views. With N
+images, two views each, z unit projections `(2N, D)` and s_ij = z_i . z_j / tau (eq. 1; Algorithm 1):
+
+    loss_i = - s_ip + log( sum_{j != i} exp(s_ij)  +  sum_k exp(z_i . m_k / tau) ),     loss = 1/(2N) sum_i loss_i
+
+where p is the other view of i's image. The second sum is there with a memory only: m_k are K unit projections of second
+views of earlier batches, made by a slow copy of the network, theta_k <- m theta_k + (1 - m) theta before every step.
+
+Departs:
+    The loss is the mean over all 2N views; the original code adds the means of the two views, which is twice as much.
+    Batch norm follows every linear layer of the projector, the last one without a shift, as in the original code (the
+    paper writes linear layers and ReLU only).
+    The memory has no formula and no code in the paper; rows join the negatives, and enter after the step, as in MoCo.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from methods.parts import ema
+from methods.parts.backbones import num_features
+from methods.parts.contract import (
+    Masks,
+    Method,
+    MethodConfig,
+    Outputs,
+    ParamGroup,
+    Progress,
+    RunFacts,
+    SearchRange,
+    StepOutput,
+    register,
+    searchable,
+)
+from methods.parts.contrast import contrast_meters, info_nce, pair, weights_and_vectors
+from methods.parts.distributed import gather_with_gradient, rank
+from methods.parts.errors import require
+from methods.parts.numerics import embedding_std, full_precision, l2_normalize, promote
+from methods.parts.queue import Ring
+from methods.parts.views import CropGroup, Views, ViewsConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimCLRConfig(MethodConfig):
+    # tau
+    temperature: float = searchable(0.1, SearchRange(0.05, 1.0, "log", reason="small: hard negatives count more; large batches take less"))
+    projector_layers: int = 2  # v2: 3
+    projector_hidden: int | None = None  # None = the width of the features
+    projection_dim: int = 128  # D
+    # K rows over all workers; 0 = v1
+    memory_size: int = searchable(0, SearchRange(scale="choice", choices=(0, 4096, 16384, 65536), reason="negatives beyond the batch"))
+    memory_momentum: float = 0.999  # m: how slowly the network of the memory follows
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, "method.temperature", self.temperature, "use a positive number, e.g. 0.1")
+        require(self.projector_layers >= 1, "method.projector_layers", self.projector_layers, "use 1 or more")
+        require(
+            self.projector_hidden is None or self.projector_hidden >= 1,
+            "method.projector_hidden",
+            self.projector_hidden,
+            "use 1 or more, or leave it out",
+        )
+        require(self.projection_dim >= 2, "method.projection_dim", self.projection_dim, "use 2 or more")
+        require(self.memory_size >= 0, "method.memory_size", self.memory_size, "use 0 for no memory, or e.g. 65536")
+        require(0 <= self.memory_momentum <= 1, "method.memory_momentum", self.memory_momentum, "use a number in [0, 1], e.g. 0.999")
+
+
+@register("simclr", SimCLRConfig)
+class SimCLR(Method):
+    config: SimCLRConfig
+    paper = "Chen et al. 2020, arXiv:2002.05709; v2: arXiv:2006.10029"
+    accumulation = "refuse"  # every view of the batch is a negative of every other
+    accumulation_remedy = "method.memory_size adds negatives without a larger batch"
+
+    def __init__(self, config: SimCLRConfig, backbone: nn.Module, facts: RunFacts) -> None:
+        super().__init__()
+        self.config = config
+        self.global_batch_size = facts.global_batch_size
+        width = num_features(backbone)
+        projector = head(width, config.projector_hidden or width, config.projection_dim, config.projector_layers)
+        self.network = nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
+        if config.memory_size:
+            self.slow_network = ema.frozen_copy(self.network)
+            self.memory = Ring(config.memory_size, config.projection_dim)
+
+    @classmethod
+    def default_views(cls) -> ViewsConfig:
+        """2 x 224, colour strength 1 (v1, appendix A)."""
+        return {"global": CropGroup(count=2, size=224, scale=(0.08, 1.0), interpolation="bicubic")}
+
+    def before_step(self, progress: Progress) -> None:
+        if self.config.memory_size:
+            begins = progress.step == 0 and not int(self.memory.filled)  # whatever weights the run was given
+            ema.update(self.slow_network, self.network, 0.0 if begins else self.config.memory_momentum)
+
+    def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
+        x1, x2 = pair(views)
+        z = l2_normalize(promote(self.network(torch.cat([x1, x2]))))  # (2n, D): batch norm sees both views
+        with full_precision(z):
+            logits, partners = self.logits(z)
+            loss = info_nce(logits, partners)
+            metrics = contrast_meters(logits, partners, self.config.temperature)
+            metrics["embedding_std"] = embedding_std(z[: len(x1)].detach())
+        if not self.config.memory_size:
+            return StepOutput(loss=loss, metrics=metrics)
+        with torch.no_grad():
+            rows = self.slow_network(x2)
+        metrics |= {"queue_age": self.memory.age, "queue_fill": self.memory.fill}
+        return StepOutput(loss=loss, metrics=metrics, outputs={"memory": rows})
+
+    def logits(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Own views against all candidates.
+
+        Args:
+            z: unit projections of the n own images, first views and then second ones, `(2n, D)`.
+
+        Returns:
+            `(2n, 2N + K)` with -inf where a view meets itself, and the column of each one's partner `(2n,)`.
+        """
+        n = len(z) // 2
+        everyone = gather_with_gradient(torch.stack(z.chunk(2), dim=1))  # (N, 2, D): pairs stay together
+        total = len(everyone)
+        own = torch.arange(n, device=z.device) + rank() * n
+        themselves = torch.cat([own, own + total])
+        partners = torch.cat([own + total, own])
+        candidates = everyone.transpose(0, 1).flatten(0, 1)  # (2N, D)
+        s = z @ candidates.T / self.config.temperature
+        s = s.scatter(1, themselves[:, None], -math.inf)
+        if self.config.memory_size:
+            s = torch.cat([s, z @ self.memory.rows.T / self.config.temperature], dim=1)
+        return s, partners
+
+    def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
+        if self.config.memory_size:
+            self.memory.push(promote(outputs[0]["memory"]))
+
+    def param_groups(self) -> list[ParamGroup]:
+        return weights_and_vectors(self.network)
+
+    def evaluation_backbone(self) -> nn.Module:
+        return self.network.get_submodule("backbone")
+
+    def network_up_to(self, layer: int) -> nn.Module:
+        """Backbone and the first layers of the projector, norm and ReLU included: what SimCLR v2 fine-tunes (layer 1)."""
+        projector = self.network.get_submodule("projector")
+        assert isinstance(projector, nn.Sequential)
+        require(0 <= layer <= len(projector), "layer", layer, f"use 0 for the backbone alone, at most {len(projector)}")
+        return nn.Sequential(self.evaluation_backbone(), *projector[:layer])
+
+    def chance_loss(self) -> tuple[float, str]:
+        extra = f" + {self.config.memory_size}" if self.config.memory_size else ""
+        return math.log(2 * self.global_batch_size - 1 + self.config.memory_size), f"ln(2N - 1{extra})"
+
+    def stuck_remedies(self) -> str:
+        return (
+            f"try method.temperature={self.config.temperature * 2:g}, a lower optim.base_lr or a longer warm-up, or softer crops and jitter"
+        )
+
+    def advice(self, facts: RunFacts) -> Iterable[str]:
+        size = self.config.memory_size
+        if facts.num_images is not None and size > facts.num_images:
+            yield (
+                f"method.memory_size={size} for {facts.num_images} images: it holds several copies of each, all taken for "
+                f"negatives; use {facts.num_images // 2} or fewer"
+            )
+
+
+def head(in_features: int, hidden_features: int, out_features: int, layers: int) -> nn.Sequential:
+    """Layers of Linear, batch norm and ReLU; the last without ReLU, its norm without shift: `(B, in) -> (B, out)`."""
+    widths = [in_features] + [hidden_features] * (layers - 1) + [out_features]
+    blocks = []
+    for narrow, wide in pairwise(widths):
+        linear = nn.Linear(narrow, wide, bias=False)
+        nn.init.normal_(linear.weight, std=0.01)
+        blocks.append(nn.Sequential(linear, nn.BatchNorm1d(wide), nn.ReLU(inplace=True)))
+    last = blocks[-1]
+    norm = nn.BatchNorm1d(out_features)
+    norm.bias = None  # type: ignore[assignment]
+    blocks[-1] = nn.Sequential(last[0], norm)
+    return nn.Sequential(*blocks)
