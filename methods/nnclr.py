@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -95,11 +95,10 @@ class NNCLR(Method):
     @classmethod
     def default_views(cls) -> ViewsConfig:
         """2 x 224, one of BYOL's augmentations each: the first always blurred, the second at times solarised."""
-        first = CropGroup(count=1, size=224, scale=(0.08, 1.0), interpolation="bicubic", jitter=(0.4, 0.4, 0.2, 0.1), blur=1.0)
-        second = CropGroup(
-            count=1, size=224, scale=(0.08, 1.0), interpolation="bicubic", jitter=(0.4, 0.4, 0.2, 0.1), blur=0.1, solarize=0.2
+        first = CropGroup(
+            count=1, size=224, scale=(0.08, 1.0), interpolation="bicubic", jitter=(0.4, 0.4, 0.2, 0.1), blur=1.0, blur_taps=23
         )
-        return {"first": first, "second": second}
+        return {"first": first, "second": replace(first, blur=0.1, solarize=0.2)}
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         z1, z2 = (self.projector(self.backbone(x)) for x in pair(views))  # (n, D) each

@@ -95,7 +95,7 @@ class SimCLR(Method):
     @classmethod
     def default_views(cls) -> ViewsConfig:
         """2 x 224, colour strength 1 (v1, appendix A)."""
-        return {"global": CropGroup(count=2, size=224, scale=(0.08, 1.0), interpolation="bicubic")}
+        return {"global": CropGroup(count=2, size=224, scale=(0.08, 1.0), interpolation="bicubic", blur_taps=23)}
 
     def before_step(self, progress: Progress) -> None:
         if self.config.memory_size:

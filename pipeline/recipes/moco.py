@@ -30,7 +30,10 @@ def v1() -> RunConfig:
     second = v2()
     return replace(
         second,
-        views={name: replace(group, jitter=(0.4, 0.4, 0.4, 0.4), jitter_probability=1.0, blur=0.0) for name, group in second.views.items()},
+        views={
+            name: replace(group, jitter=(0.4, 0.4, 0.4, 0.4), jitter_probability=1.0, grayscale_first=True, blur=0.0)
+            for name, group in second.views.items()
+        },
         method=MoCoConfig(temperature=0.07, projector_layers=1),
         optim=replace(second.optim, schedule="steps", milestones=(0.6, 0.8)),  # epochs 120 and 160
     )

@@ -29,7 +29,7 @@ def cifar10() -> RunConfig:
     views = NNCLR.default_views()
     return RunConfig(
         data=DataConfig(path="cifar10/train", mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616)),
-        views={name: replace(group, size=32, scale=(0.2, 1.0), blur=0.0) for name, group in views.items()},
+        views={name: replace(group, size=32, scale=(0.2, 1.0), blur=0.0, blur_taps=None) for name, group in views.items()},
         backbone=BackboneConfig(name="resnet18", stem="full"),
         method=NNCLRConfig(temperature=0.2, support_set_size=32768),
         optim=OptimConfig(name="lars", base_lr=1.0, lr_rule="linear", warmup_epochs=10, weight_decay=1e-5),
