@@ -31,7 +31,7 @@ def small() -> RunConfig:
         data=DataConfig(path="patches"),
         views=views,
         backbone=BackboneConfig(name="resnet18", stem="strided", width=0.25),
-        method=VICRegConfig(projector_layers=2, projector_hidden=256, projection_dim=256),
+        method=VICRegConfig(projector_hidden=256, projection_dim=256),
         optim=OptimConfig(name="adamw", base_lr=4e-3, warmup_epochs=0.5, weight_decay=1e-4),
         train=TrainConfig(global_batch_size=128, steps=250),
         evaluate=EvaluateConfig(knn_every=50),
