@@ -337,9 +337,8 @@ def main() -> None:
     by_method = {find(load_recipe(recipe).method).name: recipe for recipe in small}  # the shortest name stays
     there = importlib.util.find_spec("lightly") is not None
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {options.threads} thread(s)"
-    print(
-        f"{machine}; {options.rounds} rounds" + ("" if there else "; lightly is not installed (pip install lightly): left out"), flush=True
-    )
+    absent = "" if there else "; lightly is not installed (pip install lightly): left out"
+    print(f"{machine}; {options.rounds} rounds{absent}", flush=True)
     changes = dict(setting.removeprefix("--").split("=", 1) for setting in settings)
     numbers = {key: float(v) if "." in v else int(v) if v.isdigit() else v for key, v in changes.items()}
     for recipe in options.recipe or sorted(by_method.values()):
