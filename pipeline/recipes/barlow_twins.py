@@ -13,7 +13,7 @@ from pipeline.recipes import recipe
 
 @recipe("barlow-twins")
 def barlow_twins() -> RunConfig:
-    """The paper's 1000 epochs of 2048-image batches: ResNet-50, two crops of 224, LARS."""
+    """The paper's run: ResNet-50 at 2x224, batch 2048, LARS, 1000 epochs; published: 73.2 % linear on ImageNet."""
     return RunConfig(
         data=DataConfig(path="imagenet/train", lanes=32),
         views=BarlowTwins.default_views(),

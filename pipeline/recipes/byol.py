@@ -13,7 +13,7 @@ from pipeline.recipes import recipe
 
 @recipe("byol")
 def byol() -> RunConfig:
-    """The paper's 1000 epochs of 4096-image batches: ResNet-50, two crops of 224, LARS."""
+    """The paper's run: ResNet-50 at 2x224, batch 4096, LARS, 1000 epochs; published: 74.3 % linear on ImageNet."""
     return RunConfig(
         data=DataConfig(path="imagenet/train", lanes=64),
         views=BYOL.default_views(),
@@ -26,7 +26,7 @@ def byol() -> RunConfig:
 
 @recipe("byol-epochs300")
 def epochs300() -> RunConfig:
-    """The paper's 300 epochs: a higher learning rate and a faster target."""
+    """The paper's 300 epochs: a higher learning rate and a faster target; published: 72.5 % linear on ImageNet."""
     long = byol()
     optim = replace(long.optim, base_lr=0.3, weight_decay=1e-6)
     return replace(long, method=BYOLConfig(momentum=0.99), optim=optim, train=replace(long.train, epochs=300))

@@ -11,7 +11,7 @@ from pipeline.recipes import recipe
 
 @recipe("simsiam")
 def simsiam() -> RunConfig:
-    """The paper's 100 epochs of 512-image batches: ResNet-50, two crops of 224, SGD."""
+    """The paper's run: ResNet-50 at 2x224, batch 512, SGD, 100 epochs; published: 68.1 % linear on ImageNet."""
     return RunConfig(
         data=DataConfig(path="imagenet/train", lanes=8),
         views=SimSiam.default_views(),
