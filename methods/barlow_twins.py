@@ -79,7 +79,7 @@ class BarlowTwins(Method):
     def default_views(cls) -> ViewsConfig:
         """BYOL's T and T' (appendix A): they differ in blur and solarisation."""
         t = CropGroup(count=1, size=224, interpolation="bicubic", jitter=(0.4, 0.4, 0.2, 0.1), blur=1.0)
-        return {"t": t, "t_prime": replace(t, blur=0.1, solarize=0.2)}
+        return {"first": t, "second": replace(t, blur=0.1, solarize=0.2)}
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         # one pass for each view: batch norm sees the statistics of one view at a time

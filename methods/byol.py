@@ -96,7 +96,7 @@ class BYOL(Method):
     def default_views(cls) -> ViewsConfig:
         """T and T' (appendix B): they differ in blur and solarisation."""
         t = CropGroup(count=1, size=224, interpolation="bicubic", jitter=(0.4, 0.4, 0.2, 0.1), blur=1.0)
-        return {"t": t, "t_prime": replace(t, blur=0.1, solarize=0.2)}
+        return {"first": t, "second": replace(t, blur=0.1, solarize=0.2)}
 
     def before_step(self, progress: Progress) -> None:
         if progress.step == 0 and not self.begun and not self.config.independent_target_init:

@@ -29,7 +29,7 @@ def small() -> RunConfig:
     """Patches of 19 photographs, a 0.7 M-parameter ResNet, on two CPU cores."""
     # the photographs differ in colour more than in shape: colours are jittered far less than in the paper, and kept
     t = CropGroup(count=1, size=32, scale=(0.2, 1.0), jitter=(0.2, 0.2, 0.1, 0.0), grayscale=0.0, blur=0.0)
-    views = {"t": t, "t_prime": replace(t, solarize=0.1)}
+    views = {"first": t, "second": replace(t, solarize=0.1)}
     return RunConfig(
         data=DataConfig(path="patches"),
         views=views,

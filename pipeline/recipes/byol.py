@@ -38,7 +38,7 @@ def cifar10() -> RunConfig:
     t = CropGroup(count=1, size=32, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.2, 0.1), blur=0.0)
     return RunConfig(
         data=DataConfig(path="cifar10/train", mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616)),
-        views={"t": t, "t_prime": replace(t, solarize=0.2)},
+        views={"first": t, "second": replace(t, solarize=0.2)},
         backbone=BackboneConfig(name="resnet18", stem="full"),
         method=BYOLConfig(momentum=0.99, projector_hidden=1024, predictor_hidden=1024),
         optim=OptimConfig(name="sgd", base_lr=0.06, lr_rule="linear", warmup_epochs=10, weight_decay=5e-4),
@@ -51,7 +51,7 @@ def small() -> RunConfig:
     """Patches of 19 photographs, a 0.7 M-parameter ResNet, on two CPU cores."""
     # the photographs differ in colour more than in shape: colours are jittered far less than in the paper, and kept
     t = CropGroup(count=1, size=32, scale=(0.2, 1.0), jitter=(0.2, 0.2, 0.1, 0.0), grayscale=0.0, blur=0.0)
-    views = {"t": t, "t_prime": replace(t, solarize=0.1)}
+    views = {"first": t, "second": replace(t, solarize=0.1)}
     return RunConfig(
         data=DataConfig(path="patches"),
         views=views,

@@ -41,7 +41,7 @@ def byol(backbone: nn.Module, **settings: object) -> BYOL:
 
 def views(v1: Tensor, v2: Tensor) -> Views:
     ids = torch.arange(len(v1))
-    return Views(stacks={"t": v1, "t_prime": v2}, counts={"t": 1, "t_prime": 1}, image_ids=ids, labels=ids)
+    return Views(stacks={"first": v1, "second": v2}, counts={"first": 1, "second": 1}, image_ids=ids, labels=ids)
 
 
 def progress(step: int = 0, total: int = 100) -> Progress:
