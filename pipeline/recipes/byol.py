@@ -56,7 +56,7 @@ def small() -> RunConfig:
         data=DataConfig(path="patches"),
         views=views,
         backbone=BackboneConfig(name="resnet18", stem="strided", width=0.25),
-        method=BYOLConfig(momentum=0.97, projector_hidden=256, projection_dim=128, predictor_hidden=256),
+        method=BYOLConfig(momentum=0.9, projector_hidden=256, projection_dim=128, predictor_hidden=256),
         optim=OptimConfig(name="adamw", base_lr=4e-3, warmup_epochs=0.5, weight_decay=1e-4),
         train=TrainConfig(global_batch_size=128, steps=250),
         evaluate=EvaluateConfig(knn_every=50),
