@@ -64,6 +64,12 @@ class _Gather(torch.autograd.Function):
         return total[rank() * ctx.rows : (rank() + 1) * ctx.rows]
 
 
+def own_columns(value: Tensor) -> tuple[Tensor, int]:
+    """This worker's share `(N, D / W)` of the columns of `(N, D)`, and the position of its first. Shares differ by one column at most."""
+    parts = value.tensor_split(world_size(), dim=1)
+    return parts[rank()], sum(part.shape[1] for part in parts[: rank()])
+
+
 def all_gather_objects(value: Any) -> list[Any]:
     """A small picklable value of every worker, in rank order. Slow: not for every step."""
     if world_size() == 1:

@@ -44,3 +44,11 @@ def embedding_std(z: Tensor) -> Tensor:
     """Collapse meter: mean over dimensions of the std of unit rows `(B, D)`, times sqrt(D). About 1 when spread out, 0 when collapsed."""
     spread: Tensor = z.std(dim=0, unbiased=False).mean()
     return spread * math.sqrt(z.shape[-1])
+
+
+def cosines(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cosine of the pairs (a_i, b_i), and of all (a_i, b_j) with i != j. Both `(B, D)`, rows of any length but 0."""
+    a, b = l2_normalize(a), l2_normalize(b)
+    batch, positive = len(a), (a * b).sum(dim=-1)
+    others = a.sum(dim=0) @ b.sum(dim=0) - positive.sum()
+    return positive.mean(), others / max(1, batch * (batch - 1))

@@ -101,6 +101,18 @@ class Views:
         """Every crop, each `(B, 3, H, W)`, in the declared order."""
         return [crop for name, stack in self.stacks.items() for crop in stack.chunk(self.counts[name]) if self.counts[name]]
 
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """The two crops, each `(B, 3, H, W)`, of a method that compares exactly two.
+
+        Raises:
+            ConfigError: another number of crops.
+        """
+        crops = self.crops
+        if len(crops) != 2:
+            counts = ", ".join(f"views.{name}.count={count}" for name, count in self.counts.items())
+            raise ConfigError(f"{counts}: {len(crops)} crops, but this method compares two; use one group of 2 or two groups of 1")
+        return crops[0], crops[1]
+
     def by_resolution(self) -> list[Tensor]:
         """Consecutive groups of the same size joined, view-major; the order of crops is kept."""
         runs: list[list[Tensor]] = []

@@ -1,0 +1,125 @@
+"""Barlow Twins: make the correlation of two views' projections the identity. Zbontar et al. 2021, arXiv:2103.03230.
+
+With z^A, z^B the projections `(N, D)` of two views of N images, each dimension brought to mean 0 and variance 1 over the
+batch, and C their cross-correlation:
+
+    C_ij = sum_n z^A_ni z^B_nj / N                                           eq. (2)
+    loss = sum_i (1 - C_ii)^2 + lambda sum_i sum_{j != i} C_ij^2             eq. (1): invariance, redundancy reduction
+
+N is the batch of all workers. Each worker makes its own D / W rows of C and weighs them by W, so that the mean of the
+workers' losses is the loss, and the mean of their gradients its gradient.
+
+Departs: nothing known. The original's first code scaled the loss; its later one gives biases and norms a learning rate of
+0.0048 beside 0.2 instead, as here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from methods.parts.backbones import num_features
+from methods.parts.contract import (
+    Masks,
+    Method,
+    MethodConfig,
+    Metrics,
+    ParamGroup,
+    Progress,
+    RunFacts,
+    SearchRange,
+    StepOutput,
+    register,
+    searchable,
+)
+from methods.parts.distributed import gather_with_gradient, own_columns, world_size
+from methods.parts.errors import require
+from methods.parts.groups import without_vectors
+from methods.parts.heads import mlp
+from methods.parts.numerics import cosines, embedding_std, full_precision, l2_normalize, promote
+from methods.parts.views import CropGroup, Views, ViewsConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class BarlowTwinsConfig(MethodConfig):
+    # lambda in eq. (1)
+    redundancy_weight: float = searchable(0.005, SearchRange(0.001, 0.05, "log", reason="smaller for more dimensions"))
+    projector_layers: int = 3
+    projector_hidden: int = 8192
+    # D; the wider the better
+    projection_dim: int = searchable(8192, SearchRange(scale="choice", choices=(512, 2048, 8192), reason="wide helps, at a cost of D^2"))
+    vector_lr_scale: float = 0.024  # biases and norms: 0.0048 / 0.2
+
+    def __post_init__(self) -> None:
+        require(self.redundancy_weight >= 0, "method.redundancy_weight", self.redundancy_weight, "use 0 or more, e.g. 0.005")
+        require(self.projector_layers >= 1, "method.projector_layers", self.projector_layers, "use 1 or more, e.g. 3")
+        require(self.projector_hidden >= 1, "method.projector_hidden", self.projector_hidden, "use 1 or more")
+        require(self.projection_dim >= 2, "method.projection_dim", self.projection_dim, "use 2 or more")
+        require(self.vector_lr_scale > 0, "method.vector_lr_scale", self.vector_lr_scale, "use a positive number, e.g. 0.024")
+
+
+@register("barlow-twins", BarlowTwinsConfig)
+class BarlowTwins(Method):
+    config: BarlowTwinsConfig
+    paper = "Zbontar et al. 2021, arXiv:2103.03230"
+    accumulation = "refuse"  # C needs the whole batch at once
+    accumulation_remedy = "a smaller train.global_batch_size works too: 256 loses little"
+
+    def __init__(self, config: BarlowTwinsConfig, backbone: nn.Module, facts: RunFacts) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        widths = (num_features(backbone), config.projector_hidden, config.projection_dim)
+        self.projector = mlp(*widths, config.projector_layers, hidden_bias=False, bias=False)
+
+    @classmethod
+    def default_views(cls) -> ViewsConfig:
+        """BYOL's T and T' (appendix A): they differ in blur and solarisation."""
+        t = CropGroup(count=1, size=224, interpolation="bicubic", jitter=(0.4, 0.4, 0.2, 0.1), blur=1.0)
+        return {"first": t, "second": replace(t, blur=0.1, solarize=0.2)}
+
+    def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
+        # one pass for each view: batch norm sees the statistics of one view at a time
+        z = [promote(self.projector(self.backbone(v))) for v in views.pair()]  # each (B, D)
+        with full_precision(z[0]):
+            a, b = (standardize(gather_with_gradient(z_v)) for z_v in z)  # each (N, D): of all workers
+            rows, first = own_columns(a)
+            c = rows.T @ b / len(b)  # (D / W, D): this worker's rows of C
+            diagonal = c.diagonal(offset=first)
+            invariance = ((1 - diagonal) ** 2).sum()
+            redundancy = (c**2).sum() - (diagonal**2).sum()
+            loss = world_size() * (invariance + self.config.redundancy_weight * redundancy)
+            return StepOutput(loss=loss, metrics=self.health(z[0], z[1], a, b, redundancy))
+
+    @torch.no_grad()
+    def health(self, z1: Tensor, z2: Tensor, a: Tensor, b: Tensor, redundancy: Tensor) -> Metrics:
+        """Meters of the projections `(B, D)`, and of C: means of its diagonal, and of the squares beside it."""
+        positive, negative = cosines(z1, z2)
+        d = a.shape[1]
+        return {
+            "embedding_std": embedding_std(l2_normalize(z1)),
+            "positive_cosine": positive,
+            "negative_cosine": negative,
+            "correlation": (a * b).mean(),
+            "redundancy": world_size() * redundancy / (d * (d - 1)),
+        }
+
+    def param_groups(self) -> list[ParamGroup]:
+        return without_vectors(self.backbone, self.projector, vector_lr_scale=self.config.vector_lr_scale)
+
+    def evaluation_backbone(self) -> nn.Module:
+        return self.backbone
+
+    def chance_loss(self) -> tuple[float, str]:
+        return float(self.config.projection_dim), "D"
+
+    def stuck_remedies(self) -> str:
+        return f"try method.redundancy_weight={self.config.redundancy_weight / 2:g}, a lower optim.base_lr or a longer warm-up"
+
+
+def standardize(z: Tensor) -> Tensor:
+    """Every dimension at mean 0 and (biased) variance 1 over the rows: `(N, D) -> (N, D)`. The paper's batch norm, eps 1e-5."""
+    return F.batch_norm(z, None, None, training=True, eps=1e-5)

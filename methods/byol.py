@@ -1,0 +1,166 @@
+"""BYOL: predict the projection of another view, made by a slow average of the network itself. Grill et al. 2020, arXiv:2006.07733.
+
+With views v ~ T and v' ~ T', the online network (backbone f, projector g, predictor q; parameters theta), the target
+network (f', g'; parameters xi), p = q(g(f(v))), y = g'(f'(v)), n(x) = x / ||x|| and sg = stop gradient:
+
+    r(p, y) = ||n(p) - n(y)||^2 = 2 - 2 cos(p, y)                                    eq. (2)
+    loss    = mean_i r(p_i, sg y'_i) + r(p'_i, sg y_i)                               both directions; in [0, 8]
+    theta  <- optimizer(theta, gradient)
+    xi     <- tau_k xi + (1 - tau_k) theta                                           eq. (1), with the new theta
+    tau_k   = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2                             step k of K
+
+Why it works (sec. 1 and table 5a), by configuration alone, with the online network's features as the measure:
+
+    a random network          method.train_online=False           no gradient; the batches calibrate batch norm
+    a fixed random target     method.momentum=1 method.independent_target_init=True
+    a slow average            method.momentum=0.99 method.final_momentum=0.99, or the schedule above (the default)
+    no average                method.momentum=0 method.final_momentum=0               target = online after every step
+    no predictor              method.predictor=False
+
+Departs:
+    The target starts as a copy of the online network (the original draws another one); `independent_target_init` draws
+    it anew. No classifier is trained beside the network: the kNN figure takes its place.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from methods.parts import ema
+from methods.parts.backbones import num_features
+from methods.parts.contract import (
+    Masks,
+    Method,
+    MethodConfig,
+    Metrics,
+    Outputs,
+    ParamGroup,
+    Progress,
+    RunFacts,
+    SearchRange,
+    StepOutput,
+    register,
+    searchable,
+)
+from methods.parts.errors import require
+from methods.parts.groups import without_vectors
+from methods.parts.heads import mlp
+from methods.parts.numerics import cosines, embedding_std, full_precision, l2_normalize, promote
+from methods.parts.schedules import cosine
+from methods.parts.views import CropGroup, Views, ViewsConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class BYOLConfig(MethodConfig):
+    # tau_base; the shorter the run, the lower
+    momentum: float = searchable(0.996, SearchRange(0.9, 0.999, "linear", reason="short runs need a faster target"))
+    final_momentum: float = 1.0  # tau at the last step; equal to momentum: constant
+    projector_hidden: int = searchable(4096, SearchRange(scale="choice", choices=(512, 1024, 4096), reason="wide heads help, at a cost"))
+    projection_dim: int = 256  # D
+    predictor_hidden: int = 4096
+    predictor: bool = True  # False: the online projection itself is compared, which collapses
+    independent_target_init: bool = False  # the target starts from other random weights
+    train_online: bool = True  # False: nothing learns, batch norm is calibrated
+
+    def __post_init__(self) -> None:
+        require(0 <= self.momentum <= 1, "method.momentum", self.momentum, "use a number from 0 to 1, e.g. 0.996")
+        require(0 <= self.final_momentum <= 1, "method.final_momentum", self.final_momentum, "use a number from 0 to 1, e.g. 1")
+        require(self.projector_hidden >= 1, "method.projector_hidden", self.projector_hidden, "use 1 or more")
+        require(self.projection_dim >= 2, "method.projection_dim", self.projection_dim, "use 2 or more")
+        require(self.predictor_hidden >= 1, "method.predictor_hidden", self.predictor_hidden, "use 1 or more")
+
+
+@register("byol", BYOLConfig)
+class BYOL(Method):
+    config: BYOLConfig
+    paper = "Grill et al. 2020, arXiv:2006.07733"
+    begun: Tensor
+
+    def __init__(self, config: BYOLConfig, backbone: nn.Module, facts: RunFacts) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        d = config.projection_dim
+        self.projector = mlp(num_features(backbone), config.projector_hidden, d, bias=False)
+        self.predictor = mlp(d, config.predictor_hidden, d, bias=False) if config.predictor else nn.Identity()
+        self.target = ema.frozen_copy(self.online())
+        if config.independent_target_init:
+            redraw(self.target)
+        self.register_buffer("begun", torch.zeros((), dtype=torch.bool))  # whether the target has moved
+
+    @classmethod
+    def default_views(cls) -> ViewsConfig:
+        """T and T' (appendix B): they differ in blur and solarisation."""
+        t = CropGroup(count=1, size=224, interpolation="bicubic", jitter=(0.4, 0.4, 0.2, 0.1), blur=1.0)
+        return {"first": t, "second": replace(t, blur=0.1, solarize=0.2)}
+
+    def before_step(self, progress: Progress) -> None:
+        if progress.step == 0 and not self.begun and not self.config.independent_target_init:
+            ema.update(self.target, self.online(), 0.0)  # the backbone may have been given weights since `__init__`
+
+    def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
+        pair, online = views.pair(), self.online()
+        # one pass for each view: batch norm sees the statistics of one view at a time, in the target too
+        with torch.set_grad_enabled(self.config.train_online):
+            z = [online(v) for v in pair]  # each (B, D)
+            p = [promote(self.predictor(z_v)) for z_v in z]
+        with torch.no_grad():
+            y = [promote(self.target(v)) for v in pair]
+        with full_precision(p[0]):
+            loss = (distance(p[0], y[1]) + distance(p[1], y[0])).mean()
+            metrics = self.health(z[0], p[0], y[1], progress)
+        return StepOutput(loss=loss if self.config.train_online else None, metrics=metrics)
+
+    def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
+        ema.update(self.target, self.online(), self.momentum(progress))
+        self.begun.fill_(True)
+
+    def momentum(self, progress: Progress) -> float:
+        """tau_k."""
+        return cosine(progress.step, progress.total_steps, self.config.momentum, self.config.final_momentum)
+
+    def online(self) -> nn.Sequential:
+        """Backbone and projector as one network: what the target is an average of."""
+        return nn.Sequential(OrderedDict(backbone=self.backbone, projector=self.projector))
+
+    @torch.no_grad()
+    def health(self, z: Tensor, p: Tensor, y: Tensor, progress: Progress) -> Metrics:
+        """Meters of one direction. All `(B, D)`."""
+        positive, negative = cosines(p, y)
+        return {
+            "embedding_std": embedding_std(l2_normalize(promote(z))),
+            "positive_cosine": positive,
+            "negative_cosine": negative,
+            "momentum": self.momentum(progress),
+        }
+
+    def param_groups(self) -> list[ParamGroup]:
+        return without_vectors(self.backbone, self.projector, self.predictor)
+
+    def evaluation_backbone(self) -> nn.Module:
+        return self.backbone
+
+    def chance_loss(self) -> tuple[float, str] | None:
+        return (4.0, "cosine 0") if self.config.train_online else None
+
+    def stuck_remedies(self) -> str:
+        c = self.config
+        lower = f"method.momentum={1 - (1 - c.momentum) * 3:g}, " if 0.7 < c.momentum < 1 else ""
+        return f"try {lower}a lower optim.base_lr or a longer warm-up, method.predictor=True, or a larger train.global_batch_size"
+
+
+def distance(p: Tensor, y: Tensor) -> Tensor:
+    """r(p, y) of eq. (2), no gradient to `y`: both `(B, D) -> (B,)`."""
+    squares = (l2_normalize(p) - l2_normalize(y.detach())) ** 2
+    return squares.sum(dim=-1)
+
+
+@torch.no_grad()
+def redraw(network: nn.Module) -> None:
+    """Other random weights in place: every parameter tensor is drawn anew from a normal of its own mean and std."""
+    for p in network.parameters():
+        p.copy_(p.mean() + p.std(correction=0) * torch.randn_like(p))

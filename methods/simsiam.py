@@ -1,0 +1,108 @@
+"""SimSiam: predict the other view's projection, held still. Chen and He 2020, arXiv:2011.10566.
+
+With views x1, x2 of one image, z = g(f(x)) (backbone f, projector g), p = h(z) (predictor h) and sg = stop gradient:
+
+    D(p, z) = - p / ||p|| . z / ||z||                          eq. (1)
+    loss    = D(p1, sg z2) / 2 + D(p2, sg z1) / 2              eq. (4); in [-1, 1], -1 also when all outputs are one vector
+
+No negatives, no queue, no average of the network: BYOL with its momentum at 0.
+
+Departs: nothing known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from methods.parts.backbones import num_features
+from methods.parts.contract import (
+    Masks,
+    Method,
+    MethodConfig,
+    Metrics,
+    ParamGroup,
+    Progress,
+    RunFacts,
+    SearchRange,
+    StepOutput,
+    register,
+    searchable,
+)
+from methods.parts.errors import require
+from methods.parts.heads import mlp
+from methods.parts.numerics import cosines, embedding_std, full_precision, l2_normalize, promote
+from methods.parts.views import CropGroup, Views, ViewsConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimSiamConfig(MethodConfig):
+    projector_layers: int = 3  # 2 for CIFAR-10
+    projector_hidden: int = 2048
+    projection_dim: int = searchable(2048, SearchRange(scale="choice", choices=(128, 512, 2048), reason="small networks need less"))  # D
+    # a bottleneck of D / 4
+    predictor_hidden: int = searchable(512, SearchRange(scale="choice", choices=(64, 128, 512), reason="a bottleneck is steadier"))
+    constant_predictor_lr: bool = True  # the predictor should follow the newest projections to the end
+
+    def __post_init__(self) -> None:
+        require(self.projector_layers >= 1, "method.projector_layers", self.projector_layers, "use 1 or more, e.g. 3")
+        require(self.projector_hidden >= 1, "method.projector_hidden", self.projector_hidden, "use 1 or more")
+        require(self.projection_dim >= 2, "method.projection_dim", self.projection_dim, "use 2 or more")
+        require(self.predictor_hidden >= 1, "method.predictor_hidden", self.predictor_hidden, "use 1 or more")
+
+
+@register("simsiam", SimSiamConfig)
+class SimSiam(Method):
+    config: SimSiamConfig
+    paper = "Chen and He 2020, arXiv:2011.10566"
+
+    def __init__(self, config: SimSiamConfig, backbone: nn.Module, facts: RunFacts) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        d = config.projection_dim
+        # no bias before a batch norm; the last batch norm has neither scale nor shift
+        linears = mlp(num_features(backbone), config.projector_hidden, d, config.projector_layers, hidden_bias=False, bias=False)
+        self.projector = nn.Sequential(*linears, nn.BatchNorm1d(d, affine=False))
+        self.predictor = mlp(d, config.predictor_hidden, d, hidden_bias=False)
+
+    @classmethod
+    def default_views(cls) -> ViewsConfig:
+        """MoCo v2's augmentation (sec. 3)."""
+        return {"global": CropGroup(count=2, size=224, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1))}
+
+    def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
+        # one pass for each view: batch norm sees the statistics of one view at a time
+        z = [self.projector(self.backbone(x)) for x in views.pair()]  # each (B, D)
+        p = [promote(self.predictor(z_v)) for z_v in z]
+        z = [promote(z_v) for z_v in z]
+        with full_precision(p[0]):
+            loss = (distance(p[0], z[1]) + distance(p[1], z[0])).mean() / 2
+            return StepOutput(loss=loss, metrics=self.health(p[0], z[0], z[1]))
+
+    @torch.no_grad()
+    def health(self, p1: Tensor, z1: Tensor, z2: Tensor) -> Metrics:
+        """Meters of one direction. All `(B, D)`."""
+        positive, negative = cosines(p1, z2)
+        return {"embedding_std": embedding_std(l2_normalize(z1)), "positive_cosine": positive, "negative_cosine": negative}
+
+    def param_groups(self) -> list[ParamGroup]:
+        """All parameters decay and adapt, as in the original; the predictor keeps the base learning rate."""
+        return [
+            ParamGroup(params=[*self.backbone.parameters(), *self.projector.parameters()], name="network"),
+            ParamGroup(params=list(self.predictor.parameters()), name="predictor", lr_constant=self.config.constant_predictor_lr),
+        ]
+
+    def evaluation_backbone(self) -> nn.Module:
+        return self.backbone
+
+    def stuck_remedies(self) -> str:
+        return "try a lower optim.base_lr, a warm-up, a larger train.global_batch_size, or a narrower method.predictor_hidden"
+
+
+def distance(p: Tensor, z: Tensor) -> Tensor:
+    """D(p, z) of eq. (1), no gradient to `z`: both `(B, D) -> (B,)`."""
+    products = l2_normalize(p) * l2_normalize(z.detach())
+    return -products.sum(dim=-1)

@@ -1,0 +1,143 @@
+"""VICReg: variance, invariance, covariance. Bardes et al. 2021, arXiv:2105.04906.
+
+With z, z' the projections `(N, D)` of two views of N images, and cov(z) their covariance over the batch (divisor N - 1):
+
+    s(z, z') = mean_n ||z_n - z'_n||^2 / D                                           eq. (5), as in the original code
+    v(z)     = mean_d max(0, gamma - sqrt(cov(z)_dd + eps))                          eq. (1), (2)
+    c(z)     = sum_{i != j} cov(z)_ij^2 / D                                          eq. (3), (4)
+    loss     = lambda s(z, z') + mu (v(z) + v(z')) / 2 + nu (c(z) + c(z'))           eq. (6)
+
+N is the batch of all workers. Each worker makes its own D / W rows of cov and weighs them by W, so that the mean of the
+workers' losses is the loss, and the mean of their gradients its gradient.
+
+Departs:
+    s is divided by D, and the two v are averaged while the two c are added: the paper's equations have neither, its
+    code has both, and its weights 25, 25, 1 belong to the code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from methods.parts.backbones import num_features
+from methods.parts.contract import (
+    Masks,
+    Method,
+    MethodConfig,
+    Metrics,
+    ParamGroup,
+    Progress,
+    RunFacts,
+    SearchRange,
+    StepOutput,
+    register,
+    searchable,
+)
+from methods.parts.distributed import gather_with_gradient, own_columns, world_size
+from methods.parts.errors import require
+from methods.parts.groups import without_vectors
+from methods.parts.heads import mlp
+from methods.parts.numerics import cosines, embedding_std, full_precision, l2_normalize, promote
+from methods.parts.views import CropGroup, Views, ViewsConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class VICRegConfig(MethodConfig):
+    # lambda in eq. (6); it and mu must be equal or near for a stable run
+    invariance_weight: float = searchable(25.0, SearchRange(1, 50, "log", reason="near the weight of the variance"))
+    variance_weight: float = searchable(25.0, SearchRange(1, 50, "log", reason="small: collapse"))  # mu
+    covariance_weight: float = searchable(1.0, SearchRange(0.1, 10, "log", reason="large: noise instead of what views share"))  # nu
+    target_std: float = 1.0  # gamma in eq. (1)
+    variance_epsilon: float = 1e-4  # eps in eq. (2)
+    projector_layers: int = 3
+    projector_hidden: int = 8192
+    # D; the wider the better
+    projection_dim: int = searchable(8192, SearchRange(scale="choice", choices=(512, 2048, 8192), reason="wide helps, at a cost of D^2"))
+
+    def __post_init__(self) -> None:
+        for name in ("invariance_weight", "variance_weight", "covariance_weight"):
+            require(getattr(self, name) >= 0, f"method.{name}", getattr(self, name), "use 0 or more")
+        require(self.target_std > 0, "method.target_std", self.target_std, "use a positive number, e.g. 1")
+        require(self.variance_epsilon > 0, "method.variance_epsilon", self.variance_epsilon, "use a positive number, e.g. 1e-4")
+        require(self.projector_layers >= 1, "method.projector_layers", self.projector_layers, "use 1 or more, e.g. 3")
+        require(self.projector_hidden >= 1, "method.projector_hidden", self.projector_hidden, "use 1 or more")
+        require(self.projection_dim >= 2, "method.projection_dim", self.projection_dim, "use 2 or more")
+
+
+@register("vicreg", VICRegConfig)
+class VICReg(Method):
+    config: VICRegConfig
+    paper = "Bardes et al. 2021, arXiv:2105.04906"
+    accumulation = "refuse"  # variance and covariance need the whole batch at once
+    accumulation_remedy = "a smaller train.global_batch_size works too: 256 loses little"
+
+    def __init__(self, config: VICRegConfig, backbone: nn.Module, facts: RunFacts) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        widths = (num_features(backbone), config.projector_hidden, config.projection_dim)
+        self.projector = mlp(*widths, config.projector_layers, bias=False)  # the paper's expander
+
+    @classmethod
+    def default_views(cls) -> ViewsConfig:
+        """BYOL's augmentation made symmetric: blur and solarisation between those of T and T'."""
+        return {
+            "global": CropGroup(count=2, size=224, interpolation="bicubic", jitter=(0.4, 0.4, 0.2, 0.1), blur=0.5, solarize=0.1),
+        }
+
+    def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
+        c = self.config
+        # one pass for each view: batch norm sees the statistics of one view at a time
+        z = [promote(self.projector(self.backbone(x))) for x in views.pair()]  # each (B, D)
+        with full_precision(z[0]):
+            invariance = F.mse_loss(z[0], z[1])  # over N and D
+            centred = [centre(gather_with_gradient(z_v)) for z_v in z]  # each (N, D): of all workers
+            variance = (self.variance(centred[0]) + self.variance(centred[1])) / 2
+            covariance = self.covariance(centred[0]) + self.covariance(centred[1])
+            loss = c.invariance_weight * invariance + c.variance_weight * variance + c.covariance_weight * covariance
+            terms = [term.detach() for term in (invariance, variance, covariance)]
+            return StepOutput(loss=loss, metrics=self.health(z[0], z[1], *terms))
+
+    def variance(self, centred: Tensor) -> Tensor:
+        """v of centred projections `(N, D)`."""
+        std = ((centred**2).sum(dim=0) / (len(centred) - 1) + self.config.variance_epsilon).sqrt()
+        return F.relu(self.config.target_std - std).mean()
+
+    def covariance(self, centred: Tensor) -> Tensor:
+        """c of centred projections `(N, D)`: this worker's rows of it, times the number of workers."""
+        rows, first = own_columns(centred)
+        cov = rows.T @ centred / (len(centred) - 1)  # (D / W, D)
+        beside = (cov**2).sum() - (cov.diagonal(offset=first) ** 2).sum()
+        return world_size() * beside / centred.shape[1]
+
+    @torch.no_grad()
+    def health(self, z1: Tensor, z2: Tensor, invariance: Tensor, variance: Tensor, covariance: Tensor) -> Metrics:
+        """Meters of the projections `(B, D)`, and the three terms before their weights."""
+        positive, negative = cosines(z1, z2)
+        return {
+            "embedding_std": embedding_std(l2_normalize(z1)),
+            "positive_cosine": positive,
+            "negative_cosine": negative,
+            "invariance": invariance,
+            "variance": variance,
+            "covariance": covariance,
+        }
+
+    def param_groups(self) -> list[ParamGroup]:
+        return without_vectors(self.backbone, self.projector)
+
+    def evaluation_backbone(self) -> nn.Module:
+        return self.backbone
+
+    def stuck_remedies(self) -> str:
+        c = self.config
+        return f"try method.variance_weight={c.variance_weight * 2:g}, a lower optim.base_lr, or a longer warm-up"
+
+
+def centre(z: Tensor) -> Tensor:
+    """Rows minus their mean: `(N, D) -> (N, D)`."""
+    return z - z.mean(dim=0)
