@@ -95,7 +95,7 @@ class BYOL(Method):
     @classmethod
     def default_views(cls) -> ViewsConfig:
         """T and T' (appendix B): they differ in blur and solarisation."""
-        t = CropGroup(count=1, size=224, interpolation="bicubic", jitter=(0.4, 0.4, 0.2, 0.1), blur=1.0)
+        t = CropGroup(count=1, size=224, interpolation="bicubic", jitter=(0.4, 0.4, 0.2, 0.1), blur=1.0, blur_taps=23)
         return {"first": t, "second": replace(t, blur=0.1, solarize=0.2)}
 
     def before_step(self, progress: Progress) -> None:
