@@ -41,7 +41,7 @@ from methods.parts.contract import (
     register,
     searchable,
 )
-from methods.parts.contrast import contrast_meters, info_nce, pair
+from methods.parts.contrast import contrast_meters, info_nce
 from methods.parts.distributed import all_gather_rows, rank, world_size
 from methods.parts.errors import ConfigError, require
 from methods.parts.norms import grouped, has_batch_norm
@@ -110,7 +110,7 @@ class MoCo(Method):
         ema.update(self.key, self.query, 0.0 if begins else self.config.momentum)  # eq. (2)
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
-        x1, x2 = pair(views)
+        x1, x2 = views.pair()
         q = l2_normalize(promote(self.query(x1)))  # (n, D)
         k = self.keys(x2, progress)  # (n, D)
         with full_precision(q):

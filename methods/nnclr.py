@@ -37,9 +37,10 @@ from methods.parts.contract import (
     register,
     searchable,
 )
-from methods.parts.contrast import contrast_meters, info_nce, pair, weights_and_vectors
+from methods.parts.contrast import contrast_meters, info_nce
 from methods.parts.distributed import all_gather_rows, gather_with_gradient, rank
 from methods.parts.errors import require
+from methods.parts.groups import without_vectors
 from methods.parts.heads import mlp
 from methods.parts.numerics import embedding_std, full_precision, l2_normalize, promote
 from methods.parts.queue import Ring
@@ -101,7 +102,7 @@ class NNCLR(Method):
         return {"first": first, "second": replace(first, blur=0.1, solarize=0.2)}
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
-        z1, z2 = (self.projector(self.backbone(x)) for x in pair(views))  # (n, D) each
+        z1, z2 = (self.projector(self.backbone(x)) for x in views.pair())  # (n, D) each
         p1, p2 = (l2_normalize(promote(self.predictor(z))) for z in (z1, z2))
         with full_precision(p1):
             u1, u2 = (l2_normalize(promote(z.detach())) for z in (z1, z2))
@@ -141,7 +142,7 @@ class NNCLR(Method):
         self.labels[places] = all_gather_rows(outputs[0]["labels"])[-len(places) :]
 
     def param_groups(self) -> list[ParamGroup]:
-        return weights_and_vectors(self)
+        return without_vectors(self)
 
     def evaluation_backbone(self) -> nn.Module:
         return self.backbone

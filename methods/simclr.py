@@ -41,9 +41,10 @@ from methods.parts.contract import (
     register,
     searchable,
 )
-from methods.parts.contrast import contrast_meters, info_nce, pair, weights_and_vectors
+from methods.parts.contrast import contrast_meters, info_nce
 from methods.parts.distributed import gather_with_gradient, rank
 from methods.parts.errors import require
+from methods.parts.groups import without_vectors
 from methods.parts.numerics import embedding_std, full_precision, l2_normalize, promote
 from methods.parts.queue import Ring
 from methods.parts.views import CropGroup, Views, ViewsConfig
@@ -103,7 +104,7 @@ class SimCLR(Method):
             ema.update(self.slow_network, self.network, 0.0 if begins else self.config.memory_momentum)
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
-        x1, x2 = pair(views)
+        x1, x2 = views.pair()
         z = l2_normalize(promote(self.network(torch.cat([x1, x2]))))  # (2n, D): batch norm sees both views
         with full_precision(z):
             logits, partners = self.logits(z)
@@ -144,7 +145,7 @@ class SimCLR(Method):
             self.memory.push(promote(outputs[0]["memory"]))
 
     def param_groups(self) -> list[ParamGroup]:
-        return weights_and_vectors(self.network)
+        return without_vectors(self.network)
 
     def evaluation_backbone(self) -> nn.Module:
         return self.network.get_submodule("backbone")
