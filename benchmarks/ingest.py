@@ -26,7 +26,8 @@ from pipeline.config import DataConfig
 from pipeline.ingest.manifest import Manifest, Row
 from pipeline.ingest.plan import Plan
 from pipeline.ingest.sources import open_source
-from pipeline.ingest.stream import cut_images, start_ray, training_batches
+from pipeline.ingest.stream import start_ray, training_batches
+from pipeline.ingest.window import cut_images
 
 BATCH, WINDOW = 64, 128
 

@@ -29,7 +29,7 @@ from pipeline.ingest.crops import cut_window, draw_views
 from pipeline.ingest.decode import decode
 from pipeline.ingest.manifest import Row
 from pipeline.ingest.patches import FILES, load_photo, open_patches
-from pipeline.ingest.stream import cut_images
+from pipeline.ingest.window import cut_images
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.228, 0.224, 0.225)
 LARGE = {"global": CropGroup(count=2, size=224, scale=(0.14, 1.0)), "local": CropGroup(count=6, size=96, scale=(0.05, 0.14))}

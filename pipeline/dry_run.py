@@ -43,7 +43,8 @@ def measure(config: RunConfig, rows: Sequence[Row], num_images: int | None) -> C
 
     from methods.parts.contract import Progress
     from pipeline.ingest.photometric import finish_views
-    from pipeline.ingest.stream import Batch, cut_images, finish_columns
+    from pipeline.ingest.stream import Batch
+    from pipeline.ingest.window import cut_images, finish_columns
     from pipeline.train.prepare import build_method, choose_device, thread_count
 
     facts = resolve(config, num_images).facts
@@ -137,7 +138,8 @@ def report(config: RunConfig, manifest: Any, ids: Sequence[int]) -> Iterable[Che
 
 def stream(config: RunConfig, num_images: int | None) -> Check:
     """The row of the doctor about the stream: what was chosen, and why."""
-    from pipeline.ingest.stream import PASS_BYTES, block_bytes
+    from pipeline.ingest.stream import PASS_BYTES
+    from pipeline.ingest.window import block_bytes
     from pipeline.train.prepare import thread_count
 
     window = resolve(config, num_images).window

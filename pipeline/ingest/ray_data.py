@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,3 +136,86 @@ def run(
 
 def _shifted(function: Callable[[dict[str, np.ndarray]], Any], first: int, item: dict[str, np.ndarray]) -> Any:
     return function({"id": item["id"] + first})
+
+
+def ahead(passes: Iterator[tuple[int, Iterator[Any]]], waiting: int, overlap: int) -> Generator[Any]:
+    """What successive Ray Data executions yield, in order, each drained in a thread of its own as fast as it delivers.
+
+    The next one starts when `overlap` or fewer blocks of the last are outstanding, so that no core idles while one ends and
+    the other starts, and `waiting` or fewer blocks wait for the trainer. An execution whose output waits for its consumer
+    would spin on a whole core (seen with Ray 2.60), in the trainer's process and under its interpreter lock, which slows
+    training several times.
+
+    Args:
+        passes: how many blocks an execution yields, and the execution; it starts with its first `next`.
+    """
+    queues: deque[deque[Any]] = deque()  # blocks of every execution that is not yet used up, None behind its last
+    outstanding, change, stopped = 0, threading.Condition(), False
+
+    def drain(execution: Iterator[Any], queue: deque[Any]) -> None:
+        nonlocal outstanding
+        try:
+            for block in execution:
+                with change:
+                    queue.append(block)
+                    outstanding -= 1
+                    change.notify_all()
+                    if stopped:
+                        return
+            end: BaseException | None = None
+        except BaseException as error:  # raised again in the trainer
+            end = error
+        with change:
+            queue.append(end)
+            change.notify_all()
+
+    def may_start() -> bool:
+        return stopped or (outstanding <= overlap and sum(map(len, queues)) <= waiting)
+
+    threads: list[threading.Thread] = []
+
+    def work() -> None:
+        nonlocal outstanding
+        try:
+            for count, execution in passes:
+                with change:
+                    change.wait_for(may_start)
+                    if stopped:
+                        return
+                    outstanding += count
+                    queue: deque[Any] = deque()
+                    queues.append(queue)
+                threads.append(threading.Thread(target=drain, args=(execution, queue), name="manyviews-drain", daemon=True))
+                threads[-1].start()
+                del threads[:-2]  # those before have ended
+            end: BaseException | None = None
+        except BaseException as error:
+            end = error
+        with change:
+            queues.append(deque([StopIteration() if end is None else end]))
+            change.notify_all()
+
+    threads.append(threading.Thread(target=work, name="manyviews-stream", daemon=True))
+    first = threads[0]
+    first.start()
+    try:
+        while True:
+            with change:
+                change.wait_for(lambda: bool(queues) and bool(queues[0]))
+                value = queues[0].popleft()
+                if value is None:
+                    queues.popleft()
+                change.notify_all()
+            if isinstance(value, StopIteration):
+                return
+            if isinstance(value, BaseException):
+                raise value
+            if value is not None:
+                yield value
+    finally:
+        with change:
+            stopped = True
+            queues.clear()
+            change.notify_all()
+        for thread in {first, *threads}:
+            thread.join(timeout=30)

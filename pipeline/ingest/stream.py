@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -14,13 +12,13 @@ import torch
 from torch import Tensor
 
 from methods.parts.views import ViewsConfig
-from pipeline.ingest.crops import COLUMNS, cut_window, draw_views, shrink_factor, shrunk
-from pipeline.ingest.decode import BadImage, decode, evaluation_crop, large_size
-from pipeline.ingest.manifest import Manifest, Row
-from pipeline.ingest.photometric import Normalisation, finish_crops
+from pipeline.ingest.decode import evaluation_crop
+from pipeline.ingest.manifest import Manifest
+from pipeline.ingest.photometric import Normalisation
 from pipeline.ingest.plan import Plan
-from pipeline.ingest.ray_data import default_tasks, run
+from pipeline.ingest.ray_data import ahead, default_tasks, run
 from pipeline.ingest.ray_data import start_ray as start_ray  # callers of the stream find it here
+from pipeline.ingest.window import block_bytes, cut_images, decode_all, finish_columns
 
 PASS_BYTES = 128 * 2**20  # views of one Ray Data execution, or one group of windows if that is more; starting one costs 0.1 to 0.5 s
 EVALUATION_BYTES = 16 * 2**20  # pixels one evaluation task returns
@@ -104,96 +102,7 @@ def training_batches(
             yield last - first, run(cut, first, last, workers)
 
     # the next pass begins when the trainer has begun the last group of this one, and only the last windows are being cut
-    return batches_of(_ahead(passes(), waiting=items.lanes - 1, overlap=workers or items.lanes), manifest, plan, views, items)
-
-
-def block_bytes(views: ViewsConfig, images: int, finished: bool) -> int:
-    """Size of what one task returns for so many images."""
-    pixels = sum(g.count * (3 * g.size * g.size * (4 if finished else 1) + 4 * len(COLUMNS)) for g in views.values())
-    return images * (pixels + 64)
-
-
-def _ahead(passes: Iterator[tuple[int, Iterator[Any]]], waiting: int, overlap: int) -> Generator[Any]:
-    """What successive Ray Data executions yield, in order, each drained in a thread of its own as fast as it delivers.
-
-    The next one starts when `overlap` or fewer blocks of the last are outstanding, so that no core idles while one ends and
-    the other starts, and `waiting` or fewer blocks wait for the trainer. An execution whose output waits for its consumer
-    would spin on a whole core (seen with Ray 2.60), in the trainer's process and under its interpreter lock, which slows
-    training several times.
-
-    Args:
-        passes: how many blocks an execution yields, and the execution; it starts with its first `next`.
-    """
-    queues: deque[deque[Any]] = deque()  # blocks of every execution that is not yet used up, None behind its last
-    outstanding, change, stopped = 0, threading.Condition(), False
-
-    def drain(execution: Iterator[Any], queue: deque[Any]) -> None:
-        nonlocal outstanding
-        try:
-            for block in execution:
-                with change:
-                    queue.append(block)
-                    outstanding -= 1
-                    change.notify_all()
-                    if stopped:
-                        return
-            end: BaseException | None = None
-        except BaseException as error:  # raised again in the trainer
-            end = error
-        with change:
-            queue.append(end)
-            change.notify_all()
-
-    def may_start() -> bool:
-        return stopped or (outstanding <= overlap and sum(map(len, queues)) <= waiting)
-
-    threads: list[threading.Thread] = []
-
-    def work() -> None:
-        nonlocal outstanding
-        try:
-            for count, execution in passes:
-                with change:
-                    change.wait_for(may_start)
-                    if stopped:
-                        return
-                    outstanding += count
-                    queue: deque[Any] = deque()
-                    queues.append(queue)
-                threads.append(threading.Thread(target=drain, args=(execution, queue), name="manyviews-drain", daemon=True))
-                threads[-1].start()
-                del threads[:-2]  # those before have ended
-            end: BaseException | None = None
-        except BaseException as error:
-            end = error
-        with change:
-            queues.append(deque([StopIteration() if end is None else end]))
-            change.notify_all()
-
-    threads.append(threading.Thread(target=work, name="manyviews-stream", daemon=True))
-    first = threads[0]
-    first.start()
-    try:
-        while True:
-            with change:
-                change.wait_for(lambda: bool(queues) and bool(queues[0]))
-                value = queues[0].popleft()
-                if value is None:
-                    queues.popleft()
-                change.notify_all()
-            if isinstance(value, StopIteration):
-                return
-            if isinstance(value, BaseException):
-                raise value
-            if value is not None:
-                yield value
-    finally:
-        with change:
-            stopped = True
-            queues.clear()
-            change.notify_all()
-        for thread in {first, *threads}:
-            thread.join(timeout=30)
+    return batches_of(ahead(passes(), waiting=items.lanes - 1, overlap=workers or items.lanes), manifest, plan, views, items)
 
 
 class _Items:
@@ -299,75 +208,6 @@ def _cut_item(
     return columns
 
 
-def cut_images(rows: list[Row], epoch: int, views: ViewsConfig, seed: int, chunk: int) -> dict[str, np.ndarray]:
-    """Decode a window of images and cut their views; bad slots get a good image from another chunk.
-
-    Large JPEGs are decoded at the smallest size in which every box is twice as large as its view. Their tables hold the boxes
-    in the whole image.
-
-    Returns:
-        Columns of `len(rows)` entries: `crops/GROUP` and `table/GROUP`, `id` and `label` of the image shown, `planned` id,
-        and `reason`, empty unless the planned image is bad.
-    """
-    sizes = [large_size(row.image) for row in rows]
-    factors = [
-        1 if size is None else shrink_factor(_draw([row], [size], seed, epoch, views), views) for row, size in zip(rows, sizes, strict=True)
-    ]
-    images, reasons = _decode_all(rows, factors)
-    shown = substitutes([not reason for reason in reasons], chunk)
-    pictures = [images[s] for s in shown]
-    ids = np.array([rows[s].id for s in shown])
-    tables = _draw([rows[s] for s in shown], [sizes[s] or images[s].shape[:2] for s in shown], seed, epoch, views)
-    in_picture = tables
-    if max(factors) > 1:
-        heights, widths = (np.array([picture.shape[axis] for picture in pictures]) for axis in (0, 1))
-        in_picture = {name: shrunk(table, np.array(factors)[shown], heights, widths) for name, table in tables.items()}
-    columns = {f"crops/{name}": crops for name, crops in cut_window(pictures, in_picture, views).items()}
-    columns |= {f"table/{name}": table for name, table in tables.items()}
-    columns["id"], columns["planned"] = ids, np.array([row.id for row in rows])
-    columns["label"] = np.array([rows[s].label for s in shown])
-    columns["reason"] = np.array(reasons, dtype=object)
-    return columns
-
-
-def _draw(rows: list[Row], sizes: list[tuple[int, ...]], seed: int, epoch: int, views: ViewsConfig) -> dict[str, np.ndarray]:
-    heights, widths = np.array(sizes).T
-    return draw_views(seed, epoch, np.array([row.id for row in rows]), heights, widths, views)
-
-
-def finish_columns(columns: dict[str, np.ndarray], views: ViewsConfig, finish: Normalisation) -> None:
-    """Replace uint8 crops by finished ones, `(n, V, 3, size, size)` float32."""
-    for name, group in views.items():
-        if group.count:
-            crops, table = torch.from_numpy(columns[f"crops/{name}"]), columns[f"table/{name}"]
-            done = finish_crops(crops.flatten(0, 1), table.reshape(-1, len(COLUMNS)), group, *finish, channels_last=False)
-            columns[f"crops/{name}"] = done.unflatten(0, crops.shape[:2]).numpy()
-
-
-def substitutes(good: list[bool], chunk: int) -> np.ndarray:
-    """Which place of a window each slot shows, `(n,)`: itself if good, else a good one at the same place of the nearest
-    later chunk (cyclic), else any good one after it; itself if none is good."""
-    count = len(good)
-    shown = np.arange(count)
-    for slot in np.flatnonzero(~np.array(good, bool)):
-        other_chunks = range(slot + chunk, slot + count, chunk)
-        candidates = (place % count for place in (*other_chunks, *range(slot + 1, slot + count)))
-        shown[slot] = next((place for place in candidates if good[place]), slot)
-    return shown
-
-
-def _decode_all(rows: list[Row], factors: Sequence[int] | None = None) -> tuple[list[np.ndarray], list[str]]:
-    images, reasons = [], []
-    for row, factor in zip(rows, factors or [1] * len(rows), strict=True):
-        try:
-            images.append(decode(row.image, factor))
-            reasons.append("")
-        except BadImage as error:
-            images.append(np.zeros((1, 1, 3), np.uint8))
-            reasons.append(str(error) or "unknown")
-    return images, reasons
-
-
 # ---------------------------------------------------------------------------- evaluation
 
 
@@ -399,6 +239,6 @@ def evaluation_images(manifest: Manifest, ids: np.ndarray, size: int, tasks: int
 def _evaluate_item(item: dict[str, np.ndarray], shared: Any, size: int, window: int) -> dict[str, np.ndarray]:
     manifest, ids = _get(shared)
     first = int(item["id"][0]) * window
-    images, reasons = _decode_all(manifest.read(ids[first : first + window]))
+    images, reasons = decode_all(manifest.read(ids[first : first + window]))
     crops = np.stack([evaluation_crop(image, size) for image in images])
     return {"image": crops, "reason": np.array(reasons, dtype=object)}

@@ -13,7 +13,7 @@ from pipeline.ingest.crops import COLUMN, COLUMNS, cut_window, draw_views, shrin
 from pipeline.ingest.decode import ORIENTATION, large_size
 from pipeline.ingest.manifest import Row
 from pipeline.ingest.patches import CLASS_NAMES, load_photo
-from pipeline.ingest.stream import cut_images
+from pipeline.ingest.window import cut_images
 
 VIEWS = {
     "global": CropGroup(count=2, size=32, scale=(0.3, 1.0)),

@@ -201,7 +201,7 @@ def test_a_deleted_object_is_a_bad_image(tmp_path: Path, s3: object, make: objec
 
 def test_training_goes_on_past_a_deleted_object(tmp_path: Path, s3: object) -> None:
     from methods.parts.views import CropGroup
-    from pipeline.ingest.stream import cut_images
+    from pipeline.ingest.window import cut_images
 
     make_folder(tmp_path / "data")
     manifest = open_path(upload(s3, tmp_path / "data", "gone"))

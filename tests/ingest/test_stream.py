@@ -18,7 +18,8 @@ from pipeline.ingest.manifest import Manifest
 from pipeline.ingest.photometric import finish_views
 from pipeline.ingest.plan import Plan
 from pipeline.ingest.sources import open_source
-from pipeline.ingest.stream import Batch, cut_images, evaluation_images, substitutes, training_batches
+from pipeline.ingest.stream import Batch, evaluation_images, training_batches
+from pipeline.ingest.window import cut_images, substitutes
 
 VIEWS = {"global": CropGroup(count=2, size=16), "local": CropGroup(count=1, size=8, scale=(0.1, 0.3))}
 
