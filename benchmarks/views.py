@@ -363,8 +363,8 @@ def main() -> None:
         for library in (lightly, kornia, albumentations):
             try:
                 engines[f"{library.__name__}"] = library(LARGE)
-            except ImportError as error:
-                print(f"{library.__name__}: not measured ({error})")
+            except Exception as error:  # absent, or at odds with another package's version
+                print(f"{library.__name__}: not measured ({type(error).__name__}: {error})")
     found = rates(engines, images, options.rounds)
     rows = table("2 x 224 + 6 x 96 from 500 x 375 JPEG, one core", found, "original transform")
     fastest = max((n for n in found if n.startswith("floor") and "no antialiasing" not in n), key=lambda n: float(np.median(found[n])))

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import io
 import math
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -192,13 +193,13 @@ def resolve_model(reference: str, *, runs_dir: Path, uri: str | None = None) -> 
         reference: a run's name, a run folder, an export folder, a `.safetensors` file beside its JSON, `models:/NAME@ALIAS`
             or `models:/NAME/VERSION`.
         runs_dir: where runs are looked up by name.
-        uri: the registry; None = the SQLite database of `runs_dir`.
+        uri: the registry; None = MLFLOW_TRACKING_URI, else the SQLite database of `runs_dir`.
 
     Raises:
         ConfigError: nothing there; the message says what was tried and what exists.
     """
     if reference.startswith("models:"):
-        return _from_registry(reference, runs_dir, uri or default_uri(runs_dir))
+        return _from_registry(reference, runs_dir, uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(runs_dir))
     path = Path(reference).expanduser()
     for candidate in (runs_dir / reference / "model", path, path / "model"):
         if (candidate / SPEC).is_file():

@@ -41,7 +41,7 @@ class Guards:
         if self.chance is None or step < self.patience_steps:
             return
         level, name = self.chance
-        if metrics["loss"] > 0.98 * level and metrics.get("code_entropy", 1.0) > 0.98:
+        if metrics.get("loss", 0.0) > 0.98 * level and metrics.get("code_entropy", 1.0) > 0.98:
             text = f"the loss sticks at {name}: {metrics['loss']:.3f} of {level:.3f} after {step} steps; {self.remedies}"
             yield from self._once("stuck", text)
 
