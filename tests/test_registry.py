@@ -326,7 +326,7 @@ def test_no_registry_is_made_by_asking_for_a_model(tmp_path: Path) -> None:
 
 def test_the_environments_server_is_asked_where_none_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'elsewhere.db'}")
-    with pytest.raises(ConfigError, match="no registry at sqlite:///.*elsewhere.db"):
+    with pytest.raises(ConfigError, match=r"no registry at sqlite:///.*elsewhere\.db"):
         resolve_model("models:/a@best", runs_dir=tmp_path)
-    with pytest.raises(ConfigError, match="no registry at sqlite:///.*given.db"):
+    with pytest.raises(ConfigError, match=r"no registry at sqlite:///.*given\.db"):
         resolve_model("models:/a@best", runs_dir=tmp_path, uri=f"sqlite:///{tmp_path / 'given.db'}")
