@@ -360,8 +360,9 @@ def resolve(config: RunConfig, num_images: int | None) -> Resolved:
 
 
 def _steps_per_epoch(config: RunConfig, num_images: int | None) -> int:
-    entry, given = find(config.method), config.train.steps_per_epoch
+    given = config.train.steps_per_epoch
     if num_images is None:
+        entry = find(config.method)
         facts = {"needs_dense_ids": "keeps something for every image", "needs_passes": "works in whole passes over the images"}
         for fact, words in facts.items():
             if getattr(entry.method, fact):
@@ -374,7 +375,7 @@ def _steps_per_epoch(config: RunConfig, num_images: int | None) -> int:
         )
         return int(given or 0)
     one_pass = num_images // config.train.global_batch_size
-    if given is not None and given != one_pass and entry.method.needs_passes:
+    if given is not None and given != one_pass and (entry := find(config.method)).method.needs_passes:
         remedy = f"use {one_pass}, or leave it out"
         raise ConfigError(f"train.steps_per_epoch={given}: {entry.name} works in whole passes over the images; {remedy}")
     return given or one_pass

@@ -245,14 +245,6 @@ def test_a_job_stopped_in_the_middle_is_resumed_by_another(head: Head, tmp_path:
     assert json.loads((tmp_path / "stopped" / "run.json").read_text())["status"] == "finished"
 
 
-def test_the_doctor_as_a_job_asks_the_nodes_and_does_a_timed_dry_run(head: Head, tmp_path: Path) -> None:
-    head.run("doctor", *TINY, f"--runs-dir={tmp_path / 'runs'}", f"--json={tmp_path / 'checks.json'}")
-    checks = {check["name"]: check for check in json.loads((tmp_path / "checks.json").read_text())}
-    assert checks["cluster"]["found"].startswith("1 node, 2 CPUs, 0 GPUs")
-    assert {checks[name]["ok"] for name in ("shared runs", "versions")} == {"ok"}
-    assert "images/s" in checks["timed dry run"]["found"]
-
-
 def test_a_wrong_setting_fails_the_job_with_one_sentence(head: Head) -> None:
     status, log = head.finish(head.submit("python manyviews.py pretrain swav-small --data.lanse 4"))
     assert status == "FAILED"

@@ -4,44 +4,91 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from methods.parts.contract import find, registered
+from pipeline.config import override
 from pipeline.ingest.stream import start_ray
 from pipeline.recipes import entries, load_recipe
+from pipeline.runs import RunFolder, create_run
+from pipeline.train import checkpoint
+from pipeline.train.prepare import prepare
+from pipeline.train.relay import Listener, Mute, Relay
+from pipeline.train.workers import CPU_WORKER
 from tests.e2e.test_one_machine import here
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 SMALL = {find(load_recipe(e.name).method).name: e.name for e in reversed(list(entries())) if e.name.endswith("-small")}
-TINY = [
-    "--data.path=patches:per_photo=16", "--train.workers=2", "--train.threads=1", "--train.steps=4", "--train.global-batch-size=32",
-    "--train.log-every=2", "--evaluate.knn-every=2", "--evaluate.knn-queries=32", "--backbone.width=0.125",
-]  # fmt: skip
+TINY = {
+    "data.path": "patches:per_photo=16", "train.workers": 2, "train.threads": 1, "train.steps": 4, "train.global_batch_size": 32,
+    "train.log_every": 2, "evaluate.knn_every": 2, "evaluate.knn_queries": 32, "backbone.width": 0.125,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def ray_with_room(_ray_ends: None) -> None:
-    """One Ray for all methods, with a CPU more than tasks need, as a run with workers starts it."""
+    """A Ray with a CPU more than tasks need, as a run with workers starts it."""
     ray.shutdown()
     start_ray(extra_cpus=1)
 
 
+@pytest.fixture(scope="module")
+def trained(ray_with_room: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[RunFolder, Any]]:
+    """Every method by one group of two workers, one after the other: starting a group takes longer than these few steps."""
+    root, settings, folders = tmp_path_factory.mktemp("many"), {}, {}
+    relay = ray.remote(Relay).options(num_cpus=0).remote()
+    listener = Listener(relay, Mute(), root, lambda step: None, restarts=len(SMALL))
+    for method, recipe in SMALL.items():
+        config = load_recipe(recipe)
+        sizes = {f"views.{name}.size": 16 if name == "local" else 32 for name in config.views}
+        ready = prepare(override(config, TINY | sizes))
+        folders[method] = create_run(root, method, method)
+        settings[method] = {"given": [ray.put((ready, folders[method], None))], "relay": relay, "tasks": 1, "remote": None}
+
+    def in_turn(settings: dict[str, Any]) -> dict[str, Any]:
+        from pipeline.train.workers import _worker
+
+        return {method: _worker(one) for method, one in settings.items()}
+
+    trainer = TorchTrainer(
+        in_turn,
+        train_loop_config=settings,
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(num_workers=2, resources_per_worker=CPU_WORKER),
+        run_config=RunConfig(name=".ray", storage_path=str(root)),
+    )
+    pool = ThreadPoolExecutor(1)
+    outcome = pool.submit(trainer.fit)
+    try:
+        while not outcome.done():  # what the driver of a run does meanwhile
+            listener.listen(stop=False)
+            time.sleep(0.2)
+    except BaseException:
+        ray.shutdown()  # the group would go on
+        raise
+    done = outcome.result().return_value
+    return {method: (folder, done[method]) for method, folder in folders.items()}
+
+
 @pytest.mark.parametrize("method", list(registered()))
-def test_every_method_trains_on_two_workers(method: str, ray_with_room: None, tmp_path: Path) -> None:
-    sizes = [f"--views.{name}.size={16 if name == 'local' else 32}" for name in load_recipe(SMALL[method]).views]
-    said = tmp_path / "two.json"
-    done = here("pretrain", SMALL[method], *TINY, *sizes, f"--runs-dir={tmp_path}", "--run=two", "--track.no-register", f"--json={said}")
-    assert "2 workers" in done.stdout and "step 4/4" in done.stdout
-    assert json.loads(said.read_text())["status"] == "finished"
-    points = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+def test_every_method_trains_on_two_workers(method: str, trained: dict[str, tuple[RunFolder, Any]]) -> None:
+    folder, done = trained[method]
+    assert done.complete and done.step == 4
+    assert done.scores.get("trained") > 0
+    points = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     losses = {p["step"]: p["metrics"]["loss"] for p in points if "loss" in p["metrics"]}
     assert list(losses) == [2, 4] and all(math.isfinite(loss) for loss in losses.values())
-    assert {p.name for p in (tmp_path / "two" / "figures").glob("*.png")} == {"views.png", "curves.png", "neighbours.png", "scores.png"}
-    assert (tmp_path / "two" / "model" / "backbone.safetensors").is_file()
-    assert not list((tmp_path / "two").glob(".ray-*")), "Ray Train's scratch folder is gone"
+    assert {p.name for p in folder.figures.glob("*.png")} == {"views.png", "curves.png", "neighbours.png", "scores.png"}
+    assert (folder.model / "backbone.safetensors").is_file()
+    assert checkpoint.load(checkpoint.pointed_to(folder.checkpoints))["position"]["step"] == 4
 
 
 def test_more_workers_than_fit_are_refused_with_a_remedy(ray_with_room: None, tmp_path: Path) -> None:

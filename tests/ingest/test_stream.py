@@ -83,7 +83,7 @@ def test_resume_gives_the_remaining_batches(ray_local: None, tmp_path: Path, mon
     plan = make_plan(manifest)
     whole = collect(manifest, plan, 40)
     monkeypatch.setattr(stream, "PASS_BYTES", 1)  # many Ray Data executions
-    for start in (0, 1, 14, 15, 21, 39, 40):
+    for start in (0, 14, 15, 39, 40):
         rest = collect(manifest, plan, 40, start=start)
         assert len(rest) == 40 - start and all(same(a, b) for a, b in zip(whole[start:], rest, strict=True))
 
