@@ -318,7 +318,8 @@ def test_the_models_requirements_are_the_projects() -> None:
     assert set(REQUIREMENTS) <= set(project["dependencies"])
 
 
-def test_no_registry_is_made_by_asking_for_a_model(tmp_path: Path) -> None:
+def test_no_registry_is_made_by_asking_for_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(ConfigError, match="there is no registry"):
         resolve_model("models:/a@best", runs_dir=tmp_path)
     assert not list(tmp_path.iterdir())
