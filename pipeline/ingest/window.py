@@ -29,10 +29,11 @@ def cut_images(rows: list[Row], epoch: int, views: ViewsConfig, seed: int, chunk
         1 if size is None else shrink_factor(_draw([row], [size], seed, epoch, views), views) for row, size in zip(rows, sizes, strict=True)
     ]
     images, reasons = decode_all(rows, factors)
+    whole = [image.shape[:2] if reason or size is None else size for image, reason, size in zip(images, reasons, sizes, strict=True)]
     shown = substitutes([not reason for reason in reasons], chunk)
     pictures = [images[s] for s in shown]
     ids = np.array([rows[s].id for s in shown])
-    tables = _draw([rows[s] for s in shown], [sizes[s] or images[s].shape[:2] for s in shown], seed, epoch, views)
+    tables = _draw([rows[s] for s in shown], [whole[s] for s in shown], seed, epoch, views)
     in_picture = tables
     if max(factors) > 1:
         heights, widths = (np.array([picture.shape[axis] for picture in pictures]) for axis in (0, 1))

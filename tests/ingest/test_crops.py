@@ -180,6 +180,16 @@ def test_no_box_is_shrunk_below_twice_its_view() -> None:
         assert (larger[factors > 1] >= 2 * factors[factors > 1]).all()
 
 
+@pytest.mark.parametrize("size", [32, 700])
+def test_a_window_of_nothing_but_damaged_large_photographs_is_black(size: int) -> None:
+    """Their headers are whole: the boxes must lie in the pixel that stands for them, shrunk or not."""
+    file = io.BytesIO()
+    load_photo(0).resize((2400, 1800)).save(file, "JPEG")
+    rows = [Row(i, file.getvalue()[:3000], -1, "") for i in range(2)]
+    columns = cut_images(rows, 0, {"global": CropGroup(size=size, scale=(0.3, 1.0))}, 0, 1)
+    assert not columns["crops/global"].any() and all(columns["reason"])
+
+
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_views_of_a_large_photograph_are_those_of_the_whole_one(orientation: int, monkeypatch: pytest.MonkeyPatch) -> None:
     exif, file = Image.Exif(), io.BytesIO()
