@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb
 PPM_HEADER = re.compile(rb"P6\s(\d{1,5})\s(\d{1,5})\s255\s")
-LARGE_PIXELS = 4_000_000  # JPEGs of more may be decoded at a fraction of their size: 12 million pixels, 59 ms at a quarter and 111 whole
+LARGE_PIXELS = 4_000_000  # JPEGs of more may be decoded at a fraction of their size: see benchmarks/views.py
 ORIENTATION = 0x0112  # of EXIF; 5 and above turn an image by a right angle
 SMALL = 64  # pixels; images up to this side are not enlarged before the centre crop
 
