@@ -221,7 +221,7 @@ def test_projector_and_the_part_that_is_fine_tuned() -> None:
 def test_more_than_two_crops_are_refused() -> None:
     views = two_views(torch.randn(4, 3), torch.randn(4, 3))
     views.stacks["third"], views.counts = torch.randn(4, 3), {"first": 1, "second": 1, "third": 1}
-    with pytest.raises(ConfigError, match="3 crops of each image; use one group of count 2"):
+    with pytest.raises(ConfigError, match="3 crops, but this method compares two; use one group of 2"):
         simclr(3, 4)(views, progress())
 
 
