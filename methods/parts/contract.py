@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.parts.errors import ConfigError
+from methods.parts.id_table import IdTable
 from methods.parts.views import Views, ViewsConfig
 
 Metrics = dict[str, "Tensor | float"]
@@ -93,7 +94,8 @@ class Method(nn.Module):
     """One self-supervised method: networks, state and loss.
 
     Everything that must survive a restart is a parameter or a persistent buffer made in `__init__`, so that
-    `state_dict()` is complete before step 0. It works the same without a process group. `forward` is `training_step`.
+    `state_dict()` is complete before step 0; what is held for every image is in `id_tables()`. It works the same without
+    a process group. `forward` is `training_step`.
     """
 
     paper: ClassVar[str] = ""  # "Authors year, arXiv:number"
@@ -134,6 +136,10 @@ class Method(nn.Module):
 
     def param_groups(self) -> list[ParamGroup]:
         return [ParamGroup(params=[p for p in self.parameters() if p.requires_grad])]
+
+    def id_tables(self) -> dict[str, IdTable]:
+        """State by image id, by name; the same objects at every call. Saved and restored with the rest, in pieces."""
+        return {}
 
     def evaluation_backbone(self) -> nn.Module:
         """The network that is evaluated and registered; maps `(B, 3, H, W)` to `(B, D)`."""

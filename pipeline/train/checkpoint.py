@@ -1,6 +1,7 @@
 """Our own checkpoints: whole or absent, whatever kills the process.
 
 checkpoints/step-00000300/state.pt    tensors and plain values only
+checkpoints/step-00000300/NAME-0.pt   a piece of a table by image id, if the method has one
 checkpoints/last.json, best.json      {"folder": "step-00000300", "step": 300, ...}, replaced after the folder is whole
 """
 
@@ -39,10 +40,11 @@ def save(checkpoints: Path, state: State, *, step: int, best: bool = False, keep
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        with open(temporary / "state.pt", "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        tables: dict[str, list[Tensor]] = state.get("id_tables", {})
+        for table, pieces in tables.items():
+            for i, piece in enumerate(pieces):
+                _write(temporary / f"{table}-{i}.pt", piece.clone())  # torch writes the whole storage of a view
+        _write(temporary / "state.pt", state | {"id_tables": {table: len(pieces) for table, pieces in tables.items()}})
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier life of this run
         os.replace(temporary, folder)
         pointer = {"folder": name, "step": step}
@@ -55,6 +57,13 @@ def save(checkpoints: Path, state: State, *, step: int, best: bool = False, keep
         raise DiskFull(f"checkpoint of step {step} could not be written to {checkpoints} ({free:.0f} MB free): {error}") from error
     _prune(checkpoints, keep_every)
     return folder
+
+
+def _write(path: Path, content: Any) -> None:
+    with open(path, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def send(run: Path, step: int, keep_every: int | None = None) -> None:
@@ -102,9 +111,16 @@ def load(folder: Path) -> State:
     """
     try:
         state: State = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        counts = state.get("id_tables", {}).items()
+        state["id_tables"] = {name: [_piece(folder / f"{name}-{i}.pt") for i in range(count)] for name, count in counts}
     except Exception as error:
         raise ConfigError(f"checkpoint={folder}: cannot be read ({error}); remove it to go on from an older one") from None
     return state
+
+
+def _piece(path: Path) -> Tensor:
+    piece: Tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # a worker reads its own rows only
+    return piece
 
 
 def state_hash(state: State) -> str:

@@ -102,7 +102,7 @@ class Trainer:
                     self.display.say(f"[yellow]warning:[/yellow] {warning}")
                 if save or measure:
                     average_statistics(self.method)
-                improved = self.measure_knn() if measure else False
+                improved = measure and bool(all_reduce_max(torch.tensor(int(self.measure_knn()))))
                 if save or improved:
                     self.save(best=improved)
             else:
@@ -192,17 +192,20 @@ class Trainer:
         return True
 
     def state(self) -> checkpoint.State:
-        """The whole state of the run, free of clocks and machine names."""
+        """The whole state of the run, free of clocks and machine names. All workers ask together."""
         return {
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "position": vars(self.position),
             "threads": torch.get_num_threads(),
+            "id_tables": {name: table.pieces() for name, table in self.method.id_tables().items()},
         }
 
     def restore(self, state: checkpoint.State) -> None:
         """The inverse of `state`."""
         self.method.load_state_dict(state["method"])
+        for name, table in self.method.id_tables().items():
+            table.load(state["id_tables"][name])
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
@@ -212,8 +215,11 @@ class Trainer:
 
     def save(self, best: bool = False) -> None:
         step = self.position.step
-        if rank() == 0 and (step != self.saved_step or best):
-            checkpoint.save(self.folder.checkpoints, self.state(), step=step, best=best, keep_every=self.config.train.keep_every)
+        if step == self.saved_step and not best:
+            return
+        state = self.state()
+        if rank() == 0:
+            checkpoint.save(self.folder.checkpoints, state, step=step, best=best, keep_every=self.config.train.keep_every)
             self.folder.update(step=step, total_steps=self.resolved.facts.total_steps)
             checkpoint.send(self.folder.path, step, self.config.train.keep_every)
         self.saved_step = step

@@ -91,9 +91,12 @@ def work(
         keep_listed_bad(folder, trainer.position)
     trainer.run(batches(ready, trainer.position.step, tasks))
     done = Done(trainer.position.step, trainer.position.step >= resolved.facts.total_steps)
-    if rank() > 0 or not done.complete:
+    if not done.complete:
         return done
-    folder.update(state_sha256=checkpoint.state_hash(trainer.state()))
+    final = trainer.state()
+    if rank() > 0:
+        return done
+    folder.update(state_sha256=checkpoint.state_hash(final))
     screen.say("evaluating ...")
     return evaluated(done, ready, folder, trainer.method.evaluation_backbone(), report, trainer.last_knn, device)
 

@@ -1,0 +1,96 @@
+"""State by image id: a row for every image of the data set, whichever worker meets the image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from methods.parts.distributed import all_gather_rows, all_reduce_sum, rank, world_size
+from methods.parts.errors import ConfigError
+
+PIECE = 1 << 24  # rows of a piece of a checkpoint
+
+
+class IdTable:
+    """`(N, *shape)` values by image id, for `Method.id_tables()`.
+
+    Whole on every worker (4 bytes an image for int32), or cut into ranges of ids, one to a worker, beyond some 100
+    million images. Neither a module nor a buffer: DDP would send it around and every checkpoint of weights would hold it.
+    It moves to the device of the ids it is asked for.
+
+    Args:
+        num_images: N; ids are dense, 0 to N - 1.
+        shape: of one image's value; () = a number.
+        fill: what an image has that was never written, e.g. -1 for a label.
+        sharded: each worker holds N / W rows. All workers must then make every call together.
+    """
+
+    def __init__(self, num_images: int, shape: tuple[int, ...] = (), *, dtype: torch.dtype, fill: float, sharded: bool = False) -> None:
+        self.num_images, self.fill, self.sharded = num_images, fill, sharded
+        self.first, self.stop = own_range(num_images) if sharded else (0, num_images)
+        self.rows = torch.full((self.stop - self.first, *shape), fill, dtype=dtype)
+
+    def read(self, ids: Tensor) -> Tensor:
+        """The values `(B, *shape)` of this worker's images `(B,)`. Every worker must bring B ids."""
+        self.rows = self.rows.to(ids.device)
+        if not self.sharded or world_size() == 1:
+            return self.rows[ids]
+        asked = all_gather_rows(ids)
+        here = (asked >= self.first) & (asked < self.stop)
+        values = self.rows.new_zeros((len(asked), *self.rows.shape[1:]))
+        values[here] = self.rows[asked[here] - self.first]
+        return all_reduce_sum(values)[rank() * len(ids) : (rank() + 1) * len(ids)]
+
+    def write(self, ids: Tensor, values: Tensor) -> None:
+        """Set the values `(G, *shape)` of images `(G,)`: the whole global batch, the same on every worker. An id comes at most once."""
+        self.rows = self.rows.to(ids.device)
+        if self.sharded:
+            here = (ids >= self.first) & (ids < self.stop)
+            ids, values = ids[here] - self.first, values[here]
+        self.rows[ids] = values.to(self.rows.dtype)
+
+    def fill_(self, value: float) -> None:
+        """The same value for every image."""
+        self.rows.fill_(value)
+
+    def pieces(self) -> list[Tensor]:
+        """The whole table on the CPU, `PIECE` rows at a time."""
+        return [self._piece(start, min(start + PIECE, self.num_images)).cpu() for start in range(0, max(1, self.num_images), PIECE)]
+
+    def _piece(self, start: int, stop: int) -> Tensor:
+        if not self.sharded or world_size() == 1:
+            return self.rows[start:stop]
+        piece = self.rows.new_zeros((stop - start, *self.rows.shape[1:]))
+        low, high = max(start, self.first), min(stop, self.stop)
+        if low < high:
+            piece[low - start : high - start] = self.rows[low - self.first : high - self.first]
+        return all_reduce_sum(piece)
+
+    def load(self, pieces: list[Tensor]) -> None:
+        """The inverse of `pieces`, for any number of workers.
+
+        Raises:
+            ConfigError: the pieces hold another number of images, or other values.
+        """
+        start, count = 0, sum(map(len, pieces))
+        if count != self.num_images or pieces[0].shape[1:] != self.rows.shape[1:]:
+            held, want = (count, *pieces[0].shape[1:]), (self.num_images, *self.rows.shape[1:])
+            raise ConfigError(f"checkpoint: a table by image of shape {held} where this run needs {want}; use the same data and heads")
+        for piece in pieces:
+            low, high = max(start, self.first), min(start + len(piece), self.stop)
+            if low < high:
+                self.rows[low - self.first : high - self.first] = piece[low - start : high - start].to(self.rows)
+            start += len(piece)
+
+
+def own_range(num_images: int) -> tuple[int, int]:
+    """This worker's first id, and the next worker's."""
+    return rank() * num_images // world_size(), (rank() + 1) * num_images // world_size()
+
+
+def first_of_each(ids: Tensor) -> Tensor:
+    """Places `(U,)`, ascending, at which each distinct id of `(G,)` comes first: a repeated image counts once."""
+    distinct, which = ids.unique(return_inverse=True)
+    places = torch.arange(len(ids), device=ids.device)
+    first = places.new_full((len(distinct),), len(ids)).scatter_reduce(0, which, places, "amin")
+    return first.sort().values

@@ -1,0 +1,92 @@
+"""State by image id: the same whole or cut over workers, for any number of workers, and from any checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from methods.parts import id_table
+from methods.parts.distributed import all_gather_rows
+from methods.parts.errors import ConfigError
+from methods.parts.id_table import IdTable, first_of_each
+from pipeline.train import checkpoint
+from tests.parity.common import in_processes
+
+N, BATCH = 103, 12
+
+
+def visit(rank: int, world: int, sharded: bool) -> dict[str, Any]:
+    """Three steps: read, then write what the whole batch brings; at last every piece."""
+    id_table.PIECE = 40
+    table = IdTable(N, (2,), dtype=torch.int32, fill=-1, sharded=sharded)
+    read, generator = [], torch.Generator().manual_seed(0)
+    for step in range(3):
+        ids = torch.randperm(N, generator=generator)[:BATCH]
+        own = ids.view(world, -1)[rank]
+        read.append(table.read(own))
+        gathered = all_gather_rows(own)
+        assert torch.equal(gathered, ids)
+        table.write(gathered, torch.stack([gathered, gathered * 10 + step], dim=1))
+    pieces = table.pieces()
+    again = IdTable(N, (2,), dtype=torch.int32, fill=-1, sharded=sharded)
+    again.load(pieces)
+    return {"read": read, "pieces": pieces, "rows": len(table.rows), "same": torch.equal(again.rows, table.rows)}
+
+
+def visit_whole(rank: int, world: int) -> dict[str, Any]:
+    return visit(rank, world, False)
+
+
+def visit_sharded(rank: int, world: int) -> dict[str, Any]:
+    return visit(rank, world, True)
+
+
+@pytest.mark.parametrize("what", [visit_whole, visit_sharded])
+def test_tables_are_the_same_for_one_and_three_workers(what: Any, tmp_path: Path) -> None:
+    one = visit_whole(0, 1)
+    assert [len(piece) for piece in one["pieces"]] == [40, 40, 23]
+    assert (torch.cat(one["pieces"]) >= 0).any() and (torch.cat(one["pieces"]) == -1).any()
+    three = in_processes(3, tmp_path, what)
+    for step in range(3):
+        assert torch.equal(torch.cat([worker["read"][step] for worker in three]), one["read"][step])
+    assert all(torch.equal(a, b) for a, b in zip(three[0]["pieces"], one["pieces"], strict=True))
+    assert sum(worker["rows"] for worker in three) == (N if what is visit_sharded else 3 * N)
+    assert one["same"] and all(worker["same"] for worker in three)
+
+
+def test_a_shard_loads_its_own_rows_from_the_pieces_of_any_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = torch.arange(N, dtype=torch.int32)
+    held = []
+    for rank in range(4):
+        monkeypatch.setattr(id_table, "own_range", lambda n, rank=rank: (rank * n // 4, (rank + 1) * n // 4))
+        table = IdTable(N, dtype=torch.int32, fill=-1, sharded=True)
+        table.load(list(whole.split(30)))
+        held.append(table.rows)
+    assert torch.equal(torch.cat(held), whole)
+    with pytest.raises(ConfigError, match=r"shape \(103,\) where this run needs \(104,\)"):
+        IdTable(N + 1, dtype=torch.int32, fill=-1).load(list(whole.split(30)))
+
+
+def test_a_checkpoint_holds_tables_in_pieces_of_their_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(id_table, "PIECE", 50_000)
+    table = IdTable(120_000, dtype=torch.int32, fill=-1)
+    table.write(torch.arange(0, 120_000, 7), torch.arange(0, 120_000, 7))
+    state = {"method": {"w": torch.ones(3)}, "id_tables": {"labels": table.pieces()}}
+    folder = checkpoint.save(tmp_path, state, step=4)
+    sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+    assert set(sizes) == {"state.pt", "labels-0.pt", "labels-1.pt", "labels-2.pt"}
+    assert sizes["labels-0.pt"] < 4 * 50_000 + 4096 and sizes["state.pt"] < 4096
+    loaded = checkpoint.load(folder)
+    assert checkpoint.state_hash(loaded) == checkpoint.state_hash(state)
+    again = IdTable(120_000, dtype=torch.int32, fill=-1)
+    again.load(loaded["id_tables"]["labels"])
+    assert torch.equal(again.rows, table.rows)
+
+
+def test_a_repeated_image_counts_where_it_comes_first() -> None:
+    ids = torch.tensor([5, 3, 5, 9, 3, 0, 5])
+    assert first_of_each(ids).tolist() == [0, 1, 3, 5]
+    assert first_of_each(torch.arange(4)).tolist() == [0, 1, 2, 3]
