@@ -1,0 +1,190 @@
+"""What ours and lightly's parts learn under equal terms: the same crops, backbone, data, optimizer and steps, one thread.
+
+A bare loop in one process, without Ray: our view engine cuts and finishes every batch, the trainer's own step follows.
+lightly's parts are a method like any other to it. Then kNN (k 20) on the test split with the training images as bank,
+beside raw pixels and the untrained backbone. CPU seconds are those of the process: cutting and training, nothing else.
+
+    python benchmarks/equal_terms.py simclr-cifar10-small --data.path=cifar10/train/part-00000.parquet --evaluate.path=cifar10/test
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightly_parts import lightly_parts
+from torch import Tensor, nn
+
+from methods.parts.backbones import build_backbone
+from methods.parts.contract import Masks, Method, MethodConfig, ParamGroup, Progress, RunFacts, StepOutput, find
+from methods.parts.groups import without_vectors
+from methods.parts.views import Views
+from pipeline.config import RunConfig, override, resolve
+from pipeline.evaluate.features import calibrate_batchnorm, extract, raw_pixels
+from pipeline.evaluate.knn import knn_accuracy
+from pipeline.ingest.crops import cut_window, draw_views
+from pipeline.ingest.decode import evaluation_crop
+from pipeline.ingest.sources import open_source
+from pipeline.ingest.stream import Batch
+from pipeline.ingest.window import decode_all
+from pipeline.recipes import load_recipe
+from pipeline.runs import RunFolder
+from pipeline.train.loop import Trainer
+from pipeline.train.optim import build_optimizer
+from pipeline.train.prepare import build_method, choose_device
+from pipeline.train.relay import Mute
+
+
+class Lightly(Method):
+    """lightly's parts as a method; vectors neither decay nor adapt, as in ours."""
+
+    def __init__(self, name: str, config: MethodConfig, backbone: nn.Module, facts: RunFacts) -> None:
+        super().__init__()
+        parts = lightly_parts(name, config, backbone, torch.device("cpu"))
+        if parts is None:
+            raise SystemExit(f"{name}: lightly has no parts that fit these settings")
+        self.net, self.loss, self.before = parts
+        self.backbone = backbone
+
+    def before_step(self, progress: Progress) -> None:
+        self.before()
+
+    def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
+        return StepOutput(loss=self.loss(views))
+
+    def param_groups(self) -> list[ParamGroup]:
+        return without_vectors(self.net)
+
+    def evaluation_backbone(self) -> nn.Module:
+        return self.backbone
+
+
+@dataclasses.dataclass
+class Images:
+    """Decoded images of one source, at their own sizes and as the evaluation sees them."""
+
+    pixels: list[np.ndarray]
+    crops: Tensor
+    labels: Tensor
+
+    @classmethod
+    def load(cls, config: RunConfig, path: str) -> Images:
+        manifest = open_source(dataclasses.replace(config.data, path=path))
+        rows = list(manifest.read(np.arange(len(manifest))))
+        pixels, reasons = decode_all(rows)
+        assert not any(reasons), "all images must be readable here"
+        size = config.evaluation_size
+        crops = torch.from_numpy(np.stack([evaluation_crop(image, size) for image in pixels]))
+        return cls(pixels, crops, torch.tensor([row.label for row in rows]))
+
+
+def batches(images: Images, config: RunConfig, facts: RunFacts) -> Iterator[Batch]:
+    """Global batches of permuted passes, crops drawn by the engine."""
+    size = facts.global_batch_size
+    for step in range(facts.total_steps):
+        epoch, place = divmod(step, facts.steps_per_epoch)
+        order = np.random.default_rng((config.train.seed, epoch)).permutation(len(images.pixels))
+        ids = order[place * size : (place + 1) * size]
+        pictures = [images.pixels[i] for i in ids]
+        heights, widths = (np.array([picture.shape[axis] for picture in pictures]) for axis in (0, 1))
+        tables = draw_views(config.train.seed, epoch, ids, heights, widths, config.views)
+        crops = {name: torch.from_numpy(cut) for name, cut in cut_window(pictures, tables, config.views).items()}
+        yield Batch(crops=crops, tables=tables, ids=torch.from_numpy(ids), labels=images.labels[ids], epoch=epoch, step=step, bad=[])
+
+
+class Trained:
+    """One arm: the method after its steps, with what it cost."""
+
+    def __init__(self, config: RunConfig, images: Images, lightly: bool) -> None:
+        resolved = resolve(config, len(images.pixels))
+        entry = find(config.method)
+        if lightly:
+            torch.manual_seed(config.train.seed)
+            backbone = build_backbone(config.backbone).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            method: Method = Lightly(entry.name, config.method, backbone, resolved.facts)
+        else:
+            method = build_method(config, resolved.facts)
+        device, precision = choose_device(config)
+        self.untrained = build_method(config, resolved.facts).evaluation_backbone()
+        self.losses: list[float] = []
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = Trainer(
+                config=config,
+                resolved=resolved,
+                method=method,
+                optimizer=build_optimizer(config.optim, method.param_groups()),
+                folder=RunFolder(Path(folder)),
+                device=device,
+                precision=precision,
+                display=Mute(),  # type: ignore[arg-type]
+                report=lambda step, metrics: self.losses.append(metrics.get("loss", 0.0)),
+                images=len(images.pixels),
+                saved_step=resolved.facts.total_steps,  # writes no checkpoint
+            )
+            began, wall = time.process_time(), time.monotonic()
+            trainer.run(batches(images, config, resolved.facts))
+            self.cpu, self.wall = time.process_time() - began, time.monotonic() - wall
+        self.backbone = method.evaluation_backbone()
+
+
+def score(config: RunConfig, network: nn.Module, bank: Images, asked: Images, calibrated: bool = False) -> float:
+    """kNN of a network's features, in percent."""
+    common: dict[str, Any] = {"mean": config.data.mean, "std": config.data.std}
+    if calibrated:
+        network = calibrate_batchnorm(network, bank.crops, **common)
+    features = [extract(network, part.crops, **common) for part in (bank, asked)]
+    return 100 * knn_accuracy(features[0], bank.labels, features[1], asked.labels, 20, 0.07)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--alone", action="store_true", help="ours only")
+    options, settings = parser.parse_known_args()
+    torch.set_num_threads(1)
+    changes = dict(setting.removeprefix("--").split("=", 1) for setting in settings)
+    config = override(load_recipe(options.recipe), {key: value(text) for key, text in changes.items()})
+    config = override(config, {"train.checkpoint_every": 10**9, "train.log_every": 50})
+    assert config.evaluate.path, "--evaluate.path: give the test split"
+    bank, asked = Images.load(config, config.data.path), Images.load(config, config.evaluate.path)
+    pixels = [raw_pixels(part.crops) for part in (bank, asked)]
+    raw = 100 * knn_accuracy(pixels[0], bank.labels, pixels[1], asked.labels, 20, metric="l2")
+    print(f"{options.recipe}: {len(bank.labels)} images vote, {len(asked.labels)} asked; raw pixels {raw:.1f} %", flush=True)
+    rows: dict[str, list[tuple[float, float]]] = {}
+    for seed in options.seeds:
+        seeded = override(config, {"train.seed": seed})
+        for arm in ("ours",) if options.alone else ("ours", "lightly"):
+            done = Trained(seeded, bank, arm == "lightly")
+            untrained = [score(seeded, done.untrained, bank, asked, calibrated) for calibrated in (False, True)]
+            trained = score(seeded, done.backbone, bank, asked)
+            rows.setdefault(arm, []).append((trained, trained - max(untrained)))
+            params = sum(p.numel() for p in done.backbone.parameters()) / 1e6
+            print(
+                f"seed {seed}  {arm:8} {trained:5.1f} %  +{trained - max(untrained):.1f} over untrained "
+                f"({untrained[0]:.1f} raw, {untrained[1]:.1f} calibrated)  {len(done.losses) and done.losses[-1]:.3f} loss  "
+                f"{done.cpu:.0f} CPU s  {done.wall:.0f} s  {params:.2f} M parameters",
+                flush=True,
+            )
+    for arm, values in rows.items():
+        scores, gains = ([value[i] for value in values] for i in (0, 1))
+        print(f"{arm:8} {statistics.mean(scores):.1f} % ({min(scores):.1f} to {max(scores):.1f}), gain {statistics.mean(gains):.1f}")
+
+
+def value(text: str) -> Any:
+    """A setting's value as YAML reads it."""
+    import yaml
+
+    return yaml.safe_load(text)
+
+
+if __name__ == "__main__":
+    main()

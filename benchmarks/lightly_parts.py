@@ -1,0 +1,109 @@
+"""lightly's heads, losses, memories and moving averages, called through its API: what our methods are measured against."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from methods.parts.backbones import num_features
+from methods.parts.views import Views
+
+Parts = tuple[nn.Module, Callable[[Views], Tensor], Callable[[], object]]  # what is trained, the loss, what comes before a step
+
+
+def lightly_parts(name: str, c: Any, backbone: nn.Module, device: torch.device) -> Parts | None:
+    """lightly's heads, loss and memory for one method, with its settings; None where lightly has none that fit them."""
+    from lightly import loss as losses
+    from lightly.models import modules, utils
+    from lightly.models.modules import heads
+
+    width = num_features(backbone)
+    hidden = getattr(c, "projector_hidden", None) or width
+    size = (width, hidden, c.projection_dim)
+    three = getattr(c, "projector_layers", 3) == 3
+
+    def averaged(network: nn.Module) -> nn.Module:
+        twin = copy.deepcopy(network)
+        utils.deactivate_requires_grad(twin)
+        return twin
+
+    def joined(**networks: nn.Module) -> nn.ModuleDict:
+        return nn.ModuleDict({"backbone": backbone, **networks}).to(device).train()
+
+    def nothing() -> None:
+        return None
+
+    if name == "byol":
+        net = joined(projector=heads.BYOLProjectionHead(*size), predictor=heads.BYOLPredictionHead(size[2], c.predictor_hidden, size[2]))
+        online = nn.Sequential(net["backbone"], net["projector"])
+        target, criterion = averaged(online), losses.NegativeCosineSimilarity()
+
+        def byol(views: Views) -> Tensor:
+            p = [net["predictor"](online(x)) for x in views.pair()]
+            with torch.no_grad():
+                y = [target(x) for x in views.pair()]
+            return criterion(p[0], y[1]) + criterion(p[1], y[0])  # type: ignore[no-any-return]
+
+        return net, byol, lambda: utils.update_momentum(online, target, c.momentum)
+    if name == "simsiam" and three:
+        net = joined(
+            projector=heads.SimSiamProjectionHead(*size), predictor=heads.SimSiamPredictionHead(size[2], c.predictor_hidden, size[2])
+        )
+        criterion = losses.NegativeCosineSimilarity()
+
+        def simsiam(views: Views) -> Tensor:
+            z = [net["projector"](net["backbone"](x)) for x in views.pair()]
+            p = [net["predictor"](z_v) for z_v in z]
+            return (criterion(p[0], z[1].detach()) + criterion(p[1], z[0].detach())) / 2  # type: ignore[no-any-return]
+
+        return net, simsiam, nothing
+    if (name == "barlow-twins" and three) or name in ("vicreg", "simclr"):
+        if name == "barlow-twins":
+            head, criterion = heads.BarlowTwinsProjectionHead(*size), losses.BarlowTwinsLoss(c.redundancy_weight)
+        elif name == "vicreg":
+            weights = (c.invariance_weight, c.variance_weight, c.covariance_weight)
+            head, criterion = heads.VICRegProjectionHead(*size, num_layers=c.projector_layers), losses.VICRegLoss(*weights)
+        else:
+            head, criterion = heads.SimCLRProjectionHead(*size, num_layers=c.projector_layers), losses.NTXentLoss(c.temperature)
+        net = joined(projector=head)
+        return net, lambda views: criterion(*(net["projector"](net["backbone"](x)) for x in views.pair())), nothing
+    if name == "moco":
+        net = joined(projector=heads.MoCoProjectionHead(*size, num_layers=c.projector_layers))
+        query = nn.Sequential(net["backbone"], net["projector"])
+        key, criterion = averaged(query), losses.NTXentLoss(c.temperature, memory_bank_size=(c.queue_length, size[2])).to(device)
+
+        def moco(views: Views) -> Tensor:
+            x1, x2 = views.pair()
+            with torch.no_grad():
+                k = key(x2)
+            return criterion(query(x1), k)  # type: ignore[no-any-return]
+
+        return net, moco, lambda: utils.update_momentum(query, key, c.momentum)
+    if name == "nnclr":
+        net = joined(projector=heads.NNCLRProjectionHead(*size), predictor=heads.NNCLRPredictionHead(size[2], c.predictor_hidden, size[2]))
+        bank, criterion = modules.NNMemoryBankModule((c.support_set_size, size[2])).to(device), losses.NTXentLoss(c.temperature)
+
+        def nnclr(views: Views) -> Tensor:
+            z = [net["projector"](net["backbone"](x)) for x in views.pair()]
+            p = [net["predictor"](z_v) for z_v in z]
+            n1, n2 = bank(z[0].detach(), update=False), bank(z[1].detach(), update=True)
+            return (criterion(n1, p[1]) + criterion(n2, p[0])) / 2  # type: ignore[no-any-return]
+
+        return net, nnclr, nothing
+    if name == "swav" and not c.queue_length:
+        net = joined(projector=heads.SwaVProjectionHead(*size), prototypes=heads.SwaVPrototypes(size[2], c.num_prototypes))
+        criterion = losses.SwaVLoss(c.temperature, c.sinkhorn_iterations, c.epsilon)
+
+        def swav(views: Views) -> Tensor:
+            h = torch.cat([net["backbone"](stack) for stack in views.by_resolution()])
+            z = nn.functional.normalize(net["projector"](h))
+            scores = net["prototypes"](z).split(len(views.image_ids))
+            large = len(views.groups["global"])
+            return criterion(scores[:large], scores[large:])  # type: ignore[no-any-return]
+
+        return net, swav, lambda: net["prototypes"].normalize()
+    return None
