@@ -1,7 +1,8 @@
 """Kill a run with SIGKILL at random moments, resume it each time, and compare its whole final state with an undisturbed run's.
 
 With `--workers 2` a local cluster of three nodes loses a worker, then a node, then the driver, each inside an epoch; the run
-recovers by itself from the first two and is resumed after the third.
+recovers by itself from the first two and is resumed after the third. With `--jobs` the run of two workers is a submitted job:
+it is stopped, submitted again, loses its driver, and is submitted again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import contextlib
 import json
 import os
 import random
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -100,11 +103,11 @@ WORKERS = [*RUN, "--train.workers=2", "--train.threads=1", "--train.steps=100", 
 
 
 @contextlib.contextmanager
-def cluster() -> Iterator[Any]:
+def cluster(**head: Any) -> Iterator[Any]:
     """A head without work and two nodes for workers and tasks, on this machine."""
     from ray.cluster_utils import Cluster
 
-    local = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    local = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **head})
     try:
         nodes = [local.add_node(num_cpus=2) for _ in range(2)]
         local.wait_for_nodes()
@@ -164,16 +167,82 @@ def disturbed_workers(runs: Path, name: str = "lost") -> tuple[str, dict[str, fl
     return str(facts(runs, name)["state_sha256"]), took
 
 
+# ---------------------------------------------------------------------------- jobs
+
+
+def disturbed_job(runs: Path, name: str = "stopped") -> tuple[str, dict[str, float]]:
+    """Stop a job, then kill its driver, submitting again after each; returns the final hash and the seconds until it had moved on."""
+    from ray.job_submission import JobSubmissionClient
+
+    took: dict[str, float] = {}
+    environment = {"working_dir": str(ROOT), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}
+    with cluster(include_dashboard=True, dashboard_port=free_port()) as (local, _):
+        client = JobSubmissionClient(f"http://{local.webui_url}")
+
+        def submit(*arguments: str) -> str:
+            command = shlex.join([sys.executable, "manyviews.py", *arguments, f"--runs-dir={runs}"])
+            return str(client.submit_job(entrypoint=command, runtime_env=environment))
+
+        def moved(job: str, beyond: int, patience_s: float = 180.0) -> float:
+            began = time.monotonic()
+            while int(str(facts(runs, name).get("step", 0))) <= beyond:
+                if client.get_job_status(job).is_terminal() or time.monotonic() - began > patience_s:
+                    raise SystemExit(f"the job did not get beyond step {beyond}:\n{client.get_job_logs(job)[-3000:]}")
+                time.sleep(0.05)
+            return time.monotonic() - began
+
+        def ended(job: str) -> int:
+            while not client.get_job_status(job).is_terminal():
+                time.sleep(0.1)
+            return int(str(facts(runs, name)["step"]))
+
+        job = submit(*WORKERS, f"--run={name}")
+        moved(job, 12)
+        client.stop_job(job)
+        step = ended(job)
+        job = submit("resume", name)
+        took["stop"] = moved(job, step)
+
+        [driver] = [p for p in psutil.process_iter() if "manyviews.py" in (words := argv(p)) and "resume" in words]
+        driver.kill()
+        step = ended(job)
+        job = submit("resume", name)
+        took["driver"] = moved(job, step)
+        ended(job)
+        if str(client.get_job_status(job)) != "SUCCEEDED":
+            raise SystemExit(client.get_job_logs(job)[-3000:])
+    return str(facts(runs, name)["state_sha256"]), took
+
+
+def argv(process: psutil.Process) -> list[str]:
+    """The words of a process's command; none if it has gone. Of a shell that waits for another, none either."""
+    try:
+        words = process.cmdline()
+    except psutil.Error:
+        return []
+    return words if words and "python" in Path(words[0]).name else []
+
+
+def free_port() -> int:
+    with socket.socket() as it:
+        it.bind(("127.0.0.1", 0))
+        return int(it.getsockname()[1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, choices=[0, 2], default=0)
+    parser.add_argument("--jobs", action="store_true", help="two workers, as a job that is stopped and loses its driver")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        want = undisturbed(Path(folder), settings=WORKERS if options.workers else RUN)
+        want = undisturbed(Path(folder), settings=WORKERS if options.workers or options.jobs else RUN)
         print(f"undisturbed: {want}", flush=True)
-        if options.workers:
+        if options.jobs:
+            got, took = disturbed_job(Path(folder))
+            print(f"submitted again after a stop, moved on in {took['stop']:.0f} s; after the driver's death in {took['driver']:.0f} s")
+        elif options.workers:
             got, took = disturbed_workers(Path(folder))
             print(
                 "recovered after the loss of "

@@ -78,7 +78,6 @@ class BYOLConfig(MethodConfig):
 class BYOL(Method):
     config: BYOLConfig
     paper = "Grill et al. 2020, arXiv:2006.07733"
-    begun: Tensor
 
     def __init__(self, config: BYOLConfig, backbone: nn.Module, facts: RunFacts) -> None:
         super().__init__()
@@ -90,17 +89,12 @@ class BYOL(Method):
         self.target = ema.frozen_copy(self.online())
         if config.independent_target_init:
             redraw(self.target)
-        self.register_buffer("begun", torch.zeros((), dtype=torch.bool))  # whether the target has moved
 
     @classmethod
     def default_views(cls) -> ViewsConfig:
         """T and T' (appendix B): they differ in blur and solarisation."""
         t = CropGroup(count=1, size=224, interpolation="bicubic", jitter=(0.4, 0.4, 0.2, 0.1), blur=1.0, blur_taps=23)
         return {"first": t, "second": replace(t, blur=0.1, solarize=0.2)}
-
-    def before_step(self, progress: Progress) -> None:
-        if progress.step == 0 and not self.begun and not self.config.independent_target_init:
-            ema.update(self.target, self.online(), 0.0)  # the backbone may have been given weights since `__init__`
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         pair, online = views.pair(), self.online()
@@ -117,7 +111,6 @@ class BYOL(Method):
 
     def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
         ema.update(self.target, self.online(), self.momentum(progress))
-        self.begun.fill_(True)
 
     def momentum(self, progress: Progress) -> float:
         """tau_k."""

@@ -106,8 +106,7 @@ class MoCo(Method):
         return {"global": CropGroup(count=2, size=224, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1))}
 
     def before_step(self, progress: Progress) -> None:
-        begins = progress.step == 0 and not int(self.queue.filled)  # whatever weights the run was given
-        ema.update(self.key, self.query, 0.0 if begins else self.config.momentum)  # eq. (2)
+        ema.update(self.key, self.query, self.config.momentum)  # eq. (2)
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         x1, x2 = views.pair()

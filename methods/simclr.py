@@ -100,8 +100,7 @@ class SimCLR(Method):
 
     def before_step(self, progress: Progress) -> None:
         if self.config.memory_size:
-            begins = progress.step == 0 and not int(self.memory.filled)  # whatever weights the run was given
-            ema.update(self.slow_network, self.network, 0.0 if begins else self.config.memory_momentum)
+            ema.update(self.slow_network, self.network, self.config.memory_momentum)
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         x1, x2 = views.pair()

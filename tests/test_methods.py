@@ -115,6 +115,20 @@ def test_backbone_to_evaluate_gives_features(recipe: str) -> None:
     assert features.shape == (BATCH, backbone.num_features)
 
 
+@pytest.mark.parametrize("recipe", SMALL)
+def test_weights_that_a_run_starts_from_reach_every_copy_of_the_backbone(recipe: str) -> None:
+    def start_from(backbone: nn.Module) -> None:
+        with torch.no_grad():
+            for p in backbone.parameters():
+                p.fill_(0.125)
+
+    config = override(load_recipe(recipe), {"backbone.width": 0.125, "backbone.stem": "strided"})
+    facts = RunFacts(global_batch_size=config.train.global_batch_size, steps_per_epoch=4, total_steps=400, num_images=1000, num_ids=1000)
+    method = build_method(config, facts, start_from)
+    first_layers = [p for name, p in method.named_parameters() if name.endswith("conv1.0.weight") and "layer" not in name]
+    assert first_layers and all(bool((p == 0.125).all()) for p in first_layers)
+
+
 def test_views_group_and_join_crops_in_declared_order() -> None:
     stacks = {"a": torch.arange(8.0).view(4, 1, 1, 2), "b": torch.arange(4.0).view(2, 1, 1, 2), "c": torch.zeros(2, 1, 3, 3)}
     views = Views(stacks=stacks, counts={"a": 2, "b": 1, "c": 1}, image_ids=torch.arange(2), labels=torch.arange(2))

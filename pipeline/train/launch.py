@@ -7,12 +7,13 @@ import dataclasses
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import nn
 
 from methods.parts.contract import find
 from methods.parts.errors import ConfigError
@@ -62,10 +63,16 @@ class Outcome:
 
 def pretrain(config: RunConfig, *, runs_dir: Path, run: str | None, console: Console) -> Outcome:
     """A new run from random (or `backbone.init`) weights."""
-    ready = prepare(config)
-    if config.backbone.init is not None:
-        registry.init_backbone(ready.method.evaluation_backbone(), config.backbone.init, runs_dir=runs_dir, uri=config.track.uri)
+    ready = prepare(config, given_weights(config, runs_dir))
     return _begin(ready, runs_dir=runs_dir, run=run, console=console, state=None)
+
+
+def given_weights(config: RunConfig, runs_dir: Path) -> Callable[[nn.Module], None] | None:
+    """What fills a new backbone with the weights of `backbone.init`; None without it."""
+    reference = config.backbone.init
+    if reference is None:
+        return None
+    return lambda backbone: registry.init_backbone(backbone, reference, runs_dir=runs_dir, uri=config.track.uri)
 
 
 def continue_run(earlier: RunFolder, config: RunConfig, *, runs_dir: Path, run: str | None, console: Console) -> Outcome:
@@ -96,7 +103,9 @@ def resume(reference: str, *, runs_dir: Path, console: Console) -> Outcome:
     facts = folder.state()
     if facts.get("status") == "finished":
         raise ConfigError(f"run={folder.name}: it is finished; `manyviews continue {folder.name} --train.steps N` starts a new phase")
-    ready = prepare(from_yaml(folder.config_text()))
+    config = from_yaml(folder.config_text())
+    fresh = checkpoint.pointed_to(folder.checkpoints) is None
+    ready = prepare(config, given_weights(config, runs_dir) if fresh else None)
     if facts.get("fingerprint") not in (None, ready.manifest.fingerprint):
         raise ConfigError(f"data.path={ready.config.data.path}: the images have changed since the run began; restore them, or use continue")
     with folder.working():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -29,8 +30,11 @@ class Prepared:
     method: Method
 
 
-def prepare(config: RunConfig) -> Prepared:
+def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = None) -> Prepared:
     """Open the data, resolve the numbers and build the method.
+
+    Args:
+        start_from: fills the new backbone with weights.
 
     Raises:
         ConfigError: anything that cannot work.
@@ -49,11 +53,15 @@ def prepare(config: RunConfig) -> Prepared:
         window=resolved.window,
         steps_per_epoch=resolved.facts.steps_per_epoch,
     )
-    return Prepared(config, manifest, plan, resolved, build_method(config, resolved.facts))
+    return Prepared(config, manifest, plan, resolved, build_method(config, resolved.facts, start_from))
 
 
-def build_method(config: RunConfig, facts: RunFacts) -> Method:
-    """The method with its freshly initialised backbone; the same seed gives the same weights."""
+def build_method(config: RunConfig, facts: RunFacts, start_from: Callable[[nn.Module], None] | None = None) -> Method:
+    """The method with its freshly initialised backbone; the same seed gives the same weights.
+
+    Args:
+        start_from: fills the backbone with weights before the method sees it, and so before a method copies it.
+    """
     entry = find(config.method)
     if config.train.accumulation_steps > 1 and entry.method.accumulation == "refuse":
         raise ConfigError(
@@ -62,6 +70,8 @@ def build_method(config: RunConfig, facts: RunFacts) -> Method:
         )
     torch.manual_seed(config.train.seed)
     backbone = build_backbone(config.backbone)
+    if start_from is not None:
+        start_from(backbone)
     method: Method = entry.method(config.method, backbone, facts)  # type: ignore[call-arg]
     return method.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 

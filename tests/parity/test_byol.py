@@ -163,7 +163,6 @@ def test_five_steps_equal_the_original(golden) -> None:
             p.copy_(torch.from_numpy(values[f"trace_init_online/{NAMES[name]}"]))
         for name, p in target.items():
             p.copy_(torch.from_numpy(values[f"trace_init_target/{NAMES[name]}"]))
-    method.begun.fill_(True)  # the target differs on purpose
     optimizer = build_optimizer(OptimConfig(name="sgd", base_lr=float(values["trace_lr"]), weight_decay=0), method.param_groups())
     for step in range(total):
         batch = views(*(torch.from_numpy(values[f"trace_x{v}"][step]) for v in (1, 2)))
@@ -259,21 +258,6 @@ def test_target_is_a_copy_without_gradient_outside_the_optimizer() -> None:
     assert all(p.grad is not None for group in groups for p in group.params)
     assert not any(name.startswith("target.predictor") for name in method.state_dict())
     assert method.evaluation_backbone() is method.backbone
-
-
-def test_target_starts_from_the_weights_that_a_run_was_given_and_goes_on_from_its_own() -> None:
-    method, given = byol(Encoder(6, 4)), draw(0, 4, 6)
-    with torch.no_grad():
-        method.backbone.linear.weight.copy_(given)  # as `backbone.init` does after the method is built
-    method.before_step(progress(0))
-    assert torch.equal(method.target.backbone.linear.weight, given)
-    optimizer = build_optimizer(OptimConfig(name="sgd", base_lr=0.1), method.param_groups())
-    advance(method, views(draw(1, 8, 6), draw(2, 8, 6)), optimizer, progress(0))
-    again = byol(Encoder(6, 4))
-    again.load_state_dict(method.state_dict())
-    again.before_step(progress(0))  # a continued run counts from 0 again
-    assert torch.equal(again.target.backbone.linear.weight, method.target.backbone.linear.weight)
-    assert not torch.equal(again.target.backbone.linear.weight, again.backbone.linear.weight)
 
 
 def test_biases_and_norms_neither_decay_nor_adapt() -> None:

@@ -180,17 +180,6 @@ def test_without_a_memory_nothing_of_it_exists() -> None:
     assert list(names) == ["network.projector.weight", "network.projector.bias"]
 
 
-def test_the_slow_network_begins_with_the_weights_the_run_was_given() -> None:
-    method = simclr(4, 4, nn.Linear(4, 4), memory_size=4)
-    nn.init.ones_(method.network.projector.weight)  # as warm-start weights
-    method.before_step(progress(0))
-    assert torch.equal(method.slow_network.projector.weight, method.network.projector.weight)
-    method.memory.push(torch.randn(4, 4))
-    nn.init.zeros_(method.network.projector.weight)
-    method.before_step(progress(0))  # step 0 of a continued run: it has a past
-    assert float(method.slow_network.projector.weight.min()) == pytest.approx(0.999)
-
-
 # ---------------------------------------------------------------------------- networks
 
 
