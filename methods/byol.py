@@ -96,12 +96,14 @@ class BYOL(Method):
         t = CropGroup(count=1, size=224, interpolation="bicubic", jitter=(0.4, 0.4, 0.2, 0.1), blur=1.0, blur_taps=23)
         return {"first": t, "second": replace(t, blur=0.1, solarize=0.2)}
 
+    def learns(self, progress: Progress) -> bool:
+        return self.config.train_online
+
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         pair, online = views.pair(), self.online()
         # one pass for each view: batch norm sees the statistics of one view at a time, in the target too
-        with torch.set_grad_enabled(self.config.train_online):
-            z = [online(v) for v in pair]  # each (B, D)
-            p = [promote(self.predictor(z_v)) for z_v in z]
+        z = [online(v) for v in pair]  # each (B, D)
+        p = [promote(self.predictor(z_v)) for z_v in z]
         with torch.no_grad():
             y = [promote(self.target(v)) for v in pair]
         with full_precision(p[0]):

@@ -12,6 +12,7 @@ from torch import nn
 from methods.parts.backbones import BackboneConfig, build_backbone
 from methods.parts.contract import Method, Progress, RunFacts, find, registered
 from methods.parts.errors import ConfigError
+from methods.parts.selective_kernels import SelectiveKernel
 from methods.parts.views import CropGroup, Views
 from pipeline.config import OptimConfig, override
 from pipeline.recipes import entries, load_recipe
@@ -160,6 +161,36 @@ def test_a_small_stem_keeps_small_images_large_and_names_as_in_timm() -> None:
     assert sizes == {"full": 4, "pooled": 2, "strided": 2, "imagenet": 1}
 
 
+@pytest.mark.parametrize(
+    ("name", "width", "selective", "millions"),
+    [
+        ("resnet50", 1, False, 25.56),
+        ("resnet50", 1, True, 37.26),
+        ("resnet50", 2, False, 98.0),
+        ("resnet50", 2, True, 144.4),
+        ("resnet101", 1, True, 66.71),
+    ],
+)
+def test_wide_and_selective_resnets_have_the_published_size(name: str, width: float, selective: bool, millions: float) -> None:
+    """Parameters of SimCLR v2's networks, with a classifier of 1000 classes."""
+    backbone = build_backbone(BackboneConfig(name=name, width=width, selective_kernels=selective))
+    count = sum(p.numel() for p in backbone.parameters()) + 1000 * (backbone.num_features + 1)
+    assert count / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+def test_selective_kernels_weigh_two_streams() -> None:
+    torch.manual_seed(0)
+    block = SelectiveKernel(6, 8, stride=2).double().eval()
+    x = torch.randn(3, 6, 9, 9, dtype=torch.float64)
+    both = block.bn(block.conv(x)).clamp(min=0)
+    first, second = both[:, :8], both[:, 8:]
+    hidden = block.squeeze_bn(block.squeeze((first + second).mean((2, 3), keepdim=True))).clamp(min=0)
+    a, b = block.weigh(hidden).exp().split(8, dim=1)
+    assert a.shape == (3, 8, 1, 1) and block.squeeze.out_channels == 32
+    torch.testing.assert_close(block(x), first * a / (a + b) + second * b / (a + b))
+    assert block(x).shape == (3, 8, 5, 5)
+
+
 def test_gradients_of_maps_smaller_than_the_stride_are_right_in_bf16() -> None:
     torch.manual_seed(0)
     conv = build_backbone(BackboneConfig(name="resnet18", width=0.125)).get_submodule("layer4.0.conv1")
@@ -180,6 +211,7 @@ def test_gradients_of_maps_smaller_than_the_stride_are_right_in_bf16() -> None:
     ("config", "message"),
     [
         (BackboneConfig(name="resnet81"), "backbone.name=resnet81: timm cannot build it"),
+        (BackboneConfig(name="resnet18", selective_kernels=True), "selective_kernels=True: needs a ResNet with bottlenecks"),
         (BackboneConfig(name="vit_tiny_patch16_224", stem="full"), "backbone.stem=full: vit_tiny_patch16_224 has no ResNet stem"),
     ],
 )

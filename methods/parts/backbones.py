@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.parts.errors import ConfigError, require
+from methods.parts.selective_kernels import select_kernels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,8 @@ class BackboneConfig:
     name: str = "resnet50"
     # ResNets: imagenet = 7x7 and max-pool, to 1/4 of the side; for small images 3x3: strided or pooled to 1/2, or full size
     stem: Literal["imagenet", "strided", "pooled", "full"] = "imagenet"
-    width: float = 1.0  # ResNets: multiplies every stage's channels; other than 1 uses a stem of three 3x3 convs
+    width: float = 1.0  # ResNets: multiplies the channels of stem and stages
+    selective_kernels: bool = False  # ResNets with bottlenecks: SimCLR v2's blocks, stem of three 3x3 convs and pooled shortcuts
     depth: tuple[int, ...] | None = None  # ResNets: blocks per stage; None = the model's own
     drop_path: float = 0.0  # stochastic depth rate
     image_size: int | None = None  # ViTs: side the position table is made for; None = the model's own
@@ -41,10 +43,11 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
         ConfigError: an unknown name, or a setting that this architecture does not have.
     """
     settings: dict[str, Any] = {"drop_path_rate": config.drop_path} if config.drop_path else {}
-    if config.width != 1:
+    if config.width != 1 or config.selective_kernels:
         stages = (64, 128, 256, 512)
         settings["channels"] = tuple(max(8, round(c * config.width / 8) * 8) for c in stages)
         settings |= {"stem_type": "deep", "stem_width": max(4, round(32 * config.width / 4) * 4)}
+        settings |= {"avg_down": True} if config.selective_kernels else {}
     if config.depth is not None:
         settings["layers"] = config.depth
     if config.image_size is not None:
@@ -57,6 +60,10 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
         close = timm.list_models(f"*{config.name[:5]}*")[:5]
         near = f"near names: {', '.join(close)}" if close else "timm.list_models() has the names"
         raise ConfigError(f"backbone.name={config.name}: timm cannot build it ({error}); {near}") from None
+    if config.selective_kernels:
+        select_kernels(backbone)
+    elif config.width != 1:  # timm widens a stem of three convolutions only
+        _one_convolution(backbone, 7, 2)
     if config.stem != "imagenet":
         _small_stem(backbone, config)
     for module in backbone.modules():
@@ -94,10 +101,15 @@ def _small_stem(backbone: nn.Module, config: BackboneConfig) -> None:
         assert isinstance(first, nn.Conv2d)
         first.stride = (stride, stride)
     else:
-        backbone.conv1 = nn.Conv2d(3, conv.out_channels, 3, stride=stride, padding=1, bias=False)
-        nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
+        _one_convolution(backbone, 3, stride)
     if config.stem != "pooled":
         backbone.maxpool = nn.Identity()
+
+
+def _one_convolution(backbone: nn.Module, size: int, stride: int) -> None:
+    """A stem of one convolution, as wide as the norm that follows."""
+    backbone.conv1 = nn.Conv2d(3, backbone.bn1.num_features, size, stride=stride, padding=size // 2, bias=False)  # type: ignore[union-attr,arg-type]
+    nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
 
 
 def num_features(backbone: nn.Module) -> int:

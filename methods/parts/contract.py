@@ -119,6 +119,10 @@ class Method(nn.Module):
     def forward(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         return self.training_step(views, progress, masks)
 
+    def learns(self, progress: Progress) -> bool:
+        """Whether this step has a gradient; if not, `training_step` is called without one and gives `loss=None`."""
+        return True
+
     def draw_masks(self, views: Views, progress: Progress) -> Masks | None:
         """Random masks for this micro-batch; None for methods without masks."""
         return None

@@ -117,14 +117,17 @@ class Trainer:
         if progress.step % facts.steps_per_epoch == 0:
             self.method.start_epoch(progress)
         self.method.before_step(progress)
+        learns = self.method.learns(progress)
+        forward = self.forward if learns else self.method  # DDP waits for a backward pass after each of its forwards
         micro_outputs: list[StepOutput] = []
         for i, part in enumerate(micro_batches(batch, config.accumulation_steps)):
             progress = self.seeded(progress, i)
             views = finish_views(part, self.config.views, self.config.data.mean, self.config.data.std, self.device)
             with self.gradients_stay(unless=i == config.accumulation_steps - 1):
-                with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not torch.float32):
+                mixed = torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not torch.float32)
+                with mixed, torch.set_grad_enabled(learns):
                     masks = self.method.draw_masks(views, progress)
-                    output = self.forward(views, progress, masks)
+                    output = forward(views, progress, masks)
                 if output.loss is not None:
                     (output.loss / config.accumulation_steps).backward()
                     output.loss = output.loss.detach()
