@@ -51,10 +51,10 @@ def cifar10_small() -> RunConfig:
     """CIFAR-10 on two CPU cores: a 0.7 M-parameter ResNet, 2x32, batch 128."""
     return replace(
         cifar10(),
-        backbone=BackboneConfig(name="resnet18", stem="pooled", width=0.25),
+        backbone=BackboneConfig(name="resnet18", stem="strided", width=0.25),
         method=BYOLConfig(momentum=0.95, projector_hidden=256, projection_dim=128, predictor_hidden=256),
         optim=OptimConfig(name="adamw", base_lr=4e-3, warmup_epochs=0.15, weight_decay=1e-4),
-        train=TrainConfig(global_batch_size=128, steps=960),
+        train=TrainConfig(global_batch_size=128, steps=1000),
     )
 
 

@@ -58,10 +58,10 @@ def cifar10_small() -> RunConfig:
     large = cifar10()
     return replace(
         large,
-        backbone=BackboneConfig(name="resnet18", stem="pooled", width=0.25),
+        backbone=BackboneConfig(name="resnet18", stem="strided", width=0.25),
         method=MoCoConfig(queue_length=4096, momentum=0.99, projector_hidden=256, projection_dim=64, bn_groups=4),
         optim=OptimConfig(name="adamw", base_lr=4e-3, warmup_epochs=0.15, weight_decay=1e-4),
-        train=TrainConfig(global_batch_size=128, steps=960),
+        train=TrainConfig(global_batch_size=128, steps=1000),
     )
 
 
@@ -75,7 +75,6 @@ def v2_small() -> RunConfig:
         base,
         data=DataConfig(path="patches"),
         views=views,
-        backbone=replace(base.backbone, stem="strided"),
         method=MoCoConfig(queue_length=1024, momentum=0.99, projector_hidden=256, projection_dim=64, bn_groups=4),
         optim=replace(base.optim, warmup_epochs=0.5),
         train=TrainConfig(global_batch_size=128, steps=250),

@@ -43,10 +43,10 @@ def cifar10_small() -> RunConfig:
     large = cifar10()
     return replace(
         large,
-        backbone=BackboneConfig(name="resnet18", stem="pooled", width=0.25),
+        backbone=BackboneConfig(name="resnet18", stem="strided", width=0.25),
         method=NNCLRConfig(temperature=0.2, support_set_size=4096, projector_hidden=256, projection_dim=64, predictor_hidden=256),
         optim=OptimConfig(name="adamw", base_lr=4e-3, warmup_epochs=0.15, weight_decay=1e-4),
-        train=TrainConfig(global_batch_size=128, steps=960),
+        train=TrainConfig(global_batch_size=128, steps=1000),
     )
 
 
@@ -60,7 +60,6 @@ def small() -> RunConfig:
         base,
         data=DataConfig(path="patches"),
         views={name: replace(group, jitter=jitter, grayscale=0.0, solarize=0.0) for name, group in base.views.items()},
-        backbone=replace(base.backbone, stem="strided"),
         method=NNCLRConfig(temperature=0.2, support_set_size=1024, projector_hidden=256, projection_dim=64, predictor_hidden=256),
         optim=replace(base.optim, warmup_epochs=0.5),
         train=TrainConfig(global_batch_size=128, steps=250),

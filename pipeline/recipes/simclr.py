@@ -74,10 +74,10 @@ def cifar10_small() -> RunConfig:
     large = cifar10()
     return replace(
         large,
-        backbone=BackboneConfig(name="resnet18", stem="pooled", width=0.25),
+        backbone=BackboneConfig(name="resnet18", stem="strided", width=0.25),
         method=SimCLRConfig(temperature=0.2, projector_hidden=256, projection_dim=64),
         optim=OptimConfig(name="adamw", base_lr=4e-3, warmup_epochs=0.15, weight_decay=1e-4),
-        train=TrainConfig(global_batch_size=128, steps=960),
+        train=TrainConfig(global_batch_size=128, steps=1000),
     )
 
 
@@ -91,7 +91,6 @@ def small() -> RunConfig:
         base,
         data=DataConfig(path="patches"),
         views=views,
-        backbone=replace(base.backbone, stem="strided"),
         optim=replace(base.optim, warmup_epochs=0.5),
         train=TrainConfig(global_batch_size=128, steps=250),
         evaluate=EvaluateConfig(knn_every=50),
