@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.canvas import BLUE, GRAY, PALE, VERMILLION, cell, frame, note, picture_at, show, write
+from pipeline.canvas import BLUE, GRAY, INK, PALE, VERMILLION, cell, frame, picture_at, show, write
 from pipeline.evaluate.clusters import Clusters
 
 
@@ -23,33 +23,41 @@ def gallery(clusters: Clusters, class_names: Sequence[str], path: Path, *, most:
         path: the PNG to write.
         most: images in a row.
     """
-    chosen = clusters.worth_showing()
-    sizes = clusters.sizes
-    side, gap, margin, words, head, heading, between = 0.85, 0.08, 0.2, 1.6, 0.85, 0.34, 0.14
-    rows = sum(map(len, chosen.values()))
-    height = head + rows * (side + gap) + len(chosen) * heading + (len(chosen) - 1) * between + margin
-    with picture_at(path, 2 * margin + words + most * (side + gap) - gap, height) as figure:
+    side, step, margin, head, heading = 0.85, 0.93, 0.2, 0.85, 0.34  # inches
+    columns = most + 2  # the words take two
+    places: list[tuple[int, np.ndarray, int, float]] = []  # cluster, its images, column, top
+    headings, top = [], head
+    for why, members in clusters.worth_showing().items():
+        headings.append((why, top))
+        top, column = top + heading, 0
+        for cluster in members:
+            shown = clusters.nearest(cluster, most)
+            if column + 2 + len(shown) > columns:  # clusters of few images share a row
+                top, column = top + step, 0
+            places.append((cluster, shown, column, top))
+            column += 2 + len(shown)
+        top += step + 0.14
+    labelled = bool((clusters.labels >= 0).any())
+    with picture_at(path, 2 * margin + columns * step, top + 0.1) as figure:
         write(figure, margin, 0.36, "What the clusters hold", size=13, weight="bold")
         write(figure, margin, 0.61, _summary(clusters), size=9, color=GRAY)
-        top = head
-        for why, members in chosen.items():
+        legend = "most typical first" + ("; framed: not of the cluster's commonest class" if labelled else "")
+        write(figure, margin + 2 * step, head + 0.21, legend, size=8, color=GRAY)
+        for why, top in headings:
             write(figure, margin, top + 0.21, why.capitalize(), size=10, weight="bold", color=BLUE)
-            legend = "most typical first" + ("; framed: not of the commonest class" if clusters.commonest(members[0]) else "")
-            write(figure, margin + words, top + 0.21, legend, size=8, color=GRAY)
-            top += heading
-            for cluster in members:
-                common = clusters.commonest(cluster)
-                write(figure, margin, top + 0.24, f"cluster {cluster}", size=9, weight="bold")
-                write(figure, margin, top + 0.43, f"{sizes[cluster]:,} image{'s' * bool(sizes[cluster] > 1)}", size=8)
-                if common:
-                    write(figure, margin, top + 0.6, f"{100 * common[1]:.0f} % {_name(common[0], class_names)}", size=8)
-                for column, image in enumerate(clusters.nearest(cluster, most)):
-                    axes = cell(figure, margin + words + column * (side + gap), top, side, side)
-                    show(axes, clusters.images[image], side)
-                    if common and clusters.labels[image] not in (-1, common[0]):
-                        frame(axes, VERMILLION, 2.4)
-                top += side + gap
-            top += between
+        for cluster, shown, column, top in places:
+            left, size, common = margin + (column + 2) * step, clusters.sizes[cluster], clusters.commonest(cluster)
+            words = [f"cluster {cluster}", "1 image" if size == 1 else f"{size:,} images"]
+            words += [f"{100 * common[1]:.0f} % {_name(common[0], class_names)}"] if common else []
+            x, side_of = (left - 0.1, "right") if column else (margin, "left")  # in a shared row, close to their own images
+            for line, text in enumerate(words):
+                style = {"size": 8} if line else {"size": 9, "weight": "bold"}
+                write(figure, x, top + 0.24 + 0.18 * line, text, ha=side_of, **style)
+            for place, image in enumerate(shown):
+                axes = cell(figure, left + place * step, top, side, side)
+                show(axes, clusters.images[image], side)
+                if common and clusters.labels[image] not in (-1, common[0]):
+                    frame(axes, VERMILLION, 2.4)
     return path
 
 
@@ -65,32 +73,33 @@ def size_histogram(clusters: Clusters, path: Path, *, bins: int = 30) -> Path:
     width = math.ceil(sizes.max() / bins)
     counts = np.bincount((sizes[sizes > 0] - 1) // width)  # bar i: sizes i * width + 1 to (i + 1) * width
     empty = int((sizes == 0).sum())
-    with picture_at(path, 6.4, 3.4) as figure:
+    left = -(width - 1) / 2  # a bar that ends at 0
+    with picture_at(path, 6.8, 3.4) as figure:
         figure.set_layout_engine("constrained", h_pad=0.1, w_pad=0.1, rect=(0, 0, 1, 0.8))
         write(figure, 0.2, 0.36, "Cluster sizes", size=13, weight="bold")
         write(figure, 0.2, 0.61, _summary(clusters), size=9, color=GRAY)
         axes = figure.subplots()
         axes.bar(np.arange(len(counts)) * width + (width + 1) / 2, counts, width=0.92 * width, color=BLUE)
         if empty:
-            axes.bar(-(width - 1) / 2, empty, width=0.92 * width, color=VERMILLION)
-            note(axes, f"{empty:,} empty", (-(width - 1) / 2, empty), "data", (0, 3), ha="center", size=8, color=VERMILLION)
-        axes.axvline(clusters.even, color=GRAY, linestyle=(0, (4, 3)), linewidth=1.2)
-        words = f"all equal: {clusters.even:,.3g}"
-        note(axes, words, (clusters.even, 1), ("data", "axes fraction"), (4, -2), va="top", size=8, color=GRAY)
+            axes.bar(left, empty, width=0.92 * width, color=VERMILLION, label=f"empty: {empty:,}")
+            if empty > 10 * counts.max():
+                axes.set_yscale("log")
+                axes.set_ylim(bottom=0.5)
+        axes.axvline(clusters.even, color=INK, linestyle=(0, (4, 3)), linewidth=1.2, label=f"all equal: {clusters.even:,.3g}")
+        axes.legend(frameon=False, fontsize=8)
         axes.set(xlabel="images in a cluster" + (f", {width} sizes to a bar" if width > 1 else ""), ylabel="clusters")
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_formatter(lambda v, _: f"{v:,g}" if v == int(v) else "")
         axes.grid(axis="y", color=PALE, linewidth=0.6)
         axes.set_axisbelow(True)
-        axes.margins(y=0.12)
     return path
 
 
 def _summary(clusters: Clusters) -> str:
     """One line: how many images and clusters, sizes, agreement with labels."""
-    sizes, found = clusters.sizes, clusters.metrics()
-    words = f"{len(clusters.assignments):,} images in {clusters.count:,} clusters of {sizes.min():,} to {sizes.max():,}"
-    words += f", {(sizes == 0).sum():,} empty"
-    return words + (f"; NMI with the labels {found['nmi']:.2f}, purity {found['purity']:.2f}" if "nmi" in found else "")
+    found, held = clusters.metrics(), clusters.sizes[clusters.sizes > 0]
+    words = f"{len(clusters.assignments):,} images; {len(held):,} clusters hold {held.min():,} to {held.max():,}"
+    words += f", {clusters.count - len(held):,} are empty" if len(held) < clusters.count else ""
+    return words + (f"; NMI with labels {found['nmi']:.2f}, purity {found['purity']:.2f}" if "nmi" in found else "")
 
 
 def _name(label: int, class_names: Sequence[str]) -> str:

@@ -115,6 +115,23 @@ def test_backbone_to_evaluate_gives_features(recipe: str) -> None:
     assert features.shape == (BATCH, backbone.num_features)
 
 
+@pytest.mark.parametrize("recipe", SMALL)
+def test_cluster_scores_are_of_each_image_by_itself(recipe: str) -> None:
+    method, views = built(recipe)
+    if not method.has_clusters:
+        with pytest.raises(NotImplementedError):
+            method.cluster_scores(views.crops[0])
+        return
+    method.eval()
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    with torch.no_grad():
+        scores = method.cluster_scores(views.crops[0])
+        assert scores.shape[0] == BATCH and scores.shape[1] > 1
+        torch.testing.assert_close(method.cluster_scores(views.crops[0][5:7]), scores[5:7], rtol=1e-4, atol=1e-5)
+    assert float(scores.std(dim=0).max()) > 0
+    assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
+
+
 def test_views_group_and_join_crops_in_declared_order() -> None:
     stacks = {"a": torch.arange(8.0).view(4, 1, 1, 2), "b": torch.arange(4.0).view(2, 1, 1, 2), "c": torch.zeros(2, 1, 3, 3)}
     views = Views(stacks=stacks, counts={"a": 2, "b": 1, "c": 1}, image_ids=torch.arange(2), labels=torch.arange(2))

@@ -99,9 +99,9 @@ class Clusters:
 
 def purity(labels: np.ndarray, assignments: np.ndarray) -> float:
     """Share of images that have the commonest label of their cluster, in [0, 1]. It rises with K: one image is pure."""
-    table = np.zeros((assignments.max() + 1, labels.max() + 1), np.int64)
-    np.add.at(table, (assignments, labels), 1)
-    return float(table.max(axis=1).sum() / len(labels))
+    from sklearn.metrics.cluster import contingency_matrix
+
+    return float(contingency_matrix(labels, assignments).max(axis=0).sum() / len(labels))
 
 
 def assign(
