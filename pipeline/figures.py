@@ -25,7 +25,6 @@ TITLES = {
     "clusters_empty": "share of clusters that are empty",
     "assignment_entropy": "entropy of cluster sizes / ln K",
     "nmi": "NMI of clusters and labels",
-    "purity": "purity of clusters",
     "images_per_s": "throughput, images/s",
 }
 

@@ -39,7 +39,7 @@ class Online:
         self.config, self.manifest, self.device, self.found_bad = config, manifest, device, found_bad
         self.precision: Precision = "bf16" if dtype is torch.bfloat16 else "float32"
 
-    @property
+    @cached_property
     def has_knn(self) -> bool:
         """Whether there are labels of two classes among those that vote, and one among those that are asked."""
         fraction = self.config.data.held_out

@@ -1,6 +1,4 @@
-"""What watches a run: a loss that is no number, representations that collapse, a loss that sticks at
-chance, clusters that nobody is in.
-"""
+"""What watches a run: a loss that is no number or sticks at chance, representations that collapse, clusters that stay empty."""
 
 from __future__ import annotations
 

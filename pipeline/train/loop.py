@@ -107,10 +107,10 @@ class Trainer:
                 if save or measure:
                     average_statistics(self.method)
                 improved = measure and bool(all_reduce_max(torch.tensor(int(self.measure_knn()))))
-                if save or improved:
-                    self.save(best=improved)
                 if measure:
                     self.measure_clusters(guards)
+                if save or improved:
+                    self.save(best=improved)
             else:
                 self.display.update(step)
             if stopping:
