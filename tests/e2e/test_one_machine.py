@@ -147,9 +147,7 @@ def test_mlflow_holds_the_curves_and_no_run_is_left_running(finished: Path) -> N
     assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")][-1] == 30
     assert [m.step for m in client.get_metric_history(run.info.run_id, "nmi")] == [0, 10, 20, 30]
     assert 0 < run.data.metrics["nmi"] <= 1 and run.data.metrics["cluster_max"] >= 1
-    assert {"figures/clusters.png", "figures/cluster_sizes.png"} <= {
-        file.path for file in client.list_artifacts(run.info.run_id, "figures")
-    }
+    assert {"clusters.png", "cluster_sizes.png"} <= {file.path for file in client.list_artifacts(run.info.run_id)}
     version = client.get_model_version_by_alias("swav-small", "best")
     assert version.tags["recipe"] == "swav-small"
 
