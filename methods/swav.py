@@ -160,6 +160,12 @@ class SwAV(Method):
     def evaluation_backbone(self) -> nn.Module:
         return self.backbone
 
+    def cluster_scores(self, images: Tensor) -> Tensor:
+        """Cosines z C^T with the prototypes."""
+        z = l2_normalize(promote(self.projector(self.backbone(images))))
+        with full_precision(z):
+            return z @ l2_normalize(self.prototypes.weight).T  # the optimizer has just moved them off the sphere
+
     def chance_loss(self) -> tuple[float, str]:
         return math.log(self.config.num_prototypes), "ln K"
 

@@ -20,6 +20,11 @@ TITLES = {
     "loss": "loss",
     "lr": "learning rate",
     "knn": "online kNN, held-out images",
+    "cluster_min": "smallest cluster, 1 = even share",
+    "cluster_max": "largest cluster, 1 = even share",
+    "clusters_empty": "share of clusters that are empty",
+    "assignment_entropy": "entropy of cluster sizes / ln K",
+    "nmi": "NMI of clusters and labels",
     "images_per_s": "throughput, images/s",
 }
 
@@ -159,7 +164,7 @@ def curves(metrics_jsonl: Path, path: Path, *, chance: tuple[float, str] | None 
     first = [name for name in ("loss", "knn", "lr") if name in series]
     last = [name for name in ("images_per_s",) if name in series]
     names = first + [name for name in series if name not in first + last] + last
-    columns = {1: 1, 2: 2, 4: 2, 7: 4, 8: 4}.get(len(names), 3)  # no lonely panel in a last row
+    columns = {1: 1, 2: 2, 4: 2, 7: 4, 8: 4, 10: 4, 13: 5}.get(len(names), 3)  # no lonely panel in a last row
     rows = math.ceil(len(names) / columns)
     low = max(1, min(int(steps[0]) for steps, _ in series.values()))
     high = max(low, *(int(steps[-1]) for steps, _ in series.values()))
@@ -192,8 +197,8 @@ def curves(metrics_jsonl: Path, path: Path, *, chance: tuple[float, str] | None 
 
 
 def _is_curve(name: str, values: np.ndarray) -> bool:
-    """Figures of the finished run and the chance level are no curves; bad images are one once there are any."""
-    return not (name.startswith("final/") or name == "loss_chance" or (name == "bad_images" and not values.any()))
+    """Figures of the finished run and the chance level are no curves; what is 0 as a rule is one once it is not."""
+    return not (name.startswith("final/") or name == "loss_chance" or (name in ("bad_images", "cluster_min") and not values.any()))
 
 
 def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, most: int = 200) -> None:

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from methods.parts.errors import ConfigError
-from pipeline import figures
+from pipeline import cluster_figures, figures
 from pipeline.config import RunConfig
+from pipeline.evaluate.clusters import Clusters
 from pipeline.evaluate.features import extract
 from pipeline.evaluate.protocols import MEMORY_LIMIT, Scores
 from pipeline.ingest.crops import COLUMN, cut_window, draw_views
@@ -59,8 +60,10 @@ def views_sheet(config: RunConfig, manifest: Manifest, path: Path, *, images: in
     return figures.contact_sheet(originals, shown, boxes, path)
 
 
-def run_figures(ready: Prepared, folder: RunFolder, backbone: nn.Module, scores: Scores, device: torch.device) -> list[Path]:
-    """Contact sheet, curves, scores and nearest neighbours of a finished run, as far as its data allows."""
+def run_figures(
+    ready: Prepared, folder: RunFolder, backbone: nn.Module, scores: Scores, clusters: Clusters | None, device: torch.device
+) -> list[Path]:
+    """Contact sheet, curves, scores, nearest neighbours and clusters of a finished run, as far as its data and method allow."""
     config, manifest = ready.config, ready.manifest
     drawers: list[Callable[[], Path]] = [
         lambda: views_sheet(config, manifest, folder.figures / "views.png"),
@@ -72,6 +75,9 @@ def run_figures(ready: Prepared, folder: RunFolder, backbone: nn.Module, scores:
         chance = 1 / max(1, len(manifest.class_names)) if manifest.class_names else None
         title = f"kNN accuracy, {scores.split} images"
         drawers.append(lambda: figures.score_bars(rows, folder.figures / "scores.png", title=title, chance=chance))
+    if clusters is not None:
+        drawers.append(lambda: cluster_figures.gallery(clusters, manifest.class_names, folder.figures / "clusters.png"))
+        drawers.append(lambda: cluster_figures.size_histogram(clusters, folder.figures / "cluster_sizes.png"))
     return [draw() for draw in drawers]
 
 

@@ -126,8 +126,25 @@ def test_weights_that_a_run_starts_from_reach_every_copy_of_the_backbone(recipe:
     config = override(load_recipe(recipe), {"backbone.width": 0.125, "backbone.stem": "strided"})
     facts = RunFacts(global_batch_size=config.train.global_batch_size, steps_per_epoch=4, total_steps=400, num_images=1000, num_ids=1000)
     method = build_method(config, facts, start_from)
-    first_layers = [p for name, p in method.named_parameters() if name.endswith("conv1.0.weight") and "layer" not in name]
+    first_layers = [p for name, p in method.named_parameters() if name.endswith("conv1.weight") and "layer" not in name]
     assert first_layers and all(bool((p == 0.125).all()) for p in first_layers)
+
+
+@pytest.mark.parametrize("recipe", SMALL)
+def test_cluster_scores_are_of_each_image_by_itself(recipe: str) -> None:
+    method, views = built(recipe)
+    if not method.has_clusters:
+        with pytest.raises(NotImplementedError):
+            method.cluster_scores(views.crops[0])
+        return
+    method.eval()
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    with torch.no_grad():
+        scores = method.cluster_scores(views.crops[0])
+        assert scores.shape[0] == BATCH and scores.shape[1] > 1
+        torch.testing.assert_close(method.cluster_scores(views.crops[0][5:7]), scores[5:7], rtol=1e-4, atol=1e-5)
+    assert float(scores.std(dim=0).max()) > 0
+    assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
 
 
 def test_views_group_and_join_crops_in_declared_order() -> None:

@@ -150,6 +150,18 @@ class Method(nn.Module):
         """The network that is evaluated and registered; maps `(B, 3, H, W)` to `(B, D)`."""
         raise NotImplementedError
 
+    def cluster_scores(self, images: Tensor) -> Tensor:
+        """Scores of finished images with the prototypes or centres: `(B, 3, H, W) -> (B, K)`, higher is nearer.
+
+        Those of the first head, where there are several. An image's cluster is its highest score. For methods with
+        clusters only; called in evaluation mode, without gradient and on one worker alone, so nothing may be gathered.
+        """
+        raise NotImplementedError
+
+    @property
+    def has_clusters(self) -> bool:
+        return type(self).cluster_scores is not Method.cluster_scores
+
     def chance_loss(self) -> tuple[float, str] | None:
         """The loss of a method that has learned nothing and how to write it, e.g. `(ln K, "ln K")`."""
         return None

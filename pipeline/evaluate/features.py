@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -24,14 +24,19 @@ def extract(
     device: str | torch.device = "cpu",
     precision: Precision = "float32",
     batch_size: int = 256,
+    forward: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Features of uint8 images `(N, H, W, 3)`: `(N, D)`, float32, on the CPU.
 
     The backbone runs in evaluation mode and is left as it was found: the mode of every module, batch-norm statistics
     and the random state do not change. It must already be on `device`; only one batch of floats exists at a time.
+
+    Args:
+        forward: what to ask instead of the backbone's own forward, `(B, 3, H, W) -> (B, D)`; it uses the backbone's modules.
     """
     with _evaluating(backbone), torch.no_grad():
-        parts = [_forward(backbone, batch, mean, std, device, precision).float().cpu() for batch in images.split(batch_size)]
+        batches = images.split(batch_size)
+        parts = [_forward(backbone, batch, mean, std, device, precision, forward).float().cpu() for batch in batches]
     return torch.cat(parts) if parts else torch.empty(0, int(getattr(backbone, "num_features", 0)))
 
 
@@ -77,13 +82,21 @@ def raw_pixels(images: Tensor) -> Tensor:
     return images.flatten(1).float() / 255
 
 
-def _forward(backbone: nn.Module, batch: Tensor, mean: Triple, std: Triple, device: str | torch.device, precision: Precision) -> Tensor:
+def _forward(
+    backbone: nn.Module,
+    batch: Tensor,
+    mean: Triple,
+    std: Triple,
+    device: str | torch.device,
+    precision: Precision,
+    forward: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     from pipeline.ingest.photometric import normalise
 
     dtype = next((p.dtype for p in backbone.parameters()), torch.float32)
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
-        features: Tensor = backbone(normalise(batch, mean, std, device, dtype))
+        features: Tensor = (forward or backbone)(normalise(batch, mean, std, device, dtype))
     return features
 
 

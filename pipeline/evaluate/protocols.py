@@ -6,9 +6,7 @@ During training, kNN asks held-out training images only; the test split is read 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,11 +15,11 @@ from torch import Tensor, nn
 
 from methods.parts.errors import ConfigError
 from pipeline.config import RunConfig
-from pipeline.evaluate.features import Precision, calibrate_batchnorm, extract, raw_pixels
+from pipeline.evaluate.features import calibrate_batchnorm, extract, raw_pixels
 from pipeline.evaluate.knn import centred, knn_accuracy
 from pipeline.ingest.manifest import Manifest
 from pipeline.ingest.sources import open_source
-from pipeline.ingest.stream import BadSlot, EvaluationImages, evaluation_images
+from pipeline.ingest.stream import EvaluationImages, evaluation_images
 
 MEMORY_LIMIT = 512 * 2**20  # bytes of evaluation images kept in memory
 
@@ -79,41 +77,6 @@ def same_classes(source: Manifest, target: Manifest, labels: Tensor) -> Tensor:
     numbers = {name: i for i, name in enumerate(target.class_names)}
     table = torch.tensor([numbers.get(name, -1) for name in source.class_names] + [-1])
     return table[labels]  # an unknown label, -1, takes the last entry
-
-
-def online_knn(
-    config: RunConfig, manifest: Manifest, device: torch.device, dtype: torch.dtype, found_bad: Callable[[list[BadSlot]], None]
-) -> Callable[[nn.Module], float] | None:
-    """A function from a backbone to its top-1 on held-out images; features in the precision of training.
-
-    Its images are read when it is first called: a run that goes on after a loss does not wait for them. None when there are
-    no labels of two classes or nothing is held out.
-
-    Args:
-        found_bad: told of the images that could not be decoded.
-    """
-    settings, fraction = config.evaluate, config.data.held_out
-    voting, asked = (manifest.labels[ids] for ids in (manifest.training_ids(fraction), manifest.held_out_ids(fraction)))
-    if not (asked >= 0).any() or len(np.unique(voting[voting >= 0])) < 2:
-        return None
-    precision: Precision = "bf16" if dtype is torch.bfloat16 else "float32"
-
-    @lru_cache(maxsize=1)
-    def images() -> KNNData:
-        data = KNNData.load(config, manifest, settings.online_bank)
-        assert data is not None
-        found_bad([*data.bank.bad, *data.queries.bad])
-        return data
-
-    def measure(backbone: nn.Module) -> float:
-        data = images()
-        bank, queries = (
-            extract(backbone, part.images, mean=config.data.mean, std=config.data.std, device=device, precision=precision)
-            for part in (data.bank, data.queries)
-        )
-        return knn_accuracy(bank, data.bank.labels, queries, data.queries.labels, settings.knn_k, settings.knn_temperature)
-
-    return measure
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
-"""What watches a run: a loss that is no number, representations that collapse, a loss that sticks at chance."""
+"""What watches a run: a loss that is no number or sticks at chance, representations that collapse, clusters that stay empty."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+
+import numpy as np
 
 from methods.parts.contract import Method
 
@@ -44,6 +46,22 @@ class Guards:
         if metrics.get("loss", 0.0) > 0.98 * level and metrics.get("code_entropy", 1.0) > 0.98:
             text = f"the loss sticks at {name}: {metrics['loss']:.3f} of {level:.3f} after {step} steps; {self.remedies}"
             yield from self._once("stuck", text)
+
+    def cluster_warnings(self, step: int, sizes: np.ndarray) -> Iterable[str]:
+        """New warnings after `step` completed steps, from the sizes `(K,)` of the clusters.
+
+        Nearly everything in one cluster: 90 % of the images. Most clusters empty: more than half of them, where there are
+        at least four images to a cluster (drawn at random, 2 % would be empty).
+        """
+        images, clusters = int(sizes.sum()), len(sizes)
+        if step < self.patience_steps or clusters < 2:
+            return
+        largest, empty = int(sizes.max()), int((sizes == 0).sum())
+        if largest >= 0.9 * images:
+            yield from self._once("one cluster", f"one cluster holds {largest:,} of {images:,} images at step {step}; {self.remedies}")
+        elif empty > 0.5 * clusters and images >= 4 * clusters:
+            text = f"{empty:,} of {clusters:,} clusters are empty at step {step}; use fewer clusters, or {self.remedies}"
+            yield from self._once("empty clusters", text)
 
     def _once(self, key: str, text: str) -> Iterable[str]:
         if key not in self.given:

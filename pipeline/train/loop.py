@@ -21,6 +21,7 @@ from methods.parts.contract import Method, Progress, StepOutput
 from methods.parts.distributed import all_gather_objects, all_reduce_max, all_reduce_sum, average_gradients, rank, world_size
 from methods.parts.norms import average_statistics
 from pipeline.config import Resolved, RunConfig
+from pipeline.evaluate.clusters import Clusters
 from pipeline.ingest.photometric import finish_views
 from pipeline.ingest.stream import BadSlot, Batch
 from pipeline.runs import RunFolder
@@ -48,6 +49,7 @@ class Trainer:
 
     Args:
         online_knn: maps the evaluation backbone to top-1 on held-out training images, or None without labels and on other ranks.
+        online_clusters: maps the method to where it puts some training images, or None if it has no clusters and on other ranks.
         report: takes `(step, metrics)`; the sink decides where they go.
         stop: asked after every step; True on any worker ends the run with a whole checkpoint.
     """
@@ -63,6 +65,7 @@ class Trainer:
     report: Report
     images: int  # of the whole source
     online_knn: Callable[[torch.nn.Module], float] | None = None
+    online_clusters: Callable[[Method], Clusters] | None = None
     stop: Callable[[], bool] = lambda: False
     position: Position = field(default_factory=Position)
     saved_step: int | None = None
@@ -84,9 +87,10 @@ class Trainer:
         total, every = self.resolved.facts.total_steps, self.resolved.checkpoint_every
         guards = Guards(self.method, patience_steps=min(2 * self.resolved.facts.steps_per_epoch, total // 2))
         outputs: list[StepOutput] = []  # since the last point
-        measures_knn = bool(all_reduce_max(torch.tensor(int(self.online_knn is not None))))
+        measures = bool(all_reduce_max(torch.tensor(int(bool(self.online_knn or self.online_clusters)))))
         if self.position.step == 0:
             self.measure_knn()
+            self.measure_clusters(guards)
         self.method.train()
         for batch in batches:
             outputs.append(self.step(batch))
@@ -94,7 +98,7 @@ class Trainer:
             self.note_bad(bad)
             step = self.position.step
             save = step % every == 0 or step == total or stopping
-            measure = measures_knn and (step % self.resolved.knn_every == 0 or step == total)
+            measure = measures and (step % self.resolved.knn_every == 0 or step == total)
             if save or measure or step % self.config.train.log_every == 0:
                 metrics = self.flush(outputs)
                 outputs = []
@@ -103,6 +107,8 @@ class Trainer:
                 if save or measure:
                     average_statistics(self.method)
                 improved = measure and bool(all_reduce_max(torch.tensor(int(self.measure_knn()))))
+                if measure:
+                    self.measure_clusters(guards)
                 if save or improved:
                     self.save(best=improved)
             else:
@@ -193,6 +199,15 @@ class Trainer:
             return False
         self.position.best_knn, self.position.best_step = accuracy, step
         return True
+
+    def measure_clusters(self, guards: Guards) -> None:
+        """Sizes of the clusters and their agreement with labels."""
+        if self.online_clusters is None:
+            return
+        found = self.online_clusters(self.method)
+        self.report(self.position.step, found.metrics())
+        for warning in guards.cluster_warnings(self.position.step, found.sizes):
+            self.display.say(f"[yellow]warning:[/yellow] {warning}")
 
     def state(self) -> checkpoint.State:
         """The whole state of the run, free of clocks and machine names. All workers ask together."""

@@ -14,7 +14,9 @@ from methods.parts.contract import find
 from methods.parts.distributed import rank, world_size
 from methods.parts.norms import synchronized
 from pipeline import registry
-from pipeline.evaluate.protocols import Scores, final_scores, online_knn
+from pipeline.evaluate.clusters import Clusters
+from pipeline.evaluate.online import Online
+from pipeline.evaluate.protocols import Scores, final_scores
 from pipeline.gallery import run_figures
 from pipeline.ingest.stream import Batch, training_batches
 from pipeline.runs import RunFolder, write_atomic, write_json
@@ -81,8 +83,10 @@ def work(
         images=len(ready.manifest) if resolved.facts.num_images else resolved.facts.total_steps * resolved.facts.global_batch_size,
         stop=stop,
     )
+    online = Online(config, ready.manifest, device, precision, trainer.note_bad)
     if rank() == 0:
-        trainer.online_knn = online_knn(config, ready.manifest, device, precision, trainer.note_bad)
+        trainer.online_knn = online.knn if online.has_knn else None
+        trainer.online_clusters = online.clusters if method.has_clusters else None
     if state is not None:
         trainer.restore(state)
         if own is None:  # a continued run owns its beginning
@@ -98,7 +102,8 @@ def work(
         return done
     folder.update(state_sha256=checkpoint.state_hash(final))
     screen.say("evaluating ...")
-    return evaluated(done, ready, folder, trainer.method.evaluation_backbone(), report, trainer.last_knn, device)
+    clusters = online.clusters(method) if method.has_clusters else None
+    return evaluated(done, ready, folder, method.evaluation_backbone(), report, trainer.last_knn, clusters, device)
 
 
 def batches(ready: Prepared, start: int, tasks: int | None = None) -> Iterator[Batch]:
@@ -120,13 +125,20 @@ def batches(ready: Prepared, start: int, tasks: int | None = None) -> Iterator[B
 
 
 def evaluated(
-    done: Done, ready: Prepared, folder: RunFolder, backbone: nn.Module, report: Report, last_knn: float | None, device: torch.device
+    done: Done,
+    ready: Prepared,
+    folder: RunFolder,
+    backbone: nn.Module,
+    report: Report,
+    last_knn: float | None,
+    clusters: Clusters | None,
+    device: torch.device,
 ) -> Done:
     """Final evaluation, pictures and export of a complete run."""
     config = ready.config
     scores = final_scores(config, ready.manifest, backbone, untrained(config, ready.resolved), device)
     write_json(folder.path / "evaluation.json", scores.to_dict())
-    pictures = run_figures(ready, folder, backbone, scores, device)
+    pictures = run_figures(ready, folder, backbone, scores, clusters, device)
     report(done.step, scores.metrics())
     facts = {
         "method": find(config.method).name,

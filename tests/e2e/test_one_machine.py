@@ -98,7 +98,8 @@ def test_a_run_leaves_a_table_pictures_points_and_a_model(finished: Path) -> Non
     assert set(said["scores"]) >= {"raw_l2", "raw_cosine", "untrained", "untrained_calibrated", "trained"}
     assert 1.5 / 19 < said["scores"]["trained"] <= 1, "better than guessing"
     run = finished / "first"
-    assert {p.name for p in run.glob("figures/*.png")} == {"views.png", "curves.png", "neighbours.png", "scores.png"}
+    pictures = {"views.png", "curves.png", "neighbours.png", "scores.png", "clusters.png", "cluster_sizes.png"}
+    assert {p.name for p in run.glob("figures/*.png")} == pictures
     losses = [json.loads(line)["metrics"].get("loss") for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len([loss for loss in losses if loss is not None]) >= 3
 
@@ -144,6 +145,9 @@ def test_mlflow_holds_the_curves_and_no_run_is_left_running(finished: Path) -> N
     run = next(run for run in runs if run.info.run_name == "first")
     assert run.data.params["method.num_prototypes"] == "16"
     assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")][-1] == 30
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "nmi")] == [0, 10, 20, 30]
+    assert 0 < run.data.metrics["nmi"] <= 1 and run.data.metrics["cluster_max"] >= 1
+    assert {"clusters.png", "cluster_sizes.png"} <= {file.path for file in client.list_artifacts(run.info.run_id)}
     version = client.get_model_version_by_alias("swav-small", "best")
     assert version.tags["recipe"] == "swav-small"
 
