@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from methods.parts.distributed import all_gather_rows, all_reduce_max, all_reduce_sum, world_size
+from methods.parts.distributed import all_gather_rows, all_reduce_max, all_reduce_sum
 from methods.parts.numerics import promote, rows_at_once
 
 LARGEST_EXPONENT = 80.0  # exp(-80) is still a normal float32
