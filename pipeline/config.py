@@ -314,8 +314,11 @@ class Resolved:
     knn_every: int
 
 
-def resolve(config: RunConfig, num_images: int | None) -> Resolved:
+def resolve(config: RunConfig, num_images: int | None, num_ids: int | None = None) -> Resolved:
     """Derive the numbers of a run over `num_images` training images; None = images without end.
+
+    Args:
+        num_ids: image ids lie below it; None = `num_images`.
 
     Raises:
         ConfigError: a batch larger than the data, or one that the lanes cannot share; a length of the epoch that is
@@ -346,7 +349,13 @@ def resolve(config: RunConfig, num_images: int | None) -> Resolved:
     largest = max((g.size for g in config.views.values() if g.count), default=224)
     wanted = config.data.window or (128 if largest > 64 else 512)
     return Resolved(
-        facts=RunFacts(global_batch_size=batch, steps_per_epoch=steps_per_epoch, total_steps=total, num_images=num_images),
+        facts=RunFacts(
+            global_batch_size=batch,
+            steps_per_epoch=steps_per_epoch,
+            total_steps=total,
+            num_images=num_images,
+            num_ids=num_ids or num_images,
+        ),
         lr=config.optim.base_lr * scale,
         start_lr=config.optim.warmup_start_lr * scale,
         final_lr=config.optim.final_lr * scale,
