@@ -26,7 +26,7 @@ def built(recipe: str) -> tuple[Method, Views]:
     """A method with its small recipe's settings on a tiny backbone, and one fixed batch."""
     config = load_recipe(recipe)
     torch.manual_seed(0)
-    facts = RunFacts(global_batch_size=BATCH, steps_per_epoch=4, total_steps=400, num_images=4 * BATCH)
+    facts = RunFacts(global_batch_size=BATCH, steps_per_epoch=4, total_steps=400, num_images=16 * BATCH)
     backbone = build_backbone(BackboneConfig(name="resnet18", width=0.125, stem="strided"))
     method = find(config.method).method(config.method, backbone, facts)
     counts = {name: group.count for name, group in config.views.items()}
@@ -117,7 +117,7 @@ def test_parameter_groups_hold_every_trained_parameter_once(recipe: str) -> None
 def test_micro_batches_are_refused_with_a_remedy_where_the_loss_needs_the_whole_batch(recipe: str) -> None:
     config = override(load_recipe(recipe), {"train.accumulation_steps": 2, "backbone.width": 0.125})
     kind = find(config.method).method
-    facts = RunFacts(global_batch_size=BATCH, steps_per_epoch=4, total_steps=400, num_images=4 * BATCH)
+    facts = RunFacts(global_batch_size=BATCH, steps_per_epoch=4, total_steps=400, num_images=16 * BATCH)
     if kind.accumulation == "exact":
         build_method(config, facts)
         return
