@@ -37,10 +37,12 @@ from methods.parts.contract import (
     register,
     searchable,
 )
+from methods.parts.distributed import all_reduce_sum
 from methods.parts.errors import ConfigError, require
 from methods.parts.heads import mlp
-from methods.parts.numerics import cross_entropy, embedding_std, entropy, full_precision, l2_normalize, promote
+from methods.parts.numerics import embedding_std, entropy, full_precision, l2_normalize, promote
 from methods.parts.queue import FeatureQueue
+from methods.parts.soft_targets import cross_entropy_sum
 from methods.parts.views import CropGroup, Views, ViewsConfig
 
 
@@ -58,7 +60,8 @@ class SwAVConfig(MethodConfig):
     projection_dim: int = 128  # D
     queue_length: int = 0  # rows per global crop, over all workers; 0 = no queue
     queue_start_epoch: float = 15  # epochs before the queue begins to fill
-    freeze_prototypes_epochs: float = 1.0  # prototypes get no gradient for so long
+    freeze_prototypes_epochs: float = 1.0  # prototypes get no gradient for so long; more than the run has: never
+    hard_codes: bool = False  # codes rounded to their largest entry; worse in the paper, a remedy where soft codes stay uniform
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, "method.temperature", self.temperature, "use a positive number, e.g. 0.1")
@@ -77,6 +80,8 @@ class SwAVConfig(MethodConfig):
 class SwAV(Method):
     config: SwAVConfig
     paper = "Caron et al. 2020, arXiv:2006.09882"
+    unused_steps: Tensor  # (K,), steps since each prototype was the argmax of any code
+    distinct: Tensor  # (), share of prototypes that resemble no earlier one, at the start of the epoch
     accumulation = "refuse"  # codes need the whole batch at once
     accumulation_remedy = "method.queue_length enlarges the batch that the codes see"
 
@@ -91,6 +96,9 @@ class SwAV(Method):
         self.projector = mlp(num_features(backbone), config.projector_hidden, config.projection_dim, config.projector_layers)
         self.prototypes = nn.Linear(config.projection_dim, config.num_prototypes, bias=False)
         self.queue = FeatureQueue(global_crops, length, config.projection_dim)
+        self.register_buffer("unused_steps", torch.zeros(config.num_prototypes, dtype=torch.int64))
+        self.register_buffer("distinct", torch.ones(()))
+        self.steps_per_epoch = facts.steps_per_epoch
         self.queue_start = round(config.queue_start_epoch * facts.steps_per_epoch)
         self.frozen_steps = round(config.freeze_prototypes_epochs * facts.steps_per_epoch)
 
@@ -98,6 +106,9 @@ class SwAV(Method):
     def default_views(cls) -> ViewsConfig:
         """2 x 224 + 6 x 96 (paper, appendix A)."""
         return {"global": CropGroup(count=2, size=224, scale=(0.14, 1.0)), "local": CropGroup(count=6, size=96, scale=(0.05, 0.14))}
+
+    def start_epoch(self, progress: Progress) -> None:
+        self.distinct.fill_(distinct_share(self.prototypes.weight))  # K^2 D products, fewer than an epoch's scores
 
     def before_step(self, progress: Progress) -> None:
         with torch.no_grad():
@@ -109,15 +120,17 @@ class SwAV(Method):
             scores = [self.prototypes(z_v) for z_v in z]  # V times (B, K)
             global_crops = views.groups["global"]
             codes = {g: self.codes(i, scores[g]) for i, g in enumerate(global_crops)}  # eq. (3)
-            pairs = [(g, v) for g in global_crops for v in range(len(scores)) if v != g]  # eq. (6)
-            terms = [cross_entropy(codes[g], scores[v] / self.config.temperature) for g, v in pairs]
-            loss = torch.stack(terms).mean()
+            others = [[q for g, q in codes.items() if g != v] for v in range(len(scores))]  # eq. (6)
+            terms = [cross_entropy_sum(q, s, self.config.temperature) for q, s in zip(others, scores, strict=True) if q]
+            loss = torch.stack(terms).sum() / sum(map(len, others))
             unit = [z[g].detach() for g in global_crops]
-            return StepOutput(loss=loss, metrics=self.health(codes[global_crops[0]], unit[0]), outputs={"z": unit})
+            metrics = self.health(codes[global_crops[0]], unit[0])
+            return StepOutput(loss=loss, metrics=metrics, outputs={"z": unit, "used": self.used(codes)})
 
     def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
         if self.config.queue_length and progress.step >= self.queue_start:
             self.queue.push(outputs[0]["z"])
+        self.unused_steps.add_(1).masked_fill_(outputs[0]["used"], 0)
 
     def project(self, views: Views) -> list[Tensor]:
         """Unit projections of every crop: one backbone pass per resolution, one pass of the projector over all crops."""
@@ -131,17 +144,31 @@ class SwAV(Method):
         batch = len(scores)
         if self.queue.full:
             scores = torch.cat([self.prototypes(self.queue.share(crop)), scores])  # (L / W + B, K)
-        return sinkhorn(scores, self.config.epsilon, self.config.sinkhorn_iterations)[-batch:]
+        codes = sinkhorn(scores, self.config.epsilon, self.config.sinkhorn_iterations)
+        if self.queue.full:
+            codes = codes[-batch:].clone()  # lets go of the queue's rows
+        if self.config.hard_codes:
+            best = codes.argmax(dim=1, keepdim=True)
+            codes.zero_().scatter_(1, best, 1.0)
+        return codes
+
+    @torch.no_grad()
+    def used(self, codes: dict[int, Tensor]) -> Tensor:
+        """Whether each prototype is the argmax of a code, on any worker: `(K,)`."""
+        assigned = torch.cat([q.argmax(dim=1) for q in codes.values()])
+        return all_reduce_sum(torch.bincount(assigned, minlength=self.config.num_prototypes)) > 0
 
     @torch.no_grad()
     def health(self, codes: Tensor, z: Tensor) -> Metrics:
-        """Meters of one global crop; entropies as fractions of ln K."""
+        """Meters of one global crop, and of the prototypes; entropies as fractions of ln K."""
         k = self.config.num_prototypes
         used = torch.bincount(codes.argmax(dim=1), minlength=k) > 0
         metrics: Metrics = {
             "code_entropy": entropy(codes).mean() / math.log(k),
             "code_max": codes.amax(dim=1).mean(),
             "prototypes_used": used.double().mean(),
+            "prototypes_dead": (self.unused_steps >= self.steps_per_epoch).double().mean(),  # unused for a pass over the data
+            "prototypes_distinct": self.distinct,
             "embedding_std": embedding_std(z),
         }
         if self.config.queue_length:
@@ -184,5 +211,19 @@ class SwAV(Method):
                 f"method.num_prototypes={c.num_prototypes} is more than the {batch + c.queue_length} features that the codes see; "
                 f"use {batch + c.queue_length} prototypes or fewer, or method.queue_length={length}"
             )
-        if facts.num_images is not None and c.num_prototypes * 2 > facts.num_images:
+        if facts.num_images is not None and c.num_prototypes * 10 > facts.num_images:
             yield f"method.num_prototypes={c.num_prototypes} for {facts.num_images} images; use {max(2, facts.num_images // 10)} or fewer"
+        if c.epsilon > 0.05 and batch + c.queue_length < 512:
+            yield f"method.epsilon={c.epsilon:g} makes codes of {batch + c.queue_length} features nearly uniform; use 0.05 or less"
+
+
+@torch.no_grad()
+def distinct_share(prototypes: Tensor) -> Tensor:
+    """Share of the rows of `(K, D)` whose cosine with every earlier row is at most 0.99; collapsed prototypes are one."""
+    unit = l2_normalize(prototypes)
+    first, copies = 0, unit.new_zeros(())
+    for rows in unit.split(max(1, (1 << 24) // len(unit))):
+        similar = (rows @ unit[: first + len(rows)].T).tril(first - 1) > 0.99  # row i beside rows 0 to i - 1
+        copies += similar.any(dim=1).sum()
+        first += len(rows)
+    return 1 - copies / len(unit)

@@ -74,7 +74,8 @@ def measure(config: RunConfig, rows: Sequence[Row], num_images: int | None) -> C
             step=0,
             bad=[],
         )
-        progress = Progress(step=0, total_steps=facts.total_steps, steps_per_epoch=facts.steps_per_epoch)
+        # in the second epoch: the first of some methods has no loss
+        progress = Progress(step=facts.steps_per_epoch, total_steps=facts.total_steps, steps_per_epoch=facts.steps_per_epoch)
 
         def step() -> float:
             begin = time.perf_counter()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from methods.parts.distributed import all_gather_rows, all_reduce_max, all_reduce_sum, world_size
-from methods.parts.numerics import promote
+from methods.parts.distributed import all_gather_rows, all_reduce_max, all_reduce_sum
+from methods.parts.numerics import promote, rows_at_once
 
 LARGEST_EXPONENT = 80.0  # exp(-80) is still a normal float32
 
@@ -19,8 +19,9 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     to mass 1/B; samples last, so rows sum to 1 exactly and prototype masses approximately.
 
     Scaling vectors are used instead of rewriting Q: u_b = 1 / sum_k E_bk v_k and v_k = 1 / sum_b u_b E_bk, with
-    E = exp((scores - global maximum) / epsilon). When the exponents span more than `LARGEST_EXPONENT`, the same
-    iteration runs on logarithms; the span is that of all workers, so every worker takes the same branch.
+    E = exp((scores - global maximum) / epsilon). A group of rows that fits the cache is read once for its u and for its
+    part of the next v. When the exponents span more than `LARGEST_EXPONENT`, the same iteration runs on logarithms; the
+    span is that of all workers, so every worker takes the same branch.
 
     Args:
         scores: `(B, K)` on each worker; B may differ between workers if every worker calls.
@@ -28,26 +29,36 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
         iterations: at least 1.
 
     Returns:
-        Codes `(B, K)`, float32 or better, without gradient.
+        Codes `(B, K)`, float32 or better, without gradient: the one matrix of this size that is allocated.
     """
     scores = promote(scores)
-    extremes = all_reduce_max(torch.stack([scores.max(), -scores.min()]))
-    highest, span = extremes[0], extremes.sum()
-    if span / epsilon > LARGEST_EXPONENT:
-        return _sinkhorn_log((scores - highest) / epsilon, iterations)
-    kernel = ((scores - highest) / epsilon).exp_()
-    u = kernel.new_ones(len(kernel))
-    for _ in range(iterations):
-        v = 1 / all_reduce_sum(u @ kernel)
-        u = 1 / (kernel @ v)
-    return kernel.mul_(v).mul_(u[:, None])
+    lowest, highest = scores.aminmax()
+    highest, depth = all_reduce_max(torch.stack([highest, -lowest]))
+    codes = torch.empty_like(scores)
+    rows = codes.split(rows_at_once(codes))  # views: what is written to them is written to the codes
+    for e, s in zip(rows, scores.split(len(rows[0])), strict=True):
+        torch.sub(s, highest, out=e).div_(epsilon)
+    if (highest + depth) / epsilon > LARGEST_EXPONENT:
+        _scale_logarithms(rows, epsilon, iterations)
+        return codes
+    v = all_reduce_sum(torch.stack([e.exp_().sum(dim=0) for e in rows]).sum(dim=0)).reciprocal_()
+    for _ in range(iterations - 1):
+        v = all_reduce_sum(torch.stack([(e @ v).reciprocal_() @ e for e in rows]).sum(dim=0)).reciprocal_()
+    for e in rows:
+        u = (e @ v).reciprocal_()
+        e.mul_(v).mul_(u[:, None])
+    return codes
 
 
-def _sinkhorn_log(logits: Tensor, iterations: int) -> Tensor:
-    for _ in range(iterations):
-        columns = logits.logsumexp(dim=0)
-        if world_size() > 1:
-            columns = all_gather_rows(columns[None]).logsumexp(dim=0)
-        logits = logits - columns
-        logits = logits - logits.logsumexp(dim=1, keepdim=True)
-    return logits.exp()
+def _scale_logarithms(rows: tuple[Tensor, ...], epsilon: float, iterations: int) -> None:
+    """From (scores - highest) / epsilon to codes, in place, a group of rows at a time."""
+    columns = torch.stack([logits.logsumexp(dim=0) for logits in rows])
+    for last in [False] * (iterations - 1) + [True]:
+        columns = all_gather_rows(columns.logsumexp(dim=0, keepdim=True)).logsumexp(dim=0)
+        for logits in rows:
+            logits.sub_(columns)
+            logits.sub_(logits.logsumexp(dim=1, keepdim=True))
+        if not last:
+            columns = torch.stack([logits.logsumexp(dim=0) for logits in rows])
+    for logits in rows:
+        logits.exp_()

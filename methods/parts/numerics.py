@@ -34,6 +34,12 @@ def cross_entropy(target: Tensor, logits: Tensor) -> Tensor:
     return loss
 
 
+def rows_at_once(x: Tensor) -> int:
+    """How many rows of `(B, K)` to work on at a time: 1 MB on a CPU, so that they stay in its cache; 64 MB on other devices."""
+    values = 1 << (18 if x.device.type == "cpu" else 24)
+    return max(1, values // max(1, x.shape[1]))
+
+
 def entropy(probabilities: Tensor) -> Tensor:
     """Entropy in nats of each row: `(B, K) -> (B,)`; 0 log 0 = 0."""
     rows: Tensor = torch.special.xlogy(probabilities, probabilities).sum(dim=-1)

@@ -119,7 +119,8 @@ class Trainer:
     def step(self, batch: Batch) -> StepOutput:
         """One optimizer step over one global batch."""
         config, facts = self.config.train, self.resolved.facts
-        progress = Progress(step=self.position.step, total_steps=facts.total_steps, steps_per_epoch=facts.steps_per_epoch)
+        start = Progress(step=self.position.step, total_steps=facts.total_steps, steps_per_epoch=facts.steps_per_epoch)
+        progress = self.seeded(start, 0)  # the start of an epoch may draw too
         if progress.step % facts.steps_per_epoch == 0:
             self.method.start_epoch(progress)
         self.method.before_step(progress)

@@ -226,3 +226,61 @@ def test_learning_rate_touches_both_ends_of_the_warmup() -> None:
     assert rates[4] == rates[5] == 4.8
     assert all(a > b for a, b in pairwise(rates[5:]))
     assert rates[-1] > 0.01
+
+
+# ---------------------------------------------------------------------------- prototypes and codes
+
+
+def test_hard_codes_are_the_rounded_soft_ones() -> None:
+    torch.manual_seed(0)
+    scores = torch.rand(9, 6, dtype=torch.float64)
+    soft = literal_sinkhorn(scores.numpy(), 0.05, 3)
+    hard = swav(prototypes=6, dim=4, batch=9, hard_codes=True).codes(0, scores)
+    np.testing.assert_array_equal(hard.numpy(), np.eye(6)[soft.argmax(axis=1)])
+
+
+def test_prototypes_are_dead_when_no_code_prefers_them_for_an_epoch() -> None:
+    """Steps since each was used, counted by hand over ten-step epochs; a restart keeps the count."""
+    torch.manual_seed(0)
+    method = swav(prototypes=40, dim=4, batch=5)
+    unused = np.zeros(40, dtype=int)
+    for step in range(25):
+        method.before_step(progress(step))
+        embeddings = nn.functional.normalize(torch.randn(10, 4, dtype=torch.float64))
+        out = method(views(embeddings, 5, 2), progress(step))
+        assert float(out.metrics["prototypes_dead"]) == pytest.approx((unused >= 10).mean())
+        scores = (embeddings @ method.prototypes.weight.detach().T).numpy()
+        best = [literal_sinkhorn(part, 0.05, 3).argmax(axis=1) for part in (scores[:5], scores[5:])]
+        unused += 1
+        unused[np.concatenate(best)] = 0
+        method.after_step([out.outputs], progress(step))
+    assert 0 < (unused >= 10).mean() < 1
+    np.testing.assert_array_equal(method.state_dict()["unused_steps"].numpy(), unused)
+
+
+def test_prototypes_that_are_copies_are_counted_once() -> None:
+    method = swav(prototypes=8, dim=4, batch=5)
+    weights = torch.tensor(
+        [[1.0, 0, 0, 0], [0, 1, 0, 0], [2, 0.01, 0, 0], [0, 0, 1, 0], [3, 0, 0.01, 0], [0, 0, 0, 5], [-1, 0, 0, 0], [1, 1, 0, 0]]
+    )
+    with torch.no_grad():
+        method.prototypes.weight.copy_(weights)
+    method.start_epoch(progress())
+    assert float(method.distinct) == pytest.approx(6 / 8)  # rows 2 and 4 resemble row 0
+
+
+def test_advice_names_what_works_badly_together() -> None:
+    facts = RunFacts(global_batch_size=64, steps_per_epoch=10, total_steps=100, num_images=1000)
+    said = {
+        name: list(swav(k, 4, 64, **settings).advice(facts))
+        for name, k, settings in (
+            ("fits", 64, {}),
+            ("batch", 100, {}),
+            ("images", 128, {"queue_length": 64}),
+            ("epsilon", 64, {"epsilon": 0.1}),
+        )
+    }
+    assert said["fits"] == []
+    assert ["queue_length=64" in s for s in said["batch"]] == [True]
+    assert [s.endswith("1000 images; use 100 or fewer") for s in said["images"]] == [True]
+    assert ["epsilon=0.1" in s for s in said["epsilon"]] == [True]

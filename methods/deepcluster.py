@@ -1,0 +1,210 @@
+"""DeepCluster-v2: learn the labels that k-means gave to the features of the epoch before.
+
+Caron et al. 2020, arXiv:2006.09882 (appendix D); the first version: Caron et al. 2018, arXiv:1807.05520.
+
+A memory holds the unit projections `(D,)` of both global crops of every image, as the last step with that image made them.
+At the start of every epoch, head h clusters the memory m of crop h mod 2 into K clusters by spherical k-means:
+
+    C_h = K random rows of m; then ten times: y_n = argmax_k m_n c_k and c_k = n(sum of the m_n with y_n = k)
+    y_h = argmax_k m_n c_k                                            the labels of the epoch; empty clusters keep c_k
+
+    loss = 1/H sum_h 1/V sum_v CE(y_h, z_v C_h^T / tau)               all V crops; the centroids C_h learn nothing
+
+with n(x) = x / ||x||. The first epoch only fills the memory: it has no loss, no label and no backward pass.
+
+Departs:
+    The first centroids are random images of all workers, the same for any number of workers; the original takes them
+    from worker 0. Memory and labels go by image id, so each epoch may have an order of its own and a run may go on with
+    another number of workers. The first pass counts as an epoch; the original makes it before the first. A repeated
+    image is memorised once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from methods.parts.backbones import num_features
+from methods.parts.contract import (
+    Masks,
+    Method,
+    MethodConfig,
+    Metrics,
+    Outputs,
+    Progress,
+    RunFacts,
+    SearchRange,
+    StepOutput,
+    register,
+    searchable,
+)
+from methods.parts.distributed import all_gather_rows, all_reduce_sum, rank, world_size
+from methods.parts.errors import require
+from methods.parts.heads import mlp
+from methods.parts.id_table import IdTable, first_of_each
+from methods.parts.numerics import embedding_std, full_precision, l2_normalize, promote, rows_at_once
+from methods.parts.views import CropGroup, Views, ViewsConfig
+
+CROPS = 2  # global crops that are memorised
+UNKNOWN = -1  # the label of an image that was not seen yet
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepClusterConfig(MethodConfig):
+    # tau
+    temperature: float = searchable(0.1, SearchRange(0.05, 0.5, "log", reason="sharpness of the predictions"))
+    # K; several times the number of kinds of things in the images
+    num_prototypes: int = searchable(3000, SearchRange(scale="choice", choices=(100, 300, 1000, 3000), reason="flat once large enough"))
+    heads: int = 3  # H, independent clusterings of the same projections
+    kmeans_iterations: int = 10
+    projector_layers: int = 2
+    projector_hidden: int = 2048
+    projection_dim: int = 128  # D
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, "method.temperature", self.temperature, "use a positive number, e.g. 0.1")
+        require(self.num_prototypes >= 2, "method.num_prototypes", self.num_prototypes, "use 2 or more")
+        require(self.heads >= 1, "method.heads", self.heads, "use 1 or more, e.g. 3")
+        require(self.kmeans_iterations >= 1, "method.kmeans_iterations", self.kmeans_iterations, "use 1 or more, e.g. 10")
+        require(self.projector_layers >= 1, "method.projector_layers", self.projector_layers, "use 1 or more")
+        require(self.projector_hidden >= 1, "method.projector_hidden", self.projector_hidden, "use 1 or more")
+        require(self.projection_dim >= 2, "method.projection_dim", self.projection_dim, "use 2 or more")
+
+
+@register("deepcluster-v2", DeepClusterConfig)
+class DeepCluster(Method):
+    config: DeepClusterConfig
+    paper = "Caron et al. 2020, arXiv:2006.09882"
+    needs_dense_ids = True
+    needs_passes = True
+    prototypes: Tensor  # (H, K, D), the centroids: unit rows
+    empty: Tensor  # (), share of clusters without an image at the last clustering
+
+    def __init__(self, config: DeepClusterConfig, backbone: nn.Module, facts: RunFacts) -> None:
+        super().__init__()
+        images, ids, k = facts.num_images, facts.num_ids or facts.num_images, config.num_prototypes
+        assert images is not None and ids is not None  # needs_dense_ids
+        require(k <= images, "method.num_prototypes", k, f"more than the {images} images; use {max(2, images // 10)} or fewer")
+        self.config = config
+        self.backbone = backbone
+        self.projector = mlp(num_features(backbone), config.projector_hidden, config.projection_dim, config.projector_layers)
+        self.register_buffer("prototypes", l2_normalize(torch.randn(config.heads, k, config.projection_dim)))
+        self.register_buffer("empty", torch.zeros(()))
+        # cut at the same ids, so that each worker clusters the rows it holds; a memory of zeros was never written
+        self.memory = IdTable(ids, (CROPS, config.projection_dim), dtype=torch.float32, fill=0, sharded=True)
+        self.labels = IdTable(ids, (config.heads,), dtype=torch.int32, fill=UNKNOWN, sharded=True)
+
+    @classmethod
+    def default_views(cls) -> ViewsConfig:
+        """2 x 224 + 6 x 96, as SwAV."""
+        return {"global": CropGroup(count=CROPS, size=224, scale=(0.14, 1.0)), "local": CropGroup(count=6, size=96, scale=(0.05, 0.14))}
+
+    def id_tables(self) -> dict[str, IdTable]:
+        return {"memory": self.memory, "labels": self.labels}
+
+    @torch.no_grad()
+    def start_epoch(self, progress: Progress) -> None:
+        """Cluster the memory: new centroids and labels for every head."""
+        if progress.epoch == 0:
+            return
+        for table in (self.memory, self.labels):
+            table.rows = table.rows.to(self.prototypes.device)
+        memory, labels = self.memory.rows, self.labels.rows
+        seen = memory[:, 0].any(dim=1)
+        self.empty.zero_()
+        for h, centroids in enumerate(self.prototypes):
+            features = memory[seen, h % CROPS]  # (N_w, D)
+            first = random_rows(features, len(centroids), progress.generator)
+            found, nearest, sizes = spherical_kmeans(features, first, self.config.kmeans_iterations)
+            centroids.copy_(found)
+            labels[seen, h] = nearest.to(labels.dtype)
+            self.empty += (sizes == 0).double().mean() / self.config.heads
+
+    def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
+        first = progress.epoch == 0
+        with torch.set_grad_enabled(not first):
+            z = self.project(views)  # (V, B, D)
+        unit = z[views.groups["global"]].detach().transpose(0, 1)  # (B, 2, D)
+        outputs = {"ids": views.image_ids, "z": unit}
+        with full_precision(z):
+            metrics: Metrics = {"embedding_std": embedding_std(unit[:, 0])}
+            if first:
+                return StepOutput(loss=None, metrics=metrics, outputs=outputs)
+            scores = (z.flatten(0, 1) @ self.prototypes.flatten(0, 1).T).view(*z.shape[:2], *self.prototypes.shape[:2])  # (V, B, H, K)
+            labels = self.labels.read(views.image_ids).long().expand(scores.shape[:3])  # (V, B, H)
+            known = all_reduce_sum((labels != UNKNOWN).sum())  # over all workers: their mean must be that of the joined batch
+            total = F.cross_entropy(scores.flatten(0, 2) / self.config.temperature, labels.flatten(), ignore_index=UNKNOWN, reduction="sum")
+            metrics["label_accuracy"] = (scores.argmax(dim=-1) == labels).sum() * world_size() / known.clamp(min=1)
+            metrics["clusters_empty"] = self.empty
+            return StepOutput(loss=total * world_size() / known.clamp(min=1), metrics=metrics, outputs=outputs)
+
+    def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
+        ids = all_gather_rows(torch.cat([o["ids"] for o in outputs]))
+        unit = all_gather_rows(torch.cat([o["z"] for o in outputs]))
+        once = first_of_each(ids)
+        self.memory.write(ids[once], unit[once])
+
+    def project(self, views: Views) -> Tensor:
+        """Unit projections of every crop `(V, B, D)`: one backbone pass per resolution, one pass of the projector over all crops."""
+        h = torch.cat([self.backbone(stack) for stack in views.by_resolution()])
+        z = l2_normalize(promote(self.projector(h)))
+        return z.view(-1, len(views.image_ids), z.shape[1])
+
+    def evaluation_backbone(self) -> nn.Module:
+        return self.backbone
+
+    def chance_loss(self) -> tuple[float, str]:
+        return math.log(self.config.num_prototypes), "ln K"
+
+    def stuck_remedies(self) -> str:
+        return "try a lower optim.base_lr or a longer warm-up, fewer method.num_prototypes, or softer crops and jitter"
+
+    def advice(self, facts: RunFacts) -> Iterable[str]:
+        k, images = self.config.num_prototypes, facts.num_images
+        if images is not None and k * 10 > images:
+            yield f"method.num_prototypes={k} for {images} images; use {max(2, images // 10)} or fewer"
+        if facts.total_steps <= facts.steps_per_epoch:
+            yield f"train.steps={facts.total_steps} end before the second epoch: the first only looks, and nothing is learned"
+
+
+@torch.no_grad()
+def random_rows(features: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """Random rows `(count, D)` of all workers' `(N_w, D)`, the same on every worker and however the rows are cut over workers.
+
+    Rows repeat only if there are fewer than `count`.
+    """
+    held = all_gather_rows(torch.tensor([len(features)], device=features.device))
+    order = torch.randperm(int(held.sum()), generator=generator)[:count].to(features.device)
+    places = order.repeat(-(-count // max(1, len(order))))[:count] - held[: rank()].sum()
+    here = (places >= 0) & (places < len(features))
+    rows = features.new_zeros(count, features.shape[1])
+    rows[here] = features[places[here]]
+    return all_reduce_sum(rows)
+
+
+@torch.no_grad()
+def spherical_kmeans(features: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """k-means by cosine over the rows of all workers, a few rows at a time.
+
+    Args:
+        features: unit rows, `(N_w, D)` on each worker; N_w may differ.
+        centroids: to begin with, unit rows `(K, D)`, the same on every worker.
+
+    Returns:
+        Centroids `(K, D)`, then the nearest of them to each row `(N_w,)`, and how many rows of all workers each has `(K,)`.
+    """
+    size = rows_at_once(centroids.T)  # rows of (N, K)
+    for _ in range(iterations):
+        # sums in float64: nearly the same however the rows are cut over workers
+        sums = centroids.new_zeros(centroids.shape, dtype=torch.float64)
+        for rows in features.split(size):
+            sums.index_add_(0, (rows @ centroids.T).argmax(dim=1), rows.double())
+        sums = all_reduce_sum(sums)
+        centroids = torch.where(sums.any(dim=1, keepdim=True), l2_normalize(sums), centroids.double()).to(centroids.dtype)
+    nearest = torch.cat([(rows @ centroids.T).argmax(dim=1) for rows in features.split(size)])
+    return centroids, nearest, all_reduce_sum(torch.bincount(nearest, minlength=len(centroids)))
