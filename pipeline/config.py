@@ -57,7 +57,9 @@ class OptimConfig:
     name: Literal["larc", "lars", "lars-classic", "sgd", "adamw"] = "larc"
     base_lr: float = 0.6
     lr_rule: Literal["none", "linear", "sqrt"] = "none"  # none: base_lr is the rate; else times (batch / 256) or its root
+    idle_epochs: float = 0.0  # the rate is 0 for so long before the warm-up begins (CoKe: 1)
     warmup_epochs: float = 0.0
+    warmup_reaches_base: bool = True  # the last step of the warm-up has the base rate; False: the step after it (CoKe)
     warmup_start_lr: float = 0.0  # scaled by lr_rule like base_lr
     final_lr: float = 0.0  # scaled likewise
     schedule: Literal["cosine", "steps"] = "cosine"
@@ -70,6 +72,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require(self.base_lr > 0, "optim.base_lr", self.base_lr, "use a positive number")
+        require(self.idle_epochs >= 0, "optim.idle_epochs", self.idle_epochs, "use 0 or more")
         require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "use 0 or more")
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "use 0 or more")
         require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "use a number in [0, 1)")
@@ -307,6 +310,8 @@ class Resolved:
     start_lr: float
     final_lr: float
     warmup_steps: int
+    idle_steps: int = 0
+    warmup_reaches_base: bool = True
     milestones: tuple[float, ...] | None = None  # None = cosine
     chunk: int  # images of one lane in one global batch
     window: int  # images one task cuts: a whole number of chunks
@@ -314,8 +319,11 @@ class Resolved:
     knn_every: int
 
 
-def resolve(config: RunConfig, num_images: int | None) -> Resolved:
+def resolve(config: RunConfig, num_images: int | None, num_ids: int | None = None) -> Resolved:
     """Derive the numbers of a run over `num_images` training images; None = images without end.
+
+    Args:
+        num_ids: image ids lie below it; None = `num_images`.
 
     Raises:
         ConfigError: a batch larger than the data, or one that the lanes cannot share; a length of the epoch that is
@@ -346,11 +354,20 @@ def resolve(config: RunConfig, num_images: int | None) -> Resolved:
     largest = max((g.size for g in config.views.values() if g.count), default=224)
     wanted = config.data.window or (128 if largest > 64 else 512)
     return Resolved(
-        facts=RunFacts(global_batch_size=batch, steps_per_epoch=steps_per_epoch, total_steps=total, num_images=num_images),
+        facts=RunFacts(
+            global_batch_size=batch,
+            steps_per_epoch=steps_per_epoch,
+            total_steps=total,
+            num_images=num_images,
+            num_ids=num_ids or num_images,
+        ),
         lr=config.optim.base_lr * scale,
         start_lr=config.optim.warmup_start_lr * scale,
         final_lr=config.optim.final_lr * scale,
         warmup_steps=min(total, round(config.optim.warmup_epochs * steps_per_epoch)),
+        # a continued run has its idle passes behind it
+        idle_steps=min(total, max(0, round((config.optim.idle_epochs - config.train.first_epoch) * steps_per_epoch))),
+        warmup_reaches_base=config.optim.warmup_reaches_base,
         milestones=config.optim.milestones if config.optim.schedule == "steps" else None,
         chunk=chunk,
         window=chunk * max(1, min(steps_per_epoch, round(wanted / chunk))),

@@ -48,7 +48,8 @@ class RunFacts:
     global_batch_size: int
     steps_per_epoch: int
     total_steps: int
-    num_images: int | None = None  # None: an unbounded source
+    num_images: int | None = None  # training images; None: an unbounded source
+    num_ids: int | None = None  # image ids lie below it: those held out have ids too; None: num_images
 
 
 @dataclass(frozen=True, kw_only=True)

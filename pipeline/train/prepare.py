@@ -39,7 +39,8 @@ def prepare(config: RunConfig) -> Prepared:
     manifest = open_source(config.data)
     if config.evaluate.path is not None:
         open_source(dataclasses.replace(config.data, path=config.evaluate.path))
-    resolved = resolve(config, manifest.num_training(config.data.held_out))
+    images = manifest.num_training(config.data.held_out)
+    resolved = resolve(config, images, len(manifest) if images is not None else None)
     plan = manifest.plan(
         seed=config.train.seed,
         held_out=config.data.held_out,
