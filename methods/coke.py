@@ -139,7 +139,7 @@ class CoKe(Method):
         return {"global": CropGroup(count=1)}
 
     def start_epoch(self, progress: Progress) -> None:
-        for clusters in self.clusters:
+        for clusters in self.heads():
             clusters.counts.zero_()
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
@@ -151,7 +151,7 @@ class CoKe(Method):
             large = large_crops(views)
             features = torch.stack([x[v].detach() for v in large]).mean(dim=0)
             averaging = self.share(progress) is not None
-            new = torch.stack([clusters.assign(features, averaging) for clusters in self.clusters], dim=1)  # (B, heads)
+            new = torch.stack([clusters.assign(features, averaging) for clusters in self.heads()], dim=1)  # (B, heads)
             old = self.labels.read(views.image_ids).long()  # of epoch t - 1: `after_step` writes
             metrics = self.health(new, old, features, first)
             outputs = {"ids": views.image_ids, "features": features, "labels": new}
@@ -160,29 +160,30 @@ class CoKe(Method):
             labels = list((new if first or self.config.labels_from == "current" else old).unbind(dim=1))
             if averaging and progress.epoch != self.config.averaging_start_epoch:
                 labels = self.averaged(views.image_ids, features.dtype)
-            losses = [self.loss(clusters, x, y, label, large) for clusters, label in zip(self.clusters, labels, strict=True)]
+            losses = [self.loss(clusters, x, y, label, large) for clusters, label in zip(self.heads(), labels, strict=True)]
             return StepOutput(loss=torch.stack(losses).mean(), metrics=metrics, outputs=outputs)
 
     @torch.no_grad()
     def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
         """Cluster the whole global batch: the same on every worker."""
         ids, features, new = (torch.cat([part[name] for part in outputs]) for name in ("ids", "features", "labels"))
-        share, averages = self.share(progress), {}
+        share, averages = self.share(progress), dict[str, Tensor]()
         if share is not None:
-            kept = remember(*(self.tables[name].read(ids) for name in AVERAGES), new, share)
+            labels, weights = (self.tables[name].read(ids) for name in AVERAGES)
+            kept = remember(labels, weights, new, share)
             averages = {name: all_gather_rows(values) for name, values in zip(AVERAGES, kept, strict=True)}
         # labels travel too: an image has one, whatever a worker's last bit says
         gathered, features = all_gather_rows(torch.cat([ids[:, None], new], dim=1)), all_gather_rows(features)
         once = first_of_each(gathered[:, 0])
         ids, new = gathered[once, 0], gathered[once, 1:]
-        for clusters, labels in zip(self.clusters, new.unbind(dim=1), strict=True):
-            clusters.update(features[once], labels, normalize=share is None)
+        for h, clusters in enumerate(self.heads()):
+            clusters.update(features[once], new[:, h], normalize=share is None)
         self.labels.write(ids, new)
         for name, values in averages.items():
             self.tables[name].write(ids, values[once])
 
     def end_epoch(self, progress: Progress) -> None:
-        for clusters in self.clusters:
+        for clusters in self.heads():
             clusters.end_epoch(self.share(progress))
         self.begun.fill_(True)
 
@@ -198,15 +199,15 @@ class CoKe(Method):
         c = self.config
         centers = clusters.current if c.centers_from == "current" else clusters.previous
         soft = {v: torch.softmax(F.linear(x[v].detach(), centers) / c.temperature, dim=1) for v in large} if len(x) > 1 else {}
-        terms: dict[bool, list[Tensor]] = {True: [], False: []}  # of large crops, of small ones
+        terms: dict[bool, list[Tensor]] = {True: [], False: []}  # True: of large crops
         for v in range(len(x)):
             others = [q for u, q in soft.items() if u != v]
             target = mixed(label, torch.stack(others).mean(dim=0), c.label_weight) if others else label
             for weight, embedding in ((c.predictor_weight, y[v]), (1 - c.predictor_weight, x[v])):
                 if weight:
                     terms[v in large].append(weight * cross_entropy(target, F.linear(embedding, centers) / c.temperature))
-        crops = {True: len(large), False: len(x) - len(large)}
-        return torch.stack([torch.stack(terms[kind]).sum() / count for kind, count in crops.items() if count]).mean()
+        parts = [(terms[True], len(large)), (terms[False], len(x) - len(large))]
+        return torch.stack([torch.stack(part).sum() / crops for part, crops in parts if crops]).mean()
 
     def share(self, progress: Progress) -> float | None:
         """w of stage 2: how much of an average this epoch is; None in stage 1."""
@@ -223,10 +224,13 @@ class CoKe(Method):
             for h, k in enumerate(self.config.num_clusters)
         ]
 
+    def heads(self) -> list[OnlineClusters]:
+        return list(self.clusters)  # type: ignore[arg-type]
+
     @torch.no_grad()
     def health(self, new: Tensor, old: Tensor, features: Tensor, first: bool) -> Metrics:
         """Meters. Sizes, in images, are those of the last whole epoch; of several heads each has its own, the rest is over all."""
-        duals, known = torch.cat([clusters.duals for clusters in self.clusters]), old >= 0
+        duals, known = torch.cat([clusters.duals for clusters in self.heads()]), old >= 0
         metrics: Metrics = {
             "mean_dual": duals.mean(),
             "largest_dual": duals.max(),
@@ -235,12 +239,11 @@ class CoKe(Method):
         }
         if first:
             return metrics
-        metrics["known_labels"] = known.double().mean()
-        metrics["label_agreement"] = (new == old).sum() / known.sum().clamp(min=1)
-        for h, clusters in enumerate(self.clusters):
-            head = f"_{h + 1}" if len(self.clusters) > 1 else ""
-            metrics |= {f"smallest_cluster{head}": clusters.sizes.min(), f"largest_cluster{head}": clusters.sizes.max()}
-            metrics[f"empty_clusters{head}"] = (clusters.sizes == 0).sum()
+        metrics |= {"known_labels": known.double().mean(), "label_agreement": torch.sum(new == old) / known.sum().clamp(min=1)}
+        for h, clusters in enumerate(self.heads()):
+            sizes, head = clusters.sizes, f"_{h + 1}" if len(self.heads()) > 1 else ""
+            metrics |= {f"smallest_cluster{head}": sizes.min(), f"largest_cluster{head}": sizes.max()}
+            metrics[f"empty_clusters{head}"] = torch.sum(sizes == 0)
         return metrics
 
     def id_tables(self) -> dict[str, IdTable]:
@@ -265,12 +268,12 @@ class CoKe(Method):
             yield f"the first pass only assigns labels, and {facts.total_steps} steps end in it; use train.epochs=2 or more"
         if facts.num_images is not None and max(c.num_clusters) * 2 > facts.num_images:
             yield f"method.num_clusters={c.num_clusters} for {facts.num_images} images; use {max(2, facts.num_images // 100)} or fewer"
-        eta, r = c.dual_learning_rate, c.lower_bound
-        for k in c.num_clusters if eta and r else ():
-            rise = (eta or 0) * r / k  # of an empty cluster's dual in a step
-            if rise > 0.1 or rise * steps < 0.1:
+        for k in c.num_clusters:
+            rise = (c.dual_learning_rate or 0) * c.lower_bound / k  # of an empty cluster's dual in a step
+            if rise > 0.1 or 0 < rise * steps < 0.1:
                 what = "whole batches may fall into one cluster in turn" if rise > 0.1 else "the bound may not be enforced"
-                yield f"method.dual_learning_rate={eta:g} with {k} clusters: {what}; use {default_dual_learning_rate(k, steps):.2g}"
+                near = f"use {default_dual_learning_rate(k, steps):.2g}, or leave it out"
+                yield f"method.dual_learning_rate={c.dual_learning_rate:g} with {k} clusters: {what}; {near}"
 
 
 class OnlineClusters(nn.Module):

@@ -28,7 +28,7 @@ def coke() -> RunConfig:
 def stage2() -> RunConfig:
     """The paper's single view whose last 200 epochs learn labels and centres that are averages over epochs."""
     single = coke()
-    return replace(single, method=replace(single.method, averaging_start_epoch=801))
+    return replace(single, method=CoKeConfig(dual_learning_rate=20, averaging_start_epoch=801))
 
 
 @recipe("coke-two-views")
@@ -39,7 +39,7 @@ def two_views() -> RunConfig:
     return replace(
         single,
         views={"first": first, "second": replace(first, blur=0.1, solarize=0.2)},
-        method=replace(single.method, temperature=0.05, predictor_weight=0.5),
+        method=CoKeConfig(dual_learning_rate=20, temperature=0.05, predictor_weight=0.5),
     )
 
 
@@ -71,7 +71,7 @@ def cifar10_small() -> RunConfig:
     return replace(
         large,
         backbone=BackboneConfig(name="resnet18", stem="pooled", width=0.25),
-        method=replace(large.method, projector_hidden=256, predictor_hidden=256),
+        method=CoKeConfig(num_clusters=(100, 130, 160), projector_layers=2, projector_hidden=256, predictor_hidden=256),
         optim=OptimConfig(name="adamw", base_lr=4e-3, idle_epochs=1, warmup_epochs=0.15, weight_decay=1e-4),
         train=TrainConfig(global_batch_size=128, epochs=7),
     )
@@ -82,10 +82,11 @@ def two_views_cifar10_small() -> RunConfig:
     """CIFAR-10 on two CPU cores: a 0.7 M-parameter ResNet, two crops of 32 with soft labels, batch 128, 4 passes."""
     single = cifar10_small()
     first = single.views["global"]
+    clusters = CoKeConfig(num_clusters=(100, 130, 160), temperature=0.05, predictor_weight=0.5)
     return replace(
         single,
         views={"first": first, "second": replace(first, solarize=0.2)},
-        method=replace(single.method, temperature=0.05, predictor_weight=0.5),
+        method=replace(clusters, projector_layers=2, projector_hidden=256, predictor_hidden=256),
         train=replace(single.train, epochs=4),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from methods.coke import CoKe, CoKeConfig, OnlineClusters
 from methods.parts.contract import Progress, RunFacts, StepOutput
+from methods.parts.distributed import average_gradients
 from methods.parts.norms import synchronized
 from methods.parts.views import Views
 from tests.parity.common import EXACT, SINGLE, Same, in_processes
@@ -236,7 +238,8 @@ def test_epochs_equal_the_steps_of_the_page(large: int, small: int, settings: di
         for s, ids in enumerate(rng.permutation(images).reshape(-1, batch)):
             crops = groups[ids] + rng.normal(size=(large + small, batch, dim))
             want = literal.step(crops, ids.tolist(), large, epoch)
-            out = advance(method, views_of(torch.from_numpy(crops), torch.from_numpy(ids), large), epoch * 3 + s, 3)
+            seen = views_of(torch.from_numpy(crops).requires_grad_(), torch.from_numpy(ids), large)
+            out = advance(method, seen, epoch * 3 + s, 3)
             if epoch == 0 and not method.config.train_first_epoch:
                 assert out.loss is None
             else:
@@ -290,29 +293,27 @@ def trained(
         if out.loss is None:
             continue
         losses.append(out.loss.detach())
+        if not ddp:
+            average_gradients(method.parameters())
         gradients.append(torch.cat([p.grad.flatten() for p in method.parameters()]))
         with torch.no_grad():
             for p in method.parameters():
-                if world > 1 and not ddp:
-                    torch.distributed.all_reduce(p.grad)
-                    p.grad /= world
                 p -= 0.1 * p.grad
-        gradients[-1] = torch.cat([p.grad.flatten() for p in method.parameters()])
         method.zero_grad()
     tables = {name: table.pieces() for name, table in method.id_tables().items()}
     return {"method": method.state_dict(), "tables": tables, "losses": torch.stack(losses), "gradients": torch.stack(gradients)}
 
 
-def whole(rank: int, world: int) -> dict[str, Any]:
-    return trained(rank, world, False)
+def every_way(rank: int, world: int) -> dict[str, Any]:
+    """Whole runs, and the first ten steps of some, which end amid an epoch."""
+    runs = {"whole": (False, 14, False), "sharded": (True, 14, False), "half": (False, 10, False), "half sharded": (True, 10, False)}
+    runs["ddp"] = (False, 14, True)
+    return {name: trained(rank, world, sharded, end=end, ddp=ddp) for name, (sharded, end, ddp) in runs.items()}
 
 
-def by_ddp(rank: int, world: int) -> dict[str, Any]:
-    return trained(rank, world, False, ddp=True)
-
-
-def shards(rank: int, world: int) -> dict[str, Any]:
-    return trained(rank, world, True)
+def second_half(rank: int, world: int) -> dict[str, Any]:
+    halves = torch.load(os.environ["COKE_HALVES"])
+    return {name: trained(rank, world, "sharded" in name, begin=10, state=halves[name]) for name in ("half", "half sharded")}
 
 
 def same_clusters(a: dict[str, Any], b: dict[str, Any]) -> None:
@@ -322,45 +323,26 @@ def same_clusters(a: dict[str, Any], b: dict[str, Any]) -> None:
         torch.testing.assert_close(torch.cat(b["tables"][name]), torch.cat(pieces), rtol=0, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize("what", [whole, by_ddp, shards])
-def test_two_workers_do_what_one_does(what: Any, tmp_path: Path) -> None:
-    """Also with an image that comes twice in a batch, one in each worker; ids lie above the number of training images."""
-    one, workers = whole(0, 1), in_processes(2, tmp_path, what)
+def test_two_workers_do_what_one_does_and_any_number_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables whole or sharded, gradients ours or DDP's; an image twice in a batch, in both workers; ids above the number of images."""
+    for folder in ("two", "four"):
+        (tmp_path / folder).mkdir()
+    one, workers = trained(0, 1, False), in_processes(2, tmp_path / "two", every_way)
     assert len(one["losses"]) == 10  # none in the first pass
-    assert int((torch.cat(one["tables"]["labels"]) >= 0).all(dim=1).sum()) > 48
-    for worker in workers:
-        same_clusters(one, worker)
-        torch.testing.assert_close(worker["gradients"], one["gradients"], rtol=0, atol=1e-12)
-    torch.testing.assert_close((workers[0]["losses"] + workers[1]["losses"]) / 2, one["losses"], rtol=0, atol=1e-12)
-    assert all(torch.equal(value, workers[1]["method"][name]) for name, value in workers[0]["method"].items())
-
-
-def half_way(rank: int, world: int) -> dict[str, Any]:
-    return trained(rank, world, True, end=10)
-
-
-def half_way_whole(rank: int, world: int) -> dict[str, Any]:
-    return trained(rank, world, False, end=10)
-
-
-def second_half(rank: int, world: int) -> dict[str, Any]:
-    return trained(rank, world, True, begin=10, state=torch.load(Path(HALF.read_text())))
-
-
-HALF = Path(__file__)
-
-
-@pytest.mark.parametrize("first", [half_way, half_way_whole])
-def test_a_state_of_two_workers_amid_an_epoch_goes_on_with_one_or_four(first: Any, tmp_path: Path) -> None:
-    state = in_processes(2, tmp_path, first)[0]
-    torch.save(state, tmp_path / "half.pt")
-    one = trained(0, 1, False, begin=10, state=state)
-    same_clusters(whole(0, 1), one)
-    same_clusters(one, trained(0, 1, True, begin=10, state=state))
-
-
-# ---------------------------------------------------------------------------- options and meters
-
-
-def draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    seen = (torch.cat(one["tables"]["labels"]) >= 0).all(dim=1)
+    assert int(seen.sum()) > 48 and bool(seen[48:].any())
+    for name in ("whole", "sharded", "ddp"):
+        for worker in workers:
+            same_clusters(one, worker[name])
+            torch.testing.assert_close(worker[name]["gradients"], one["gradients"], rtol=0, atol=1e-12)
+            for key, value in worker[name]["method"].items():
+                assert torch.equal(value, workers[0][name]["method"][key]), key
+        mean = (workers[0][name]["losses"] + workers[1][name]["losses"]) / 2
+        torch.testing.assert_close(mean, one["losses"], rtol=0, atol=1e-12)
+    torch.save(workers[0], tmp_path / "halves.pt")
+    monkeypatch.setenv("COKE_HALVES", str(tmp_path / "halves.pt"))
+    for name in ("half", "half sharded"):
+        same_clusters(one, trained(0, 1, False, begin=10, state=workers[0][name]))
+    for worker in in_processes(4, tmp_path / "four", second_half):
+        for half in worker.values():
+            same_clusters(one, half)
