@@ -104,7 +104,7 @@ def test_meters_are_those_of_the_last_whole_epoch() -> None:
 
 @pytest.mark.parametrize(("k", "bound"), [(30, 0.4), (10, 0.8)])
 def test_sizes_keep_to_the_bound_with_the_rule_for_the_dual_learning_rate(k: int, bound: float) -> None:
-    """Fixed features of groups of very different size: the smallest cluster is far below the bound without it, and near or above with it."""
+    """Fixed features of groups of very different size: the smallest cluster is far below the bound without it, with it near or above."""
     images, steps = 5000, 50
     weights = torch.tensor([0.4, 0.2, 0.1, 0.1, 0.05, 0.05, 0.04, 0.03, 0.02, 0.01])
     group = torch.multinomial(weights, images, replacement=True, generator=torch.Generator().manual_seed(0))
