@@ -22,8 +22,7 @@ Departs:
     A label that is not known yet (the original: label 1) takes no part in the loss, which stays a sum over B images.
     An image that comes twice in a batch, in another's place, is clustered once.
     Epoch 0, in which the original's learning rate is 0, runs forward only; `train_first_epoch` runs it backward.
-    The counters n are zeroed at the start of each epoch; the original's checkpoints keep those of the first one.
-    eta: see `dual_learning_rate`. Stage 2 works for several views too.
+    The original's checkpoints hold the counters n of epoch 0; ours those of the epoch. Stage 2 takes several views too.
 """
 
 from __future__ import annotations
@@ -115,8 +114,7 @@ class CoKe(Method):
         ids = facts.num_ids or facts.num_images
         if ids is None:
             raise ConfigError("data.path: has no end, but coke keeps labels of every image; use a folder, Parquet or tars")
-        self.config = config
-        self.backbone = backbone
+        self.config, self.backbone = config, backbone
         d, heads = config.projection_dim, len(config.num_clusters)
         linears = mlp(num_features(backbone), config.projector_hidden, d, config.projector_layers)
         self.projector = nn.Sequential(*linears, nn.BatchNorm1d(d))
@@ -148,7 +146,8 @@ class CoKe(Method):
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             x, y = self.project(views)  # each V times (B, D)
         with full_precision(x[0]):
-            large = large_crops(views)
+            large = [v for name, positions in views.groups.items() if name != "local" for v in positions]
+            require(bool(large), "views.global.count", 0, "coke clusters the crops outside the group local; use 1 or 2")
             features = torch.stack([x[v].detach() for v in large]).mean(dim=0)
             averaging = self.share(progress) is not None
             new = torch.stack([clusters.assign(features, averaging) for clusters in self.heads()], dim=1)  # (B, heads)
@@ -205,7 +204,9 @@ class CoKe(Method):
             target = mixed(label, torch.stack(others).mean(dim=0), c.label_weight) if others else label
             for weight, embedding in ((c.predictor_weight, y[v]), (1 - c.predictor_weight, x[v])):
                 if weight:
-                    terms[v in large].append(weight * cross_entropy(target, F.linear(embedding, centers) / c.temperature))
+                    scores = F.linear(embedding, centers) / c.temperature  # (B, K)
+                    total = F.cross_entropy(scores, target, ignore_index=-1, reduction="sum")  # unknown labels add nothing
+                    terms[v in large].append(weight * total / len(scores))
         parts = [(terms[True], len(large)), (terms[False], len(x) - len(large))]
         return torch.stack([torch.stack(part).sum() / crops for part, crops in parts if crops]).mean()
 
@@ -271,16 +272,14 @@ class CoKe(Method):
         for k in c.num_clusters:
             rise = (c.dual_learning_rate or 0) * c.lower_bound / k  # of an empty cluster's dual in a step
             if rise > 0.1 or 0 < rise * steps < 0.1:
-                what = "whole batches may fall into one cluster in turn" if rise > 0.1 else "the bound may not be enforced"
                 near = f"use {default_dual_learning_rate(k, steps):.2g}, or leave it out"
-                yield f"method.dual_learning_rate={c.dual_learning_rate:g} with {k} clusters: {what}; {near}"
+                yield f"method.dual_learning_rate={c.dual_learning_rate:g}: {'high' if rise > 0.1 else 'low'} for {k} clusters; {near}"
 
 
 class OnlineClusters(nn.Module):
     """The clusters of one head: online k-means with a lower bound on sizes, without any network.
 
-    A step is `assign`, then `update`, with the same values on every worker; `end_epoch` follows the last one.
-    Its arguments are K, D, r' in [0, 1] and eta.
+    A step is `assign`, then `update`, with the same values on every worker. Arguments are K, D, r' in [0, 1] and eta.
     """
 
     previous: Tensor  # (K, D) c', unit rows: centres of epoch t - 1
@@ -334,25 +333,10 @@ def default_dual_learning_rate(num_clusters: int, steps_per_epoch: int) -> float
 
 
 def sums(features: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
-    """Sum of the features `(B, D)` of every label: `(K, D)`, the same bits on every worker.
-
-    On a GPU `index_add` sums in the order in which threads arrive, and copies of the centres would drift apart; a product does not.
-    """
-    if features.device.type == "cpu":
+    """Sum of the features `(B, D)` of every label: `(K, D)`, the same bits on every worker."""
+    if features.device.type == "cpu":  # on a GPU index_add sums as threads arrive: the workers' centres would drift apart
         return features.new_zeros(num_clusters, features.shape[1]).index_add_(0, labels, features)
     return F.one_hot(labels, num_clusters).to(features.dtype).T @ features
-
-
-def large_crops(views: Views) -> list[int]:
-    """Positions of the crops that are clustered: all but those of the group `local`. `ConfigError` if there are none."""
-    large = [v for name, positions in views.groups.items() if name != "local" for v in positions]
-    require(bool(large), "views.global.count", 0, "coke clusters the crops outside the group local; use 1 or 2")
-    return large
-
-
-def cross_entropy(target: Tensor, scores: Tensor) -> Tensor:
-    """Sum over rows, by their number. Target: labels `(B,)`, or distributions `(B, K)`; labels of -1 and rows of 0 add nothing."""
-    return F.cross_entropy(scores, target, ignore_index=-1, reduction="sum") / len(scores)
 
 
 def mixed(label: Tensor, soft: Tensor, label_weight: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -259,9 +260,10 @@ def test_epochs_equal_the_steps_of_the_page(large: int, small: int, settings: di
 # ---------------------------------------------------------------------------- several workers, restarts
 
 
-def trained(
-    rank: int, world: int, sharded: bool, begin: int = 0, end: int = 14, state: dict[str, Any] | None = None, ddp: bool = False
-) -> dict[str, Any]:
+HALF = 10  # steps, amid the third of four epochs and in stage 2
+
+
+def trained(rank: int, world: int, sharded: bool, begin: int = 0, state: dict[str, Any] | None = None, ddp: bool = False) -> dict[str, Any]:
     """Real heads over synchronised batch norm and stage 2 from epoch 2; a plain gradient step after each of 4 steps an epoch."""
     torch.manual_seed(1)
     config = CoKeConfig(
@@ -279,7 +281,7 @@ def trained(
     forward = DistributedDataParallel(method, broadcast_buffers=False) if ddp else method
     rng, losses, gradients = np.random.default_rng(3), [], []
     groups, ids = rng.normal(size=(53, 5)), np.arange(53)
-    for step in range(end):
+    for step in range(14):
         if step % 4 == 0:
             ids = rng.permutation(53)[:48]
         batch = ids.reshape(4, 12)[step % 4].copy()
@@ -288,6 +290,8 @@ def trained(
             batch[7], crops[:, 7] = batch[2], crops[:, 2]  # an image in the place of one that cannot be decoded
         if step < begin:
             continue
+        if step == HALF:
+            half = copy.deepcopy(state_of(method))
         own = slice(rank * 12 // world, (rank + 1) * 12 // world)
         out = advance(method, views_of(crops[:, own], torch.from_numpy(batch[own]), 2), step, 4, forward)
         if out.loss is None:
@@ -300,20 +304,21 @@ def trained(
             for p in method.parameters():
                 p -= 0.1 * p.grad
         method.zero_grad()
-    tables = {name: table.pieces() for name, table in method.id_tables().items()}
-    return {"method": method.state_dict(), "tables": tables, "losses": torch.stack(losses), "gradients": torch.stack(gradients)}
+    return state_of(method) | {"losses": torch.stack(losses), "gradients": torch.stack(gradients), "half": half}
+
+
+def state_of(method: CoKe) -> dict[str, Any]:
+    return {"method": method.state_dict(), "tables": {name: table.pieces() for name, table in method.id_tables().items()}}
 
 
 def every_way(rank: int, world: int) -> dict[str, Any]:
-    """Whole runs, and the first ten steps of some, which end amid an epoch."""
-    runs = {"whole": (False, 14, False), "sharded": (True, 14, False), "half": (False, 10, False), "half sharded": (True, 10, False)}
-    runs["ddp"] = (False, 14, True)
-    return {name: trained(rank, world, sharded, end=end, ddp=ddp) for name, (sharded, end, ddp) in runs.items()}
+    runs = {"whole": (False, False), "sharded": (True, False), "ddp": (False, True)}
+    return {name: trained(rank, world, sharded, ddp=ddp) for name, (sharded, ddp) in runs.items()}
 
 
 def second_half(rank: int, world: int) -> dict[str, Any]:
     halves = torch.load(os.environ["COKE_HALVES"])
-    return {name: trained(rank, world, "sharded" in name, begin=10, state=halves[name]) for name in ("half", "half sharded")}
+    return {name: trained(rank, world, name == "sharded", begin=HALF, state=halves[name]["half"]) for name in ("whole", "sharded")}
 
 
 def same_clusters(a: dict[str, Any], b: dict[str, Any]) -> None:
@@ -341,8 +346,8 @@ def test_two_workers_do_what_one_does_and_any_number_goes_on(tmp_path: Path, mon
         torch.testing.assert_close(mean, one["losses"], rtol=0, atol=1e-12)
     torch.save(workers[0], tmp_path / "halves.pt")
     monkeypatch.setenv("COKE_HALVES", str(tmp_path / "halves.pt"))
-    for name in ("half", "half sharded"):
-        same_clusters(one, trained(0, 1, False, begin=10, state=workers[0][name]))
+    for name in ("whole", "sharded"):
+        same_clusters(one, trained(0, 1, False, begin=HALF, state=workers[0][name]["half"]))
     for worker in in_processes(4, tmp_path / "four", second_half):
         for half in worker.values():
             same_clusters(one, half)
