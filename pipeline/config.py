@@ -57,7 +57,9 @@ class OptimConfig:
     name: Literal["larc", "lars", "lars-classic", "sgd", "adamw"] = "larc"
     base_lr: float = 0.6
     lr_rule: Literal["none", "linear", "sqrt"] = "none"  # none: base_lr is the rate; else times (batch / 256) or its root
+    idle_epochs: float = 0.0  # the rate is 0 for so long before the warm-up begins (CoKe: 1)
     warmup_epochs: float = 0.0
+    warmup_reaches_base: bool = True  # the last step of the warm-up has the base rate; False: the step after it (CoKe)
     warmup_start_lr: float = 0.0  # scaled by lr_rule like base_lr
     final_lr: float = 0.0  # scaled likewise
     schedule: Literal["cosine", "steps"] = "cosine"
@@ -70,6 +72,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require(self.base_lr > 0, "optim.base_lr", self.base_lr, "use a positive number")
+        require(self.idle_epochs >= 0, "optim.idle_epochs", self.idle_epochs, "use 0 or more")
         require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "use 0 or more")
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "use 0 or more")
         require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "use a number in [0, 1)")
@@ -307,6 +310,8 @@ class Resolved:
     start_lr: float
     final_lr: float
     warmup_steps: int
+    idle_steps: int = 0
+    warmup_reaches_base: bool = True
     milestones: tuple[float, ...] | None = None  # None = cosine
     chunk: int  # images of one lane in one global batch
     window: int  # images one task cuts: a whole number of chunks
@@ -360,6 +365,9 @@ def resolve(config: RunConfig, num_images: int | None, num_ids: int | None = Non
         start_lr=config.optim.warmup_start_lr * scale,
         final_lr=config.optim.final_lr * scale,
         warmup_steps=min(total, round(config.optim.warmup_epochs * steps_per_epoch)),
+        # a continued run has its idle passes behind it
+        idle_steps=min(total, max(0, round((config.optim.idle_epochs - config.train.first_epoch) * steps_per_epoch))),
+        warmup_reaches_base=config.optim.warmup_reaches_base,
         milestones=config.optim.milestones if config.optim.schedule == "steps" else None,
         chunk=chunk,
         window=chunk * max(1, min(steps_per_epoch, round(wanted / chunk))),

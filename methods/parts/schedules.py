@@ -11,13 +11,31 @@ def cosine(step: float, total: float, start: float, end: float) -> float:
     return end + 0.5 * (start - end) * (1.0 + math.cos(math.pi * share))
 
 
-def warmup_cosine(step: int, *, total_steps: int, warmup_steps: int, start: float, base: float, final: float) -> float:
+def warmup_cosine(
+    step: int,
+    *,
+    total_steps: int,
+    warmup_steps: int,
+    start: float,
+    base: float,
+    final: float,
+    idle_steps: int = 0,
+    reaches_base: bool = True,
+) -> float:
     """SwAV's learning rate: linear from `start` to `base`, both ends included, over the warm-up steps; then cosine to `final`.
 
     The first step of the cosine has t = 0 of T = total_steps - warmup_steps, so the last step stays just above `final`.
+
+    Args:
+        idle_steps: the rate is 0 for so long, and all the rest takes place in the remaining steps.
+        reaches_base: False: CoKe's warm-up, start + (base - start) max(1, step) / warmup_steps; `base` comes after it.
     """
+    step, total_steps = step - idle_steps, total_steps - idle_steps
+    if step < 0:
+        return 0.0
     if step < warmup_steps:
-        return start + (base - start) * step / max(1, warmup_steps - 1)
+        share = step / max(1, warmup_steps - 1) if reaches_base else max(1, step) / warmup_steps
+        return start + (base - start) * share
     return cosine(step - warmup_steps, total_steps - warmup_steps, base, final)
 
 

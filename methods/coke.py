@@ -1,0 +1,365 @@
+"""CoKe: classify images by the clusters of the last epoch, which constrained online k-means finds. Qian et al. 2022, arXiv:2105.11527.
+
+Clustering and discrimination are decoupled: epoch t assigns images while it learns the labels and centres of epoch t - 1,
+so one view of an image in an epoch is enough. Clusters solve, by one dual rho_k for each constraint,
+
+    max sum_i f_i . c_{l_i}   so that every cluster holds at least r' N / K images
+
+With unit projections x and predictions y of the B images of a global batch, f = x (two views: (x_1 + x_2) / 2), each step is
+
+    l_i    = argmax_k f_i . c_k + rho_k                                 all images of the batch see the same c and rho
+    rho_k <- rho_k - eta (b_k / B - r' / K), then max(rho_k, 0)         b_k images with label k; r' = 1: free in sign
+    c_k   <- normalize((n_k c_k + sum_{l_i = k} f_i) / (n_k + b_k))     n_k images of this epoch before the batch
+    loss   = beta CE(q, y c' / tau) + (1 - beta) CE(q, x c' / tau)      q: label of epoch t - 1, c' its centres
+
+as a mean over heads with K of their own. Two views: q of one is alpha onehot(l) + (1 - alpha) softmax(x' c' / tau), x' the other's.
+Crops of the group `local` take no part in clustering; their q averages that of all large views; half of the loss is theirs.
+
+Stage 2 (from `averaging_start_epoch` s on, share w = 1 / (t - s + 1)): images are assigned by c', centres are averages over epochs,
+c' <- normalize((1 - w) c' + w c), and so are labels: of an image's weights w_k, q_k = exp(w_k / 0.5) / sum (t > s).
+
+Departs:
+    A label that is not known yet (the original: label 1) takes no part in the loss, which stays a sum over B images.
+    An image that comes twice in a batch, in another's place, is clustered once.
+    Epoch 0, in which the original's learning rate is 0, runs forward only; `train_first_epoch` runs it backward.
+    The original's checkpoints hold the counters n of epoch 0; ours those of the epoch. Stage 2 takes several views too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from methods.parts.backbones import num_features
+from methods.parts.contract import (
+    Masks,
+    Method,
+    MethodConfig,
+    Metrics,
+    Outputs,
+    ParamGroup,
+    Progress,
+    RunFacts,
+    SearchRange,
+    StepOutput,
+    register,
+    searchable,
+)
+from methods.parts.distributed import all_gather_rows
+from methods.parts.errors import ConfigError, require
+from methods.parts.groups import without_vectors
+from methods.parts.heads import mlp
+from methods.parts.id_table import IdTable, first_of_each
+from methods.parts.numerics import embedding_std, full_precision, l2_normalize, promote
+from methods.parts.views import CropGroup, Views, ViewsConfig
+
+AVERAGES = ("averaged_labels", "averaged_weights")  # the tables of stage 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoKeConfig(MethodConfig):
+    # K of each head; several are better than one, and better when they differ
+    num_clusters: tuple[int, ...] = (3000, 4000, 5000)
+    # r': least size of a cluster as a fraction of N / K; 0 = plain online k-means, 1 = balanced
+    lower_bound: float = searchable(0.4, SearchRange(0.0, 1.0, "linear", reason="low: empty clusters; high: labels that keep changing"))
+    # eta, the paper's is 20 for K >= 3000. None = K min(3 / steps_per_epoch, 0.05): an empty cluster's dual rises by 3 r' in an
+    # epoch, beside cosines in [-1, 1], and by 0.05 r' at most in a step, or whole batches would fall into one cluster in turn
+    dual_learning_rate: float | None = None
+    # tau; 0.05 with two views
+    temperature: float = searchable(0.1, SearchRange(0.03, 0.3, "log", reason="sharpness of the predictions"))
+    predictor_weight: float = 1.0  # beta: 1 = predictions only, 0 = projections only and no predictor
+    label_weight: float = 0.2  # alpha, with two or more crops
+    projector_layers: int = 3
+    projector_hidden: int = 2048
+    projection_dim: int = 128  # D
+    predictor_hidden: int = 2048
+    train_first_epoch: bool = False  # backward in epoch 0 too, with the labels just found; False = it only assigns
+    labels_from: Literal["previous", "current"] = "previous"  # epoch of the labels in the loss
+    centers_from: Literal["previous", "current"] = "previous"  # epoch of the centres in the loss
+    averaging_start_epoch: int | None = None  # first epoch of stage 2 (the paper's long run: 801 of 1001); None = no stage 2
+    averaging_labels: int = 5  # labels kept for an image in stage 2
+    shard_tables: bool = False  # each worker keeps the labels of its share of the images: beyond some 100 million
+
+    def __post_init__(self) -> None:
+        enough = bool(self.num_clusters) and min(self.num_clusters) >= 2
+        require(enough, "method.num_clusters", self.num_clusters, "give one or more numbers of 2 or more, e.g. 3000 4000 5000")
+        eta = self.dual_learning_rate
+        require(eta is None or eta > 0, "method.dual_learning_rate", eta, "use a positive number, or leave it out")
+        require(self.temperature > 0, "method.temperature", self.temperature, "use a positive number, e.g. 0.1")
+        for name in ("lower_bound", "predictor_weight", "label_weight"):
+            require(0 <= getattr(self, name) <= 1, f"method.{name}", getattr(self, name), "use a number from 0 to 1")
+        require(self.projection_dim >= 2, "method.projection_dim", self.projection_dim, "use 2 or more")
+        for name in ("projector_layers", "projector_hidden", "predictor_hidden", "averaging_start_epoch", "averaging_labels"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"method.{name}", value, "use 1 or more")
+
+
+@register("coke", CoKeConfig)
+class CoKe(Method):
+    config: CoKeConfig
+    paper = "Qian et al. 2022, arXiv:2105.11527"
+    accumulation = "exact"  # all micro-batches are assigned by the same centres and duals, which move once a step
+    needs_dense_ids = True
+    needs_passes = True
+    begun: Tensor
+
+    def __init__(self, config: CoKeConfig, backbone: nn.Module, facts: RunFacts) -> None:
+        super().__init__()
+        ids = facts.num_ids or facts.num_images
+        if ids is None:
+            raise ConfigError("data.path: has no end, but coke keeps labels of every image; use a folder, Parquet or tars")
+        self.config, self.backbone = config, backbone
+        d, heads = config.projection_dim, len(config.num_clusters)
+        linears = mlp(num_features(backbone), config.projector_hidden, d, config.projector_layers)
+        self.projector = nn.Sequential(*linears, nn.BatchNorm1d(d))
+        self.predictor = mlp(d, config.predictor_hidden, d) if config.predictor_weight else None
+        steps, eta = facts.steps_per_epoch, config.dual_learning_rate
+        self.clusters = nn.ModuleList(
+            OnlineClusters(k, d, config.lower_bound, eta or default_dual_learning_rate(k, steps)) for k in config.num_clusters
+        )
+        self.register_buffer("begun", torch.zeros((), dtype=torch.bool))  # whether a first pass is done; a continued run has it behind it
+        self.labels = IdTable(ids, (heads,), dtype=torch.int32, fill=-1, sharded=config.shard_tables)
+        self.tables = {"labels": self.labels}
+        if config.averaging_start_epoch is not None:
+            shape, kinds = (heads, config.averaging_labels), ((torch.int32, -1), (torch.float64, 0))
+            for name, (dtype, fill) in zip(AVERAGES, kinds, strict=True):
+                self.tables[name] = IdTable(ids, shape, dtype=dtype, fill=fill, sharded=config.shard_tables)
+
+    @classmethod
+    def default_views(cls) -> ViewsConfig:
+        """One crop of 224 (the single-view run)."""
+        return {"global": CropGroup(count=1)}
+
+    def start_epoch(self, progress: Progress) -> None:
+        for clusters in self.heads():
+            clusters.counts.zero_()
+
+    def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
+        first = progress.epoch == 0 and not self.begun
+        learns = self.config.train_first_epoch or not first
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            x, y = self.project(views)  # each V times (B, D)
+        with full_precision(x[0]):
+            large = [v for name, positions in views.groups.items() if name != "local" for v in positions]
+            require(bool(large), "views.global.count", 0, "coke clusters the crops outside the group local; use 1 or 2")
+            features = torch.stack([x[v].detach() for v in large]).mean(dim=0)
+            averaging = self.share(progress) is not None
+            new = torch.stack([clusters.assign(features, averaging) for clusters in self.heads()], dim=1)  # (B, heads)
+            old = self.labels.read(views.image_ids).long()  # of epoch t - 1: `after_step` writes
+            metrics = self.health(new, old, features, first)
+            outputs = {"ids": views.image_ids, "features": features, "labels": new}
+            if not learns:
+                return StepOutput(loss=None, metrics=metrics, outputs=outputs)
+            labels = list((new if first or self.config.labels_from == "current" else old).unbind(dim=1))
+            if averaging and progress.epoch != self.config.averaging_start_epoch:
+                labels = self.averaged(views.image_ids, features.dtype)
+            losses = [self.loss(clusters, x, y, label, large) for clusters, label in zip(self.heads(), labels, strict=True)]
+            return StepOutput(loss=torch.stack(losses).mean(), metrics=metrics, outputs=outputs)
+
+    @torch.no_grad()
+    def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
+        """Cluster the whole global batch: the same on every worker."""
+        ids, features, new = (torch.cat([part[name] for part in outputs]) for name in ("ids", "features", "labels"))
+        share, averages = self.share(progress), dict[str, Tensor]()
+        if share is not None:
+            labels, weights = (self.tables[name].read(ids) for name in AVERAGES)
+            kept = remember(labels, weights, new, share)
+            averages = {name: all_gather_rows(values) for name, values in zip(AVERAGES, kept, strict=True)}
+        # labels travel too: an image has one, whatever a worker's last bit says
+        gathered, features = all_gather_rows(torch.cat([ids[:, None], new], dim=1)), all_gather_rows(features)
+        once = first_of_each(gathered[:, 0])
+        ids, new = gathered[once, 0], gathered[once, 1:]
+        for h, clusters in enumerate(self.heads()):
+            clusters.update(features[once], new[:, h], normalize=share is None)
+        self.labels.write(ids, new)
+        for name, values in averages.items():
+            self.tables[name].write(ids, values[once])
+
+    def end_epoch(self, progress: Progress) -> None:
+        for clusters in self.heads():
+            clusters.end_epoch(self.share(progress))
+        self.begun.fill_(True)
+
+    def project(self, views: Views) -> tuple[list[Tensor], list[Tensor]]:
+        """Unit projections and predictions of every crop: one backbone pass per resolution, one pass of each head over all crops."""
+        p = self.projector(torch.cat([self.backbone(stack) for stack in views.by_resolution()]))
+        x, batch = l2_normalize(promote(p)), len(views.image_ids)
+        y = x if self.predictor is None else l2_normalize(promote(self.predictor(p)))  # of the projections before their normalisation
+        return list(x.split(batch)), list(y.split(batch))
+
+    def loss(self, clusters: OnlineClusters, x: list[Tensor], y: list[Tensor], label: Tensor, large: list[int]) -> Tensor:
+        """One head's loss. `label`: `(B,)`, -1 unknown, or its distribution `(B, K)`; `large`: which crops take part in clustering."""
+        c = self.config
+        centers = clusters.current if c.centers_from == "current" else clusters.previous
+        soft = {v: torch.softmax(F.linear(x[v].detach(), centers) / c.temperature, dim=1) for v in large} if len(x) > 1 else {}
+        terms: dict[bool, list[Tensor]] = {True: [], False: []}  # True: of large crops
+        for v in range(len(x)):
+            others = [q for u, q in soft.items() if u != v]
+            target = mixed(label, torch.stack(others).mean(dim=0), c.label_weight) if others else label
+            for weight, embedding in ((c.predictor_weight, y[v]), (1 - c.predictor_weight, x[v])):
+                if weight:
+                    scores = F.linear(embedding, centers) / c.temperature  # (B, K)
+                    total = F.cross_entropy(scores, target, ignore_index=-1, reduction="sum")  # unknown labels add nothing
+                    terms[v in large].append(weight * total / len(scores))
+        parts = [(terms[True], len(large)), (terms[False], len(x) - len(large))]
+        return torch.stack([torch.stack(part).sum() / crops for part, crops in parts if crops]).mean()
+
+    def share(self, progress: Progress) -> float | None:
+        """w of stage 2: how much of an average this epoch is; None in stage 1."""
+        start = self.config.averaging_start_epoch
+        return None if start is None or progress.epoch < start else 1 / (progress.epoch - start + 1)
+
+    def averaged(self, ids: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """q of each head `(B, K)` from the weights of labels over the epochs of stage 2; a row of 0 = unknown."""
+        labels, weights = (self.tables[name].read(ids) for name in AVERAGES)  # (B, heads, kept)
+        q = torch.where(weights > 0, torch.exp(weights / 0.5), 0)
+        q = q / q.sum(dim=2, keepdim=True).clamp(min=1)  # exp(w / 0.5) > 1
+        return [
+            torch.zeros(len(ids), k, dtype=dtype, device=ids.device).scatter_add_(1, labels[:, h].long().clamp(min=0), q[:, h].to(dtype))
+            for h, k in enumerate(self.config.num_clusters)
+        ]
+
+    def heads(self) -> list[OnlineClusters]:
+        return list(self.clusters)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def health(self, new: Tensor, old: Tensor, features: Tensor, first: bool) -> Metrics:
+        """Meters. Sizes, in images, are those of the last whole epoch; of several heads each has its own, the rest is over all."""
+        duals, known = torch.cat([clusters.duals for clusters in self.heads()]), old >= 0
+        metrics: Metrics = {
+            "mean_dual": duals.mean(),
+            "largest_dual": duals.max(),
+            "largest_batch_share": torch.stack([labels.bincount().max() for labels in new.unbind(dim=1)]).max() / len(new),
+            "embedding_std": embedding_std(features),
+        }
+        if first:
+            return metrics
+        metrics |= {"known_labels": known.double().mean(), "label_agreement": torch.sum(new == old) / known.sum().clamp(min=1)}
+        for h, clusters in enumerate(self.heads()):
+            sizes, head = clusters.sizes, f"_{h + 1}" if len(self.heads()) > 1 else ""
+            metrics |= {f"smallest_cluster{head}": sizes.min(), f"largest_cluster{head}": sizes.max()}
+            metrics[f"empty_clusters{head}"] = torch.sum(sizes == 0)
+        return metrics
+
+    def id_tables(self) -> dict[str, IdTable]:
+        return self.tables
+
+    def param_groups(self) -> list[ParamGroup]:
+        return without_vectors(self.backbone, self.projector, *([self.predictor] if self.predictor is not None else []))
+
+    def evaluation_backbone(self) -> nn.Module:
+        return self.backbone
+
+    def chance_loss(self) -> tuple[float, str]:
+        return sum(map(math.log, self.config.num_clusters)) / len(self.config.num_clusters), "ln K"
+
+    def stuck_remedies(self) -> str:
+        c = self.config
+        return f"try method.temperature={c.temperature * 0.5:g}, a lower optim.base_lr or a longer warm-up, or fewer method.num_clusters"
+
+    def advice(self, facts: RunFacts) -> Iterable[str]:
+        c, steps = self.config, facts.steps_per_epoch
+        if facts.total_steps <= steps and not c.train_first_epoch:
+            yield f"the first pass only assigns labels, and {facts.total_steps} steps end in it; use train.epochs=2 or more"
+        if facts.num_images is not None and max(c.num_clusters) * 2 > facts.num_images:
+            yield f"method.num_clusters={c.num_clusters} for {facts.num_images} images; use {max(2, facts.num_images // 100)} or fewer"
+        for k in c.num_clusters:
+            rise = (c.dual_learning_rate or 0) * c.lower_bound / k  # of an empty cluster's dual in a step
+            if rise > 0.1 or 0 < rise * steps < 0.1:
+                near = f"use {default_dual_learning_rate(k, steps):.2g}, or leave it out"
+                yield f"method.dual_learning_rate={c.dual_learning_rate:g}: {'high' if rise > 0.1 else 'low'} for {k} clusters; {near}"
+
+
+class OnlineClusters(nn.Module):
+    """The clusters of one head: online k-means with a lower bound on sizes, without any network.
+
+    A step is `assign`, then `update`, with the same values on every worker. Arguments are K, D, r' in [0, 1] and eta.
+    """
+
+    previous: Tensor  # (K, D) c', unit rows: centres of epoch t - 1
+    current: Tensor  # (K, D) c: running centres of epoch t
+    duals: Tensor  # (K,) rho
+    counts: Tensor  # (K,) n, images of this epoch so far
+    sizes: Tensor  # (K,) images of the last whole epoch
+
+    def __init__(self, num_clusters: int, dim: int, lower_bound: float, dual_learning_rate: float) -> None:
+        super().__init__()
+        self.lower_bound, self.dual_learning_rate = lower_bound, dual_learning_rate
+        centers = l2_normalize(torch.randn(num_clusters, dim))
+        self.register_buffer("previous", centers)
+        self.register_buffer("current", centers.clone())
+        self.register_buffer("duals", torch.zeros(num_clusters))
+        self.register_buffer("counts", torch.zeros(num_clusters, dtype=torch.int64))
+        self.register_buffer("sizes", torch.zeros(num_clusters, dtype=torch.int64))
+
+    @torch.no_grad()
+    def assign(self, features: Tensor, averaging: bool = False) -> Tensor:
+        """argmax_k f . c_k + rho_k: `(B, D) -> (B,)` int64. `averaging`: by the centres of epoch t - 1 (stage 2)."""
+        return torch.addmm(self.duals, features, (self.previous if averaging else self.current).T).argmax(dim=1)
+
+    @torch.no_grad()
+    def update(self, features: Tensor, labels: Tensor, normalize: bool = True) -> None:
+        """Duals, then centres, from a whole batch `(B, D)` and its labels `(B,)`. Clusters without an image keep their centre."""
+        k = len(self.duals)
+        batch = labels.bincount(minlength=k)  # b
+        self.duals -= self.dual_learning_rate * (batch.to(self.duals.dtype) / len(labels) - self.lower_bound / k)
+        if self.lower_bound < 1:
+            self.duals.clamp_(min=0)
+        after = self.counts + batch
+        centers = (self.counts[:, None] * self.current + sums(features, labels, k)) / after.clamp(min=1)[:, None]
+        centers = l2_normalize(centers) if normalize else centers
+        self.current.copy_(torch.where(batch[:, None] > 0, centers, self.current))
+        self.counts.copy_(after)
+
+    @torch.no_grad()
+    def end_epoch(self, share: float | None = None) -> None:
+        """Centres of epoch t become those of t - 1, or, with a share, enter their average (stage 2). Duals stay."""
+        if share is not None:
+            self.current.copy_(l2_normalize((1 - share) * self.previous + share * l2_normalize(self.current)))
+        self.previous.copy_(self.current)
+        self.sizes.copy_(self.counts)
+        self.counts.zero_()
+
+
+def default_dual_learning_rate(num_clusters: int, steps_per_epoch: int) -> float:
+    """eta = K min(3 / steps_per_epoch, 0.05)."""
+    return num_clusters * min(3 / steps_per_epoch, 0.05)
+
+
+def sums(features: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
+    """Sum of the features `(B, D)` of every label: `(K, D)`, the same bits on every worker."""
+    if features.device.type == "cpu":  # on a GPU index_add sums as threads arrive: the workers' centres would drift apart
+        return features.new_zeros(num_clusters, features.shape[1]).index_add_(0, labels, features)
+    return F.one_hot(labels, num_clusters).to(features.dtype).T @ features
+
+
+def mixed(label: Tensor, soft: Tensor, label_weight: float) -> Tensor:
+    """label_weight * label + (1 - label_weight) * soft, `(B, K)`; a row of 0 where the label is unknown."""
+    if label.dim() == 1:
+        rows = torch.arange(len(label), device=label.device)
+        hard = torch.zeros_like(soft)
+        hard[rows, label.clamp(min=0)] = (label >= 0).to(soft.dtype)
+        label = hard
+    known = (label.sum(dim=1, keepdim=True) > 0).to(soft.dtype)
+    return label_weight * label + (1 - label_weight) * known * soft
+
+
+def remember(labels: Tensor, weights: Tensor, new: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Let a new label of share w enter an image's labels and weights: stage 2's average over epochs.
+
+    A label that is there gains w, the others keep 1 - w of theirs. One that is not takes the place of the label of least
+    weight v (a free place has v = 0), and the others keep (1 - w) / (1 - v). `labels`, `weights` `(..., kept)`, `new` `(...)`.
+    """
+    there = (labels == new[..., None]) & (weights > 0)
+    known = there.any(dim=-1, keepdim=True)
+    place = torch.where(known, there.int().argmax(dim=-1, keepdim=True), weights.argmin(dim=-1, keepdim=True))
+    least = torch.where(known, 0, weights.gather(-1, place))
+    kept = torch.where(known, weights, weights.scatter(-1, place, 0)) * ((1 - share) / (1 - least).clamp(min=1e-12))
+    gained = torch.zeros_like(kept).scatter(-1, place, share)
+    return labels.scatter(-1, place, new[..., None].to(labels.dtype)), kept + gained
