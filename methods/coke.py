@@ -140,11 +140,16 @@ class CoKe(Method):
         for clusters in self.heads():
             clusters.counts.zero_()
 
+    def first(self, progress: Progress) -> bool:
+        """Whether this is the first pass over the images: it has no epoch t - 1."""
+        return progress.epoch == 0 and not bool(self.begun)
+
+    def learns(self, progress: Progress) -> bool:
+        return self.config.train_first_epoch or not self.first(progress)
+
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
-        first = progress.epoch == 0 and not self.begun
-        learns = self.config.train_first_epoch or not first
-        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-            x, y = self.project(views)  # each V times (B, D)
+        first = self.first(progress)
+        x, y = self.project(views)  # each V times (B, D)
         with full_precision(x[0]):
             large = [v for name, positions in views.groups.items() if name != "local" for v in positions]
             require(bool(large), "views.global.count", 0, "coke clusters the crops outside the group local; use 1 or 2")
@@ -154,7 +159,7 @@ class CoKe(Method):
             old = self.labels.read(views.image_ids).long()  # of epoch t - 1: `after_step` writes
             metrics = self.health(new, old, features, first)
             outputs = {"ids": views.image_ids, "features": features, "labels": new}
-            if not learns:
+            if not self.learns(progress):
                 return StepOutput(loss=None, metrics=metrics, outputs=outputs)
             labels = list((new if first or self.config.labels_from == "current" else old).unbind(dim=1))
             if averaging and progress.epoch != self.config.averaging_start_epoch:
@@ -255,6 +260,12 @@ class CoKe(Method):
 
     def evaluation_backbone(self) -> nn.Module:
         return self.backbone
+
+    def cluster_scores(self, images: Tensor) -> Tensor:
+        """f c' of the first head, without its duals: nearness, not balance."""
+        x = l2_normalize(promote(self.projector(self.backbone(images))))
+        with full_precision(x):
+            return F.linear(x, self.heads()[0].previous)
 
     def chance_loss(self) -> tuple[float, str]:
         return sum(map(math.log, self.config.num_clusters)) / len(self.config.num_clusters), "ln K"

@@ -125,15 +125,16 @@ class DeepCluster(Method):
             labels[seen, h] = nearest.to(labels.dtype)
             self.empty += (sizes == 0).double().mean() / self.config.heads
 
+    def learns(self, progress: Progress) -> bool:
+        return progress.epoch > 0
+
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
-        first = progress.epoch == 0
-        with torch.set_grad_enabled(not first):
-            z = self.project(views)  # (V, B, D)
+        z = self.project(views)  # (V, B, D)
         unit = z[views.groups["global"]].detach().transpose(0, 1)  # (B, 2, D)
         outputs = {"ids": views.image_ids, "z": unit}
         with full_precision(z):
             metrics: Metrics = {"embedding_std": embedding_std(unit[:, 0])}
-            if first:
+            if not self.learns(progress):
                 return StepOutput(loss=None, metrics=metrics, outputs=outputs)
             scores = (z.flatten(0, 1) @ self.prototypes.flatten(0, 1).T).view(*z.shape[:2], *self.prototypes.shape[:2])  # (V, B, H, K)
             labels = self.labels.read(views.image_ids).long().expand(scores.shape[:3])  # (V, B, H)
@@ -157,6 +158,12 @@ class DeepCluster(Method):
 
     def evaluation_backbone(self) -> nn.Module:
         return self.backbone
+
+    def cluster_scores(self, images: Tensor) -> Tensor:
+        """Cosines with the first head's centroids."""
+        z = l2_normalize(promote(self.projector(self.backbone(images))))
+        with full_precision(z):
+            return z @ self.prototypes[0].T
 
     def chance_loss(self) -> tuple[float, str]:
         return math.log(self.config.num_prototypes), "ln K"

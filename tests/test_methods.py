@@ -44,9 +44,11 @@ def begin(method: Method, views: Views) -> int:
     """The step from which on there is a loss: a method may spend its first pass without one."""
     for step in range(4):
         torch.manual_seed(step)
-        out = method(views, progress(step))
-        if out.loss is not None:
+        if method.learns(progress(step)):
             return 0
+        with torch.no_grad():
+            out = method(views, progress(step))
+        assert out.loss is None
         method.after_step([out.outputs], progress(step))
     method.end_epoch(progress(3))
     method.start_epoch(progress(4))
