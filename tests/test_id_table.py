@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,20 @@ def test_tables_are_the_same_for_one_and_three_workers(what: Any, tmp_path: Path
     assert all(torch.equal(a, b) for a, b in zip(three[0]["pieces"], one["pieces"], strict=True))
     assert sum(worker["rows"] for worker in three) == (N if what is visit_sharded else 3 * N)
     assert one["same"] and all(worker["same"] for worker in three)
+
+
+def filled(table: IdTable, rank: int, world: int) -> dict[str, Any]:
+    """Every image gets its own number, and is read back."""
+    ids = torch.arange(N - 1)
+    table.write(ids, ids[:, None])
+    return {"rows": len(table.rows), "read": table.read(ids.view(world, -1)[rank])}
+
+
+def test_a_table_made_before_its_worker_joins_the_others_is_cut_all_the_same(tmp_path: Path) -> None:
+    table = IdTable(N, (1,), dtype=torch.int32, fill=-1, sharded=True)
+    workers = in_processes(2, tmp_path, partial(filled, table))
+    assert [worker["rows"] for worker in workers] == [N // 2, N - N // 2]
+    assert torch.cat([worker["read"] for worker in workers]).flatten().tolist() == list(range(N - 1))
 
 
 def test_a_shard_loads_its_own_rows_from_the_pieces_of_any_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,8 @@ class IdTable:
 
     Whole on every worker (4 bytes an image for int32), or cut into ranges of ids, one to a worker, beyond some 100
     million images. Neither a module nor a buffer: DDP would send it around and every checkpoint of weights would hold it.
-    It moves to the device of the ids it is asked for.
+    It moves to the device of the ids it is asked for. Rows exist from their first use on, so a method may be built before
+    its worker joins the others, and is sent to it without them.
 
     Args:
         num_images: N; ids are dense, 0 to N - 1.
@@ -26,9 +29,22 @@ class IdTable:
     """
 
     def __init__(self, num_images: int, shape: tuple[int, ...] = (), *, dtype: torch.dtype, fill: float, sharded: bool = False) -> None:
-        self.num_images, self.fill, self.sharded = num_images, fill, sharded
-        self.first, self.stop = own_range(num_images) if sharded else (0, num_images)
-        self.rows = torch.full((self.stop - self.first, *shape), fill, dtype=dtype)
+        self.num_images, self.shape, self.dtype, self.fill, self.sharded = num_images, shape, dtype, fill, sharded
+
+    @cached_property
+    def first(self) -> int:
+        """The id of this worker's first row."""
+        return own_range(self.num_images)[0] if self.sharded else 0
+
+    @cached_property
+    def stop(self) -> int:
+        """The id after this worker's last row."""
+        return own_range(self.num_images)[1] if self.sharded else self.num_images
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """What this worker holds, `(stop - first, *shape)`."""
+        return torch.full((self.stop - self.first, *self.shape), self.fill, dtype=self.dtype)
 
     def read(self, ids: Tensor) -> Tensor:
         """The values `(B, *shape)` of this worker's images `(B,)`. Every worker must bring B ids."""

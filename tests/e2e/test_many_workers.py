@@ -48,7 +48,9 @@ def trained(ray_with_room: None, tmp_path_factory: pytest.TempPathFactory) -> di
     listener = Listener(relay, Mute(), root, lambda step: None, restarts=len(SMALL))
     for method, recipe in SMALL.items():
         config = load_recipe(recipe)
-        sizes = {f"views.{name}.size": 16 if name == "local" else 32 for name in config.views}
+        sizes: dict[str, Any] = {f"views.{name}.size": 16 if name == "local" else 32 for name in config.views}
+        if find(config.method).method.needs_passes:
+            sizes["data.path"] = "patches:per_photo=4"  # two steps to a pass: the first may have no loss
         ready = prepare(override(config, TINY | sizes))
         folders[method] = create_run(root, method, method)
         settings[method] = {"given": [ray.put((ready, folders[method], None))], "relay": relay, "tasks": 1, "remote": None}
@@ -85,7 +87,8 @@ def test_every_method_trains_on_two_workers(method: str, trained: dict[str, tupl
     assert done.scores.get("trained") > 0
     points = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     losses = {p["step"]: p["metrics"]["loss"] for p in points if "loss" in p["metrics"]}
-    assert list(losses) == [2, 4] and all(math.isfinite(loss) for loss in losses.values())
+    expected = [[2, 4], [4]] if registered()[method].method.needs_passes else [[2, 4]]
+    assert list(losses) in expected and all(math.isfinite(loss) for loss in losses.values())
     assert {p.name for p in folder.figures.glob("*.png")} == {"views.png", "curves.png", "neighbours.png", "scores.png"}
     assert (folder.model / "backbone.safetensors").is_file()
     assert checkpoint.load(checkpoint.pointed_to(folder.checkpoints))["position"]["step"] == 4
