@@ -14,7 +14,7 @@ import ray
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from methods.parts.contract import find, registered
+from methods.parts.contract import Method, find, registered
 from pipeline.config import override
 from pipeline.ingest.stream import start_ray
 from pipeline.recipes import entries, load_recipe
@@ -87,9 +87,12 @@ def test_every_method_trains_on_two_workers(method: str, trained: dict[str, tupl
     assert done.scores.get("trained") > 0
     points = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     losses = {p["step"]: p["metrics"]["loss"] for p in points if "loss" in p["metrics"]}
-    expected = [[2, 4], [4]] if registered()[method].method.needs_passes else [[2, 4]]
+    kind = registered()[method].method
+    expected = [[2, 4], [4]] if kind.needs_passes else [[2, 4]]
     assert list(losses) in expected and all(math.isfinite(loss) for loss in losses.values())
-    assert {p.name for p in folder.figures.glob("*.png")} == {"views.png", "curves.png", "neighbours.png", "scores.png"}
+    pictures = {"views.png", "curves.png", "neighbours.png", "scores.png"}
+    clustered = {"clusters.png", "cluster_sizes.png"} if kind.cluster_scores is not Method.cluster_scores else set()
+    assert {p.name for p in folder.figures.glob("*.png")} == pictures | clustered
     assert (folder.model / "backbone.safetensors").is_file()
     assert checkpoint.load(checkpoint.pointed_to(folder.checkpoints))["position"]["step"] == 4
 
