@@ -60,7 +60,7 @@ def cifar10_small() -> RunConfig:
         large,
         backbone=BackboneConfig(name="resnet18", stem="strided", width=0.25),
         # one part for batch norm: parts of 32 cost more than they keep from leaking in so short a run
-        method=MoCoConfig(temperature=0.1, queue_length=4096, momentum=0.99, projector_hidden=256, projection_dim=64),
+        method=MoCoConfig(temperature=0.1, queue_length=4096, momentum=0.99, projector_hidden=256, projection_dim=64, bn_groups=1),
         optim=OptimConfig(name="adamw", base_lr=4e-3, warmup_epochs=0.15, weight_decay=1e-4),
         train=TrainConfig(global_batch_size=128, steps=1500),
     )
