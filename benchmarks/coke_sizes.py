@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data.path", dest="path", required=True, help="as of `pretrain`: a folder, Parquet or tars")
     parser.add_argument("--images", type=int, help="at most so many")
-    parser.add_argument("--clusters", type=int, default=30, help="K")
+    parser.add_argument("--clusters", type=int, default=100, help="K")
     parser.add_argument("--rate", type=float, help="dual learning rate; left out: CoKe's rule")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=10)
