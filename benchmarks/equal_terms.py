@@ -113,7 +113,6 @@ class Trained:
         else:
             method = build_method(config, resolved.facts)
         device, precision = choose_device(config)
-        self.untrained = build_method(config, resolved.facts).evaluation_backbone()
         self.losses: list[float] = []
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer(
@@ -148,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--alone", action="store_true", help="ours only")
+    parser.add_argument("--arms", nargs="+", choices=["ours", "lightly"], default=["ours", "lightly"])
     options, settings = parser.parse_known_args()
     torch.set_num_threads(1)
     changes = dict(setting.removeprefix("--").split("=", 1) for setting in settings)
@@ -162,9 +161,10 @@ def main() -> None:
     rows: dict[str, list[tuple[float, float]]] = {}
     for seed in options.seeds:
         seeded = override(config, {"train.seed": seed})
-        for arm in ("ours",) if options.alone else ("ours", "lightly"):
+        start = build_method(seeded, resolve(seeded, len(bank.pixels)).facts).evaluation_backbone()
+        untrained = [score(seeded, start, bank, asked, calibrated) for calibrated in (False, True)]
+        for arm in options.arms:
             done = Trained(seeded, bank, arm == "lightly")
-            untrained = [score(seeded, done.untrained, bank, asked, calibrated) for calibrated in (False, True)]
             trained = score(seeded, done.backbone, bank, asked)
             rows.setdefault(arm, []).append((trained, trained - max(untrained)))
             params = sum(p.numel() for p in done.backbone.parameters()) / 1e6

@@ -28,7 +28,7 @@ def cifar10_small() -> RunConfig:
     return replace(
         swav.cifar10_small(),
         method=DeepClusterConfig(num_prototypes=128, projector_hidden=256),
-        train=TrainConfig(global_batch_size=128, epochs=4),
+        train=TrainConfig(global_batch_size=128, steps=1500),
     )
 
 
