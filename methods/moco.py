@@ -61,7 +61,7 @@ class MoCoConfig(MethodConfig):
     projector_layers: int = 2  # v1: 1
     projector_hidden: int | None = None  # None = the width of the features
     projection_dim: int = 128  # D
-    bn_groups: int = 8  # batch norm sees the global batch in so many parts
+    bn_groups: int = 8  # batch norm sees the global batch in so many parts; 1 = as a whole, which may tell which key is a query's own
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, "method.temperature", self.temperature, "use a positive number, e.g. 0.2")
@@ -82,7 +82,6 @@ class MoCoConfig(MethodConfig):
 class MoCo(Method):
     config: MoCoConfig
     paper = "He et al. 2019, arXiv:1911.05722; v2: arXiv:2003.04297"
-    sync_batchnorm = False  # statistics of the joined batch would tell which key belongs to which query
 
     def __init__(self, config: MoCoConfig, backbone: nn.Module, facts: RunFacts) -> None:
         super().__init__()
@@ -96,7 +95,9 @@ class MoCo(Method):
         self.config = config
         width = num_features(backbone)
         projector = head(width, config.projector_hidden or width, config.projection_dim, config.projector_layers)
-        self.query = grouped(nn.Sequential(OrderedDict(backbone=backbone, projector=projector)), groups)
+        network = nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
+        self.sync_batchnorm = groups == 1
+        self.query = network if self.sync_batchnorm else grouped(network, groups)
         self.key = ema.frozen_copy(self.query)
         self.queue = Ring(config.queue_length, config.projection_dim)
 
@@ -125,7 +126,7 @@ class MoCo(Method):
         """Unit keys of the own images, `(n, 3, H, W) -> (n, D)`, normalised in random company (v1 sec. 3.3)."""
         n = len(images)
         own = slice(rank() * n, (rank() + 1) * n)
-        if not self.has_batch_norm or max(self.config.bn_groups, world_size()) == 1:
+        if not self.has_batch_norm or self.sync_batchnorm:
             return l2_normalize(promote(self.key(images)))
         order = torch.randperm(n * world_size(), generator=progress.generator).to(images.device)  # the same on every worker
         k = self.key(all_gather_rows(images)[order[own]])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from rich.console import Console
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -31,22 +27,8 @@ from pipeline.train.guards import TrainingStopped
 from pipeline.train.loop import agreed, mean_over_workers
 from pipeline.train.relay import Listener, Relay
 from pipeline.train.workers import CPU_WORKER, GPU_WORKER, fits, from_a_peer
+from tests.parity.common import in_processes
 from tests.test_methods import BATCH, SMALL, built
-
-
-def _work(rank: int, world: int, folder: str, what: Callable[[int, int], Any]) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    torch.save(what(rank, world), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def in_processes(world: int, folder: Path, what: Callable[[int, int], Any]) -> list[Any]:
-    """What `what(rank, world)` gives in each of `world` gloo processes."""
-    mp.spawn(_work, (world, str(folder), what), nprocs=world)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
-
 
 # ---------------------------------------------------------------------------- batch norm
 

@@ -102,7 +102,7 @@ class Method(nn.Module):
     paper: ClassVar[str] = ""  # "Authors year, arXiv:number"
     accumulation: ClassVar[Literal["exact", "refuse"]] = "exact"  # may the batch be cut into micro-batches?
     accumulation_remedy: ClassVar[str] = ""
-    sync_batchnorm: ClassVar[bool] = True
+    sync_batchnorm: bool = True  # statistics of batch norm are those of all workers' batches together
     needs_dense_ids: ClassVar[bool] = False
     needs_passes: ClassVar[bool] = False
 

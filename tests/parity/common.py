@@ -49,6 +49,7 @@ def _work(rank: int, world: int, folder: str, what: Callable[[int, int], Any]) -
 
 
 def in_processes(world: int, folder: Path, what: Callable[[int, int], Any]) -> list[Any]:
-    """What `what(rank, world)` gives in each of `world` gloo processes."""
-    mp.spawn(_work, (world, str(folder), what), nprocs=world)
+    """What `what(rank, world)` gives in each of `world` gloo processes, forked from one that has imported torch and timm."""
+    mp.get_context("forkserver").set_forkserver_preload(["torch", "timm"])
+    mp.start_processes(_work, (world, str(folder), what), nprocs=world, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]

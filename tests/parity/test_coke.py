@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -316,8 +316,8 @@ def every_way(rank: int, world: int) -> dict[str, Any]:
     return {name: trained(rank, world, sharded, ddp=ddp) for name, (sharded, ddp) in runs.items()}
 
 
-def second_half(rank: int, world: int) -> dict[str, Any]:
-    halves = torch.load(os.environ["COKE_HALVES"])
+def second_half(rank: int, world: int, file: Path) -> dict[str, Any]:
+    halves = torch.load(file)
     return {name: trained(rank, world, name == "sharded", begin=HALF, state=halves[name]["half"]) for name in ("whole", "sharded")}
 
 
@@ -328,7 +328,7 @@ def same_clusters(a: dict[str, Any], b: dict[str, Any]) -> None:
         torch.testing.assert_close(torch.cat(b["tables"][name]), torch.cat(pieces), rtol=0, atol=1e-12, msg=name)
 
 
-def test_two_workers_do_what_one_does_and_any_number_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_workers_do_what_one_does_and_any_number_goes_on(tmp_path: Path) -> None:
     """Tables whole or sharded, gradients ours or DDP's; an image twice in a batch, in both workers; ids above the number of images."""
     for folder in ("two", "four"):
         (tmp_path / folder).mkdir()
@@ -345,9 +345,8 @@ def test_two_workers_do_what_one_does_and_any_number_goes_on(tmp_path: Path, mon
         mean = (workers[0][name]["losses"] + workers[1][name]["losses"]) / 2
         torch.testing.assert_close(mean, one["losses"], rtol=0, atol=1e-12)
     torch.save(workers[0], tmp_path / "halves.pt")
-    monkeypatch.setenv("COKE_HALVES", str(tmp_path / "halves.pt"))
     for name in ("whole", "sharded"):
         same_clusters(one, trained(0, 1, False, begin=HALF, state=workers[0][name]["half"]))
-    for worker in in_processes(4, tmp_path / "four", second_half):
+    for worker in in_processes(4, tmp_path / "four", partial(second_half, file=tmp_path / "halves.pt")):
         for half in worker.values():
             same_clusters(one, half)

@@ -305,4 +305,4 @@ def test_two_workers_with_their_own_norms_equal_two_parts_of_one(tmp_path: Path)
     assert {name for name in a if not torch.equal(a[name], b[name])} == {
         f"{network}.backbone.norm.running_{kind}" for network in ("query", "key") for kind in ("mean", "var")
     }
-    assert not MoCo.sync_batchnorm
+    assert not moco(Body(norm=True), 8, bn_groups=2).sync_batchnorm and moco(Body(norm=True), 8, bn_groups=1).sync_batchnorm
