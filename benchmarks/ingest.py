@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader, Dataset
+from views import LARGE, original, photographs
 
-from benchmarks.views import LARGE, original, photographs
 from pipeline.config import DataConfig
 from pipeline.ingest.manifest import Manifest, Row
 from pipeline.ingest.plan import Plan

@@ -14,9 +14,9 @@ import sys
 import time
 
 import torch
+from steps import bounded
 from torch import Tensor
 
-from benchmarks.steps import bounded
 from methods.parts.assignment import sinkhorn
 
 EPSILON, ITERATIONS = 0.05, 3
