@@ -101,8 +101,10 @@ def training_batches(
             last = min(first + per_pass, items.last)
             yield last - first, run(cut, first, last, workers)
 
-    # the next pass begins when the trainer has begun the last group of this one, and only the last windows are being cut
-    return batches_of(ahead(passes(), waiting=items.lanes - 1, overlap=workers or items.lanes), manifest, plan, views, items)
+    # the next pass begins when the trainer has begun the last group of this one, and so early that its first tasks run before
+    # this one's last are done: an execution takes as long to start as a core takes to cut one or two windows
+    overlap = 3 * (workers or items.lanes)
+    return batches_of(ahead(passes(), waiting=items.lanes - 1, overlap=overlap), manifest, plan, views, items)
 
 
 class _Items:
