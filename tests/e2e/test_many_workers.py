@@ -51,6 +51,8 @@ def trained(ray_with_room: None, tmp_path_factory: pytest.TempPathFactory) -> di
         sizes: dict[str, Any] = {f"views.{name}.size": 16 if name == "local" else 32 for name in config.views}
         if find(config.method).method.needs_passes:
             sizes["data.path"] = "patches:per_photo=4"  # two steps to a pass: the first may have no loss
+        if hasattr(config.method, "num_prototypes"):
+            sizes["method.num_prototypes"] = 16
         ready = prepare(override(config, TINY | sizes))
         folders[method] = create_run(root, method, method)
         settings[method] = {"given": [ray.put((ready, folders[method], None))], "relay": relay, "tasks": 1, "remote": None}
