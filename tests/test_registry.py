@@ -114,7 +114,7 @@ def test_warm_start_fills_or_explains(tmp_path: Path) -> None:
         init_backbone(other, str(folder), runs_dir=tmp_path)
     wide = build_backbone(BackboneConfig(name="resnet18", width=0.5, depth=(1, 1, 1, 1), stem="full"))
     before = {name: value.clone() for name, value in wide.state_dict().items()}
-    with pytest.raises(ConfigError, match=r"of another shape \(conv1\.weight is 16x3x3x3, not 32x3x3x3"):
+    with pytest.raises(ConfigError, match=r"of another shape \(conv1\.0\.weight is 8x3x3x3, not 16x3x3x3"):
         init_backbone(wide, str(folder), runs_dir=tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in wide.state_dict().items())  # all or nothing
 
@@ -273,8 +273,8 @@ def test_every_way_to_name_a_model(world: dict[str, Any], tmp_path: Path, monkey
     for reference in ("first", str(runs / "first"), str(folder)):
         assert resolve_model(reference, runs_dir=runs) == folder
     single = folder / "backbone.safetensors"
-    first_conv = load_export(folder)[0].state_dict()["conv1.weight"]
-    assert torch.equal(load_export(resolve_model(str(single), runs_dir=runs))[0].state_dict()["conv1.weight"], first_conv)
+    first_conv = load_export(folder)[0].state_dict()["conv1.0.weight"]
+    assert torch.equal(load_export(resolve_model(str(single), runs_dir=runs))[0].state_dict()["conv1.0.weight"], first_conv)
     shutil.copy(single, tmp_path / "mine.safetensors")
     with pytest.raises(ConfigError, match=r"mine\.json is missing"):
         resolve_model(str(tmp_path / "mine.safetensors"), runs_dir=runs)
@@ -283,7 +283,7 @@ def test_every_way_to_name_a_model(world: dict[str, Any], tmp_path: Path, monkey
 
     for reference in ("models:/swav-small@best", "models:/swav-small/1"):
         found = load_export(resolve_model(reference, runs_dir=runs, uri=world["uri"]))[0]
-        assert torch.equal(found.state_dict()["conv1.weight"], first_conv)
+        assert torch.equal(found.state_dict()["conv1.0.weight"], first_conv)
 
 
 @pytest.mark.parametrize(
