@@ -147,7 +147,7 @@ def test_weights_that_a_run_starts_from_reach_every_copy_of_the_backbone(recipe:
     config = override(load_recipe(recipe), {"backbone.width": 0.125, "backbone.stem": "strided"})
     facts = RunFacts(global_batch_size=config.train.global_batch_size, steps_per_epoch=4, total_steps=400, num_images=1000, num_ids=1000)
     method = build_method(config, facts, start_from)
-    first_layers = [p for name, p in method.named_parameters() if name.endswith("conv1.weight") and "layer" not in name]
+    first_layers = [p for name, p in method.named_parameters() if name.endswith("conv1.0.weight")]
     assert first_layers and all(bool((p == 0.125).all()) for p in first_layers)
 
 

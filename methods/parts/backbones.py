@@ -20,7 +20,7 @@ class BackboneConfig:
     name: str = "resnet50"
     # ResNets: imagenet = 7x7 and max-pool, to 1/4 of the side; for small images 3x3: strided or pooled to 1/2, or full size
     stem: Literal["imagenet", "strided", "pooled", "full"] = "imagenet"
-    width: float = 1.0  # ResNets: multiplies the channels of stem and stages
+    width: float = 1.0  # ResNets: multiplies the channels of stem and stages; below 1 the stem is three 3x3 convs
     selective_kernels: bool = False  # ResNets with bottlenecks: SimCLR v2's blocks, stem of three 3x3 convs and pooled shortcuts
     depth: tuple[int, ...] | None = None  # ResNets: blocks per stage; None = the model's own
     drop_path: float = 0.0  # stochastic depth rate
@@ -62,7 +62,7 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
         raise ConfigError(f"backbone.name={config.name}: timm cannot build it ({error}); {near}") from None
     if config.selective_kernels:
         select_kernels(backbone)
-    elif config.width != 1:  # timm widens a stem of three convolutions only
+    elif config.width > 1:  # timm widens a stem of three convolutions only
         _one_convolution(backbone, 7, 2)
     if config.stem != "imagenet":
         _small_stem(backbone, config)
