@@ -183,8 +183,9 @@ def measure(recipe: str, changes: dict[str, Any], rounds: int, steps: int, besid
     torch.manual_seed(0)
     stacks = {n: torch.randn(count * batch, 3, config.views[n].size, config.views[n].size, device=device) for n, count in counts.items()}
     views = Views(stacks=stacks, counts=counts, image_ids=torch.arange(batch), labels=torch.full((batch,), -1))
-    steps = facts.steps_per_epoch  # of the second pass: the first may be spent without a loss (CoKe)
-    progress = Progress(step=steps, total_steps=10 * steps, steps_per_epoch=steps, generator=torch.Generator().manual_seed(0))
+    one_pass = facts.steps_per_epoch  # the second pass is timed: the first may be spent without a loss (CoKe)
+    shared = torch.Generator().manual_seed(0)
+    progress = Progress(step=one_pass, total_steps=10 * one_pass, steps_per_epoch=one_pass, generator=shared)
 
     def in_precision(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
         def run() -> Tensor:

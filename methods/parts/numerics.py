@@ -28,12 +28,6 @@ def l2_normalize(x: Tensor) -> Tensor:
     return F.normalize(x, dim=-1, eps=1e-12)
 
 
-def cross_entropy(target: Tensor, logits: Tensor) -> Tensor:
-    """Mean over rows of - sum_k target_k log softmax(logits)_k. Both `(B, K)`; no gradient to `target`."""
-    loss: Tensor = -(target.detach() * torch.log_softmax(logits, dim=-1)).sum(dim=-1).mean()
-    return loss
-
-
 def rows_at_once(x: Tensor) -> int:
     """How many rows of `(B, K)` to work on at a time: 1 MB on a CPU, so that they stay in its cache; 64 MB on other devices."""
     values = 1 << (18 if x.device.type == "cpu" else 24)
