@@ -1,17 +1,24 @@
 """Images per second of two workers on two cores beside one worker whose trainer and tasks share one core.
 
-Two recipes: one bound by the network, one by cutting views. The rate is taken from the points that the run logs, from a
-fifth of the run on, so that starting up does not count.
+Three recipes, with 128 images for each worker: one bound by a network of 2.8 M parameters, one by a network so small that a
+step takes a third of a second and the workers' hundred exchanges in it count, one by cutting views. The rate is taken from
+the points that the run logs. What two cores can give at best is measured too: two runs of one worker, each on a core of its
+own, which share nothing but the machine's memory and caches.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pipeline.points import read_points
 
@@ -20,15 +27,18 @@ COMMON = [
     "--track.no-register",
     "--evaluate.knn-every=100000",
     "--train.checkpoint-every=100000",
+    "--train.threads=1",
+    "--train.steps=5000",
+    "--train.log-every=2",
     "--data.held-out=0",
-    "--train.log-every=5",
 ]
+ROWS = 128
 BOUND_BY = {
-    "network": ["--train.steps=100"],
+    "network": ["--backbone.width=0.5"],
+    "small-network": [],
     "views": [
-        "--train.steps=150",
         "--backbone.width=0.125",
-        "--backbone.depth=1 1 1 1",
+        "--backbone.depth=1,1,1,1",
         "--backbone.stem=imagenet",
         "--data.path=patches:pixels=128",
         "--views.global.size=64",
@@ -39,28 +49,39 @@ BOUND_BY = {
 }
 
 
-def rate(settings: list[str], workers: int, cores: set[int]) -> float:
-    """Images per second of one run on these cores."""
+def rate(settings: list[str], workers: int, cores: set[int], seconds: float) -> float:
+    """Images per second of a run on these cores, from its tenth step on; the run is then asked to end."""
     with tempfile.TemporaryDirectory() as folder:
-        options = [part for setting in settings for part in (setting.replace("=", " ", 1).split(" ") if " " in setting else [setting])]
         command = [sys.executable, str(ROOT / "manyviews.py"), "pretrain", "swav-small", f"--runs-dir={folder}", "--run=it"]
-        command += [f"--train.workers={workers}", "--train.threads=1", *COMMON, *options]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, preexec_fn=lambda: os.sched_setaffinity(0, cores))
-        points = [p for p in read_points(Path(folder) / "it") if "loss" in p["metrics"]]
-    points = points[len(points) // 5 :]
-    return 128 * (points[-1]["step"] - points[0]["step"]) / (points[-1]["time"] - points[0]["time"])
+        command += [f"--train.workers={workers}", f"--train.global-batch-size={ROWS * workers}", *COMMON, *settings]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, preexec_fn=lambda: os.sched_setaffinity(0, cores))
+        points: list[dict[str, Any]] = []
+        while len(points) < 2 or points[-1]["time"] - points[0]["time"] < seconds:
+            if process.poll() is not None:
+                raise SystemExit(f"the run ended early, with exit code {process.returncode}")
+            time.sleep(0.5)
+            points = [p for p in read_points(Path(folder) / "it") if "loss" in p["metrics"] and p["step"] >= 10]
+        process.send_signal(signal.SIGINT)
+        process.wait()
+    return ROWS * workers * (points[-1]["step"] - points[0]["step"]) / (points[-1]["time"] - points[0]["time"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=1, help="repetitions, one after the other")
+    parser.add_argument("--seconds", type=float, default=40, help="of training, for each figure")
+    parser.add_argument("--only", choices=list(BOUND_BY))
     options = parser.parse_args()
     first, second, *_ = sorted(os.sched_getaffinity(0))
-    for bound, settings in BOUND_BY.items():
+    for bound in [options.only] if options.only else BOUND_BY:
         for _ in range(options.pairs):
-            one, two = rate(settings, 1, {first}), rate(settings, 2, {first, second})
+            measure = partial(rate, BOUND_BY[bound], seconds=options.seconds)
+            one, two = measure(workers=1, cores={first}), measure(workers=2, cores={first, second})
+            with ThreadPoolExecutor() as pool:
+                apart = sum(pool.map(lambda core, measure=measure: measure(workers=1, cores={core}), (first, second)))
             print(
-                f"bound by {bound}: 1 worker, 1 core {one:.0f} images/s; 2 workers, 2 cores {two:.0f} images/s; ratio {two / one:.2f}",
+                f"bound by {bound}: 1 worker, 1 core {one:.0f} images/s; 2 workers, 2 cores {two:.0f}; 2 runs apart {apart:.0f}; "
+                f"2 workers of 1: {two / one:.2f}, of 2 apart: {two / apart:.2f}",
                 flush=True,
             )
 

@@ -78,7 +78,7 @@ class _SyncNormalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-        """With z the normalised rows and N of them: dx = (dy - sum(dy) / N - z sum(dy z) / N) weight / sqrt(v + eps), sums over all workers.
+        """With z the N normalised rows: dx = (dy - sum(dy) / N - z sum(dy z) / N) weight / sqrt(v + eps), sums over all workers.
 
         In torch's own kernels: two sums in one pass; then z times a factor plus an offset is a batch norm in evaluation.
         """

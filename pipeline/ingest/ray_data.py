@@ -18,6 +18,9 @@ from methods.parts.errors import ConfigError
 
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # of workers: each task has one core
+# Ray starts all workers at niceness 15, trainers and tasks alike; a trainer that waits for its turn keeps all others waiting
+PRIORITY = {"RAY_worker_niceness": "0"}  # of a local Ray's workers; tasks step back by themselves
+TASK_NICENESS = 10
 ROOT = Path(__file__).resolve().parents[2]  # the checkout, or site-packages
 
 
@@ -40,7 +43,7 @@ def start_ray(num_cpus: int | None = None, extra_cpus: int = 0) -> None:
         _join(os.environ["RAY_ADDRESS"])
         return
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    workers = THREADS | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+    workers = THREADS | PRIORITY | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
     long = len(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "") > 40  # Unix sockets allow 107 bytes
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     before = {key: os.environ.get(key) for key in workers}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -16,7 +17,7 @@ from pipeline.ingest.decode import evaluation_crop
 from pipeline.ingest.manifest import Manifest
 from pipeline.ingest.photometric import Normalisation
 from pipeline.ingest.plan import Plan
-from pipeline.ingest.ray_data import ahead, default_tasks, run
+from pipeline.ingest.ray_data import TASK_NICENESS, ahead, default_tasks, run
 from pipeline.ingest.ray_data import start_ray as start_ray  # callers of the stream find it here
 from pipeline.ingest.window import block_bytes, cut_images, decode_all, finish_columns
 
@@ -192,6 +193,7 @@ def _get(reference: Any) -> Any:
     import ray
 
     torch.set_num_threads(1)  # the tasks themselves are the parallelism
+    os.nice(max(0, TASK_NICENESS - os.nice(0)))  # where cores are short, trainers go first
     return ray.get(reference)
 
 
