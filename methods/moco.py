@@ -41,7 +41,7 @@ from methods.parts.contract import (
     register,
     searchable,
 )
-from methods.parts.contrast import contrast_meters, info_nce
+from methods.parts.contrast import info_nce_with_queue
 from methods.parts.distributed import all_gather_rows, rank, world_size
 from methods.parts.errors import ConfigError, require
 from methods.parts.norms import grouped, has_batch_norm
@@ -114,10 +114,9 @@ class MoCo(Method):
         q = l2_normalize(promote(self.query(x1)))  # (n, D)
         k = self.keys(x2, progress)  # (n, D)
         with full_precision(q):
-            logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ self.queue.rows.T], dim=1) / self.config.temperature
-            positives = torch.zeros(len(q), dtype=torch.int64, device=q.device)  # (n, 1 + K): the key comes first
-            loss = info_nce(logits, positives)
-            metrics = contrast_meters(logits, positives, self.config.temperature)
+            positive = (q * k).sum(dim=1, keepdim=True) / self.config.temperature  # (n, 1)
+            first = torch.zeros(len(q), dtype=torch.int64, device=q.device)
+            loss, metrics = info_nce_with_queue(positive, first, q, self.queue.rows, self.config.temperature)
         metrics |= {"embedding_std": embedding_std(q.detach()), "queue_age": self.queue.age, "queue_fill": self.queue.fill}
         return StepOutput(loss=loss, metrics=metrics, outputs={"k": k})
 

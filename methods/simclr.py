@@ -41,7 +41,7 @@ from methods.parts.contract import (
     register,
     searchable,
 )
-from methods.parts.contrast import contrast_meters, info_nce
+from methods.parts.contrast import contrast_meters, info_nce, info_nce_with_queue
 from methods.parts.distributed import gather_with_gradient, rank
 from methods.parts.errors import require
 from methods.parts.groups import without_vectors
@@ -107,8 +107,10 @@ class SimCLR(Method):
         z = l2_normalize(promote(self.network(torch.cat([x1, x2]))))  # (2n, D): batch norm sees both views
         with full_precision(z):
             logits, partners = self.logits(z)
-            loss = info_nce(logits, partners)
-            metrics = contrast_meters(logits, partners, self.config.temperature)
+            if self.config.memory_size:
+                loss, metrics = info_nce_with_queue(logits, partners, z, self.memory.rows, self.config.temperature)
+            else:
+                loss, metrics = info_nce(logits, partners), contrast_meters(logits, partners, self.config.temperature)
             metrics["embedding_std"] = embedding_std(z[: len(x1)].detach())
         if not self.config.memory_size:
             return StepOutput(loss=loss, metrics=metrics)
@@ -124,7 +126,7 @@ class SimCLR(Method):
             z: unit projections of the n own images, first views and then second ones, `(2n, D)`.
 
         Returns:
-            `(2n, 2N + K)` with -inf where a view meets itself, and the column of each one's partner `(2n,)`.
+            `(2n, 2N)` with -inf where a view meets itself, and the column of each one's partner `(2n,)`.
         """
         n = len(z) // 2
         everyone = gather_with_gradient(torch.stack(z.chunk(2), dim=1))  # (N, 2, D): pairs stay together
@@ -134,10 +136,7 @@ class SimCLR(Method):
         partners = torch.cat([own + total, own])
         candidates = everyone.transpose(0, 1).flatten(0, 1)  # (2N, D)
         s = z @ candidates.T / self.config.temperature
-        s = s.scatter(1, themselves[:, None], -math.inf)
-        if self.config.memory_size:
-            s = torch.cat([s, z @ self.memory.rows.T / self.config.temperature], dim=1)
-        return s, partners
+        return s.scatter(1, themselves[:, None], -math.inf), partners
 
     def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
         if self.config.memory_size:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from methods.moco import MoCo, MoCoConfig, head
 from methods.parts import ema
 from methods.parts.contract import Progress, RunFacts
-from methods.parts.contrast import info_nce
+from methods.parts.contrast import contrast_meters, info_nce, info_nce_with_queue
 from methods.parts.distributed import all_gather_rows, average_gradients
 from methods.parts.errors import ConfigError
 from methods.parts.norms import average_statistics, grouped
@@ -72,6 +72,30 @@ def test_info_nce_equals_the_original(golden, temperature: float) -> None:
         torch.from_numpy(values[f"logits_t{temperature}"]), torch.zeros(6, dtype=torch.int64), reduction="none"
     )
     np.testing.assert_allclose(each.numpy(), values[f"per_sample_t{temperature}"], **EXACT)
+
+
+@pytest.mark.parametrize("temperature", [0.002, 0.2])  # exp(1 / 0.002) is no number
+def test_a_queue_in_parts_is_a_cross_entropy_over_all_of_it(temperature: float) -> None:
+    make = torch.Generator().manual_seed(0)
+    rows = unit(torch.randn(3000, 5, generator=make).double())  # six parts of 512 anchors
+    anchors, others = (torch.randn(512, 5, generator=make).double().requires_grad_() for _ in range(2))
+    positives = torch.randint(0, 512, (512,), generator=make)
+    losses, gradients, meters = [], [], []
+    for parts in (False, True):
+        a = unit(anchors)
+        logits = (a @ unit(others).T / temperature).scatter(1, (positives[:, None] + 1) % 512, -math.inf)
+        if parts:
+            loss, found = info_nce_with_queue(logits, positives, a, rows, temperature)
+        else:
+            logits = torch.cat([logits, a @ rows.T / temperature], dim=1)
+            loss, found = info_nce(logits, positives), contrast_meters(logits, positives, temperature)
+        losses.append(loss.item())
+        gradients.append(torch.autograd.grad(loss, (anchors, others)))
+        meters.append({name: float(value) for name, value in found.items()})
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-12)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12 / temperature)
+    assert meters[0] == pytest.approx(meters[1], rel=1e-9, abs=1e-12)
 
 
 def test_worked_value() -> None:
