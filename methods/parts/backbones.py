@@ -77,7 +77,7 @@ def _vit(config: BackboneConfig, settings: dict[str, Any]) -> nn.Module:
     if config.depth is not None:
         require(len(config.depth) == 1, "backbone.depth", config.depth, "a ViT has one number of blocks, e.g. 12")
         settings["depth"] = config.depth[0]
-    with torch.device("meta"):
+    with torch.random.fork_rng(devices=[]):  # what is drawn here must not change the weights below
         plain = timm.create_model(config.name, num_classes=0, depth=1)
     settings |= vit_settings(plain, width=config.width, heads=config.heads, registers=config.registers, swiglu=config.swiglu)
     if config.layer_scale is not None:
