@@ -286,27 +286,24 @@ def crop_features(network: nn.Module, views: Views) -> list[Tensor]:
 
 
 def save_memory(network: nn.Module) -> None:
-    """Gradient checkpointing: the blocks of every ViT inside keep only their inputs and are computed again in the backward pass.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    for vit in _vits(network, "train.gradient_checkpointing"):
+    """Gradient checkpointing: the blocks of every ViT inside keep only their inputs and are computed again in the backward pass."""
+    for vit in vits(network, "train.gradient_checkpointing"):
         vit.set_grad_checkpointing(True)
 
 
 def compile_blocks(network: nn.Module, **settings: Any) -> None:
-    """`torch.compile` of the blocks of every ViT inside, in place: names in the state dict do not change.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    for vit in _vits(network, "train.compile"):
+    """`torch.compile` of the blocks of every ViT inside, in place: names in the state dict do not change."""
+    for vit in vits(network, "train.compile"):
         for block in vit.blocks:
             block.compile(**settings)
 
 
-def _vits(network: nn.Module, key: str) -> list[ViT]:
+def vits(network: nn.Module, key: str) -> list[ViT]:
+    """Every ViT inside.
+
+    Raises:
+        ConfigError: there is none, and so `key=True` cannot work.
+    """
     found = [module for module in network.modules() if isinstance(module, ViT)]
     if not found:
         raise ConfigError(f"{key}=True: works on the blocks of a ViT, and this backbone has none; leave it out")
