@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from methods.parts.vit import (
     sincos_table,
     without_drop_path,
 )
+from pipeline.exports import export, load_export
 
 SMALL = {"name": "vit_tiny_patch16_224", "width": 0.125, "depth": (3,), "image_size": 32, "patch_size": 8}
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -316,3 +318,15 @@ def test_sizes_that_are_no_whole_patches_are_refused() -> None:
     for change, key in ((save_memory, "gradient_checkpointing"), (compile_blocks, "compile")):
         with pytest.raises(ConfigError, match=rf"train\.{key}=True: .* this backbone has none"):
             change(nn.Linear(2, 2))
+
+
+def test_an_export_is_the_same_network(tmp_path: Path) -> None:
+    """Position table, registers, SwiGLU and scales come back from the description and the weights."""
+    settings = {"positions": "sincos", "registers": 2, "layer_scale": 0.1, "swiglu": True, "heads": 6}
+    network = vit(**settings)
+    config = BackboneConfig(**{**SMALL, **settings})
+    export(network, config, tmp_path, size=32, mean=(0.5,) * 3, std=(0.2,) * 3, facts={})
+    loaded, spec = load_export(tmp_path)
+    assert isinstance(loaded, ViT) and spec.backbone == config and not loaded.pos_embed.requires_grad
+    for side in (32, 16):
+        torch.testing.assert_close(loaded(images(side)), network(images(side)))
