@@ -226,7 +226,7 @@ def test_first_weights_of_moco_v3() -> None:
 def test_settings_of_the_blocks() -> None:
     network = build_backbone(BackboneConfig(name="vit_small_patch16_224", heads=12, depth=(2,), drop_path=0.2, layer_scale=1e-5))
     assert network.blocks[0].attn.num_heads == 12 and network.embed_dim == 384 and len(network.blocks) == 2
-    assert float(network.blocks[0].ls1.gamma[0]) == pytest.approx(1e-5)
+    assert float(network.blocks[0].ls1.gamma[0].detach()) == pytest.approx(1e-5)
     assert [m.drop_prob for m in network.modules() if isinstance(m, DropPath)][-1] == pytest.approx(0.2)
     teacher = without_drop_path(ema.frozen_copy(network)).train()
     assert torch.equal(teacher(images(224, 2)), teacher(images(224, 2)))
@@ -304,6 +304,29 @@ def test_attention_of_cls_by_hand() -> None:
 def test_settings_that_cannot_work_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_backbone(BackboneConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("deit3_small_patch16_224", True),
+        ("vit_small_patch14_reg4_dinov2", True),
+        ("vit_base_patch16_clip_224", True),
+        ("deit_tiny_distilled_patch16_224", False),
+        ("vit_base_patch16_siglip_224", False),
+        ("vit_small_patch16_18x2_224", False),
+    ],
+)
+def test_other_transformers_of_timm(name: str, plain: bool) -> None:
+    """Plain ones are a `ViT` with timm's features; the others stay as they are."""
+    network = build_backbone(BackboneConfig(name=name, depth=(1,))).eval()
+    assert isinstance(network, ViT) == plain
+    side = 4 * network.patch_embed.patch_size[0]
+    features = network(images(side, 2))
+    assert features.shape == (2, network.num_features)
+    if plain:
+        torch.testing.assert_close(network.tokens(images(side, 2)).cls, features)
+        assert network.cls_attention(images(side, 2)).shape[2] == 16
 
 
 def test_sizes_that_are_no_whole_patches_are_refused() -> None:

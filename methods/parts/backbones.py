@@ -8,7 +8,6 @@ from typing import Any, Literal
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from methods.parts.errors import ConfigError, require
@@ -83,7 +82,7 @@ def _vit(config: BackboneConfig, settings: dict[str, Any]) -> nn.Module:
     if config.layer_scale is not None:
         settings["init_values"] = config.layer_scale
     model: nn.Module = timm.create_model(config.name, pretrained=False, num_classes=0, dynamic_img_size=True, **settings)
-    if type(model) is not VisionTransformer or model.cls_token is None or model.pos_embed is None:
+    if not ViT.fits(model):
         _refuse(config, "is no plain ViT with a CLS token", positions="leave it out", xavier="leave it out")
         return model
     vit = ViT.of(model, config.positions)

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -44,6 +44,13 @@ class ViT(VisionTransformer):  # type: ignore[misc]
     """timm's ViT with a CLS token; `forward` is timm's: `(B, 3, H, W) -> (B, D)`, CLS after the final norm."""
 
     positions: Positions
+
+    @staticmethod
+    def fits(model: Any) -> bool:
+        """Whether it is a plain ViT: a CLS token, a table of positions, blocks of attention and MLP one after the other."""
+        if type(model) is not VisionTransformer or model.cls_token is None or model.pos_embed is None:
+            return False
+        return all(type(block) is Block for block in model.blocks)
 
     @classmethod
     def of(cls, model: VisionTransformer, positions: Positions) -> ViT:
@@ -195,7 +202,8 @@ def vit_settings(plain: VisionTransformer, *, width: float, heads: int | None, r
     from timm.layers import SwiGLUPacked
 
     settings: dict[str, Any] = {}
-    d, own_heads = plain.embed_dim, plain.blocks[0].attn.num_heads
+    d, attention = plain.embed_dim, getattr(plain.blocks[0], "attn", None)
+    own_heads = getattr(attention, "num_heads", 1)
     if heads is not None:
         settings["num_heads"] = heads
     if width != 1:
