@@ -217,6 +217,28 @@ def test_the_keys_follow_before_they_are_made() -> None:
     assert float(out.metrics["positive_cosine"]) == pytest.approx(float((q * k).sum(1).mean()), abs=1e-9)
 
 
+def test_m_of_one_leaves_the_keys_and_no_gradient_reaches_them() -> None:
+    method = method_of(Body(), momentum=1.0)
+    before = copy.deepcopy(method.key.state_dict())
+    method.before_step(progress(3))
+    method(two_views(*torch.randn(2, 8, 6, dtype=torch.float64)), progress(3)).loss.backward()
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in method.key.named_parameters())
+
+
+def test_advice_and_remedies() -> None:
+    short = RunFacts(global_batch_size=8, steps_per_epoch=10, total_steps=100)
+    assert any("method.momentum=0.996" in words for words in method_of(Body(), momentum=0.996).advice(short))
+    assert not list(method_of(Body()).advice(short))
+    assert "method.momentum=0.97," in method_of(Body()).stuck_remedies()
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"momentum": 1.1}, {"projector_layers": 0}, {"projection_dim": 1}])
+def test_settings_that_cannot_work_are_refused(settings: dict) -> None:
+    [(name, value)] = settings.items()
+    with pytest.raises(ConfigError, match=rf"method\.{name}={value}: "):
+        MoCoV3Config(**settings)
+
+
 # ---------------------------------------------------------------------------- vision transformers
 
 
