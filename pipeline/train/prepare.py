@@ -75,13 +75,13 @@ def build_method(config: RunConfig, facts: RunFacts, start_from: Callable[[nn.Mo
         require_whole_patches(backbone, f"views.{name}.size", group.size)
     if config.evaluate.size is not None:
         require_whole_patches(backbone, "evaluate.size", config.evaluate.size)
+    if config.train.gradient_checkpointing:
+        save_memory(backbone)  # and so every copy that the method makes
+    if config.train.compile:
+        vits(backbone, "train.compile")  # they are compiled where they run: pickling drops it
     if start_from is not None:
         start_from(backbone)
     method: Method = entry.method(config.method, backbone, facts)  # type: ignore[call-arg]
-    if config.train.gradient_checkpointing:
-        save_memory(method)
-    if config.train.compile:
-        vits(method, "train.compile")  # they are compiled where they run: pickling drops it
     return method.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
