@@ -72,7 +72,8 @@ def build_method(config: RunConfig, facts: RunFacts, start_from: Callable[[nn.Mo
     torch.manual_seed(config.train.seed)
     backbone = build_backbone(config.backbone)
     for name, group in config.views.items():
-        require_whole_patches(backbone, f"views.{name}.size", group.size)
+        if group.count:
+            require_whole_patches(backbone, f"views.{name}.size", group.size)
     if config.evaluate.size is not None:
         require_whole_patches(backbone, "evaluate.size", config.evaluate.size)
     if config.train.gradient_checkpointing:
