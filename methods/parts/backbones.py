@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import timm
+import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from methods.parts.errors import ConfigError, require
 from methods.parts.selective_kernels import select_kernels
+from methods.parts.vit import Positions, ViT, require_whole_patches, vit_settings, xavier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,17 +23,28 @@ class BackboneConfig:
     name: str = "resnet50"
     # ResNets: imagenet = 7x7 and max-pool, to 1/4 of the side; for small images 3x3: strided or pooled to 1/2, or full size
     stem: Literal["imagenet", "strided", "pooled", "full"] = "imagenet"
-    width: float = 1.0  # ResNets: multiplies the channels of stem and stages; below 1 the stem is three 3x3 convs
+    # multiplies the channels of a ResNet's stem and stages (below 1 the stem is three 3x3 convs) or the width of a ViT
+    width: float = 1.0
     selective_kernels: bool = False  # ResNets with bottlenecks: SimCLR v2's blocks, stem of three 3x3 convs and pooled shortcuts
-    depth: tuple[int, ...] | None = None  # ResNets: blocks per stage; None = the model's own
+    depth: tuple[int, ...] | None = None  # ResNets: blocks per stage; ViTs: one number of blocks; None = the model's own
     drop_path: float = 0.0  # stochastic depth rate
     image_size: int | None = None  # ViTs: side the position table is made for; None = the model's own
     patch_size: int | None = None  # ViTs: None = the model's own
+    heads: int | None = None  # ViTs: attention heads of each block; None = the model's own (MoCo v3's ViT-S: 12)
+    # ViTs: a table that is learned and, on another grid, resized as in timm, or as in DINO; or one that is fixed (MoCo v3)
+    positions: Positions = "learned"
+    registers: int = 0  # ViTs: tokens beside CLS that no patch stands for (arXiv:2309.16588)
+    layer_scale: float | None = None  # ViTs: first value of the learned scale of each branch, e.g. 1e-5; None = without
+    swiglu: bool = False  # ViTs: SwiGLU instead of the MLP in each block (DINOv2's largest)
+    xavier: bool = False  # ViTs: MoCo v3's first weights; False = timm's
     init: str | None = None  # start from these weights: a .safetensors file, a run, or models:/NAME@ALIAS; None = random
 
     def __post_init__(self) -> None:
         require(self.width > 0, "backbone.width", self.width, "use a positive number, e.g. 0.25")
         require(0 <= self.drop_path < 1, "backbone.drop_path", self.drop_path, "use a fraction in [0, 1)")
+        require(self.heads is None or self.heads >= 1, "backbone.heads", self.heads, "use 1 or more, or leave it out")
+        require(self.registers >= 0, "backbone.registers", self.registers, "use 0 or more")
+        require(self.layer_scale is None or self.layer_scale > 0, "backbone.layer_scale", self.layer_scale, "use a positive number")
 
 
 def build_backbone(config: BackboneConfig) -> nn.Module:
@@ -43,6 +57,46 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
         ConfigError: an unknown name, or a setting that this architecture does not have.
     """
     settings: dict[str, Any] = {"drop_path_rate": config.drop_path} if config.drop_path else {}
+    if config.image_size is not None:
+        settings["img_size"] = config.image_size
+    if config.patch_size is not None:
+        settings["patch_size"] = config.patch_size
+    try:
+        if timm.models.is_model_in_modules(config.name, ["vision_transformer", "deit"]):
+            return _vit(config, settings)
+        return _other(config, settings)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        close = timm.list_models(f"*{config.name[:5]}*")[:5]
+        near = f"near names: {', '.join(close)}" if close else "timm.list_models() has the names"
+        raise ConfigError(f"backbone.name={config.name}: timm cannot build it ({error}); {near}") from None
+
+
+def _vit(config: BackboneConfig, settings: dict[str, Any]) -> nn.Module:
+    _refuse(config, "has no ResNet stem", stem="use imagenet (for a ViT set backbone.patch_size)")
+    _refuse(config, "is a ViT", selective_kernels="leave it out")
+    if config.depth is not None:
+        require(len(config.depth) == 1, "backbone.depth", config.depth, "a ViT has one number of blocks, e.g. 12")
+        settings["depth"] = config.depth[0]
+    with torch.device("meta"):
+        plain = timm.create_model(config.name, num_classes=0, depth=1)
+    settings |= vit_settings(plain, width=config.width, heads=config.heads, registers=config.registers, swiglu=config.swiglu)
+    if config.layer_scale is not None:
+        settings["init_values"] = config.layer_scale
+    model: nn.Module = timm.create_model(config.name, pretrained=False, num_classes=0, dynamic_img_size=True, **settings)
+    if type(model) is not VisionTransformer or model.cls_token is None or model.pos_embed is None:
+        _refuse(config, "is no plain ViT with a CLS token", positions="leave it out", xavier="leave it out")
+        return model
+    vit = ViT.of(model, config.positions)
+    if config.image_size is not None:
+        require_whole_patches(vit, "backbone.image_size", config.image_size)
+    if config.xavier:
+        xavier(vit)
+    return vit
+
+
+def _other(config: BackboneConfig, settings: dict[str, Any]) -> nn.Module:
+    only = ("heads", "positions", "registers", "layer_scale", "swiglu", "xavier")
+    _refuse(config, "is no ViT", **dict.fromkeys(only, "leave it out, or use a ViT, e.g. vit_small_patch16_224"))
     if config.width != 1 or config.selective_kernels:
         stages = (64, 128, 256, 512)
         settings["channels"] = tuple(max(8, round(c * config.width / 8) * 8) for c in stages)
@@ -50,16 +104,7 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
         settings |= {"avg_down": True} if config.selective_kernels else {}
     if config.depth is not None:
         settings["layers"] = config.depth
-    if config.image_size is not None:
-        settings["img_size"] = config.image_size
-    if config.patch_size is not None:
-        settings["patch_size"] = config.patch_size
-    try:
-        backbone: nn.Module = timm.create_model(config.name, pretrained=False, num_classes=0, **settings)
-    except (RuntimeError, TypeError) as error:
-        close = timm.list_models(f"*{config.name[:5]}*")[:5]
-        near = f"near names: {', '.join(close)}" if close else "timm.list_models() has the names"
-        raise ConfigError(f"backbone.name={config.name}: timm cannot build it ({error}); {near}") from None
+    backbone: nn.Module = timm.create_model(config.name, pretrained=False, num_classes=0, **settings)
     if config.selective_kernels:
         select_kernels(backbone)
     elif config.width > 1:  # timm widens a stem of three convolutions only
@@ -70,6 +115,14 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
         if isinstance(module, nn.Conv2d) and max(module.stride) > 1:
             module.register_forward_pre_hook(_fill_up_tiny_map)
     return backbone
+
+
+def _refuse(config: BackboneConfig, why: str, **remedies: str) -> None:
+    """Settings that this kind of backbone does not have must be left at their defaults."""
+    defaults = {f.name: f.default for f in fields(config)}
+    for name, remedy in remedies.items():
+        value = getattr(config, name)
+        require(value == defaults[name], f"backbone.{name}", value, f"{config.name} {why}; {remedy}")
 
 
 def _fill_up_tiny_map(conv: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

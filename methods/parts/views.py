@@ -99,7 +99,7 @@ class Views:
     @property
     def crops(self) -> list[Tensor]:
         """Every crop, each `(B, 3, H, W)`, in the declared order."""
-        return [crop for name, stack in self.stacks.items() for crop in stack.chunk(self.counts[name]) if self.counts[name]]
+        return [crop for name, stack in self.stacks.items() if self.counts[name] for crop in stack.chunk(self.counts[name])]
 
     def without(self, group: str) -> Views:
         """The same images without the crops of one group, which may be absent."""

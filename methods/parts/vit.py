@@ -1,0 +1,313 @@
+"""Vision transformers: timm's, with what self-supervised methods ask of them. State-dict names stay timm's own.
+
+`ViT` is timm's `VisionTransformer` with further methods and no further state. `build_backbone` gives it for every such
+name, made for images of any size that is a multiple of the patch. With p the patch size, the image is cut into N = h w
+patches, h = H / p; x = [CLS, registers, patches] + positions goes through the blocks and the final LayerNorm:
+
+    patch_embed -> masked patches become the mask token -> + positions -> only the kept patches -> blocks -> norm
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from methods.parts.errors import ConfigError
+from methods.parts.numerics import promote
+from methods.parts.views import Views
+
+# learned: bicubic with antialiasing to the size of the grid (timm, DINOv2's models with registers)
+# learned-offset: bicubic without, scale (h + 0.1) / M (DINO, iBOT, the other models of DINOv2)
+# sincos: a table that is computed and stays (MoCo v3)
+Positions = Literal["learned", "learned-offset", "sincos"]
+N = TypeVar("N", bound=nn.Module)
+
+
+@dataclass
+class Tokens:
+    """A ViT's outputs after the final norm."""
+
+    cls: Tensor  # (B, D)
+    registers: Tensor  # (B, R, D)
+    patches: Tensor  # (B, N, D), row by row; of the kept patches, in the order of `keep`
+
+
+class ViT(VisionTransformer):  # type: ignore[misc]
+    """timm's ViT with a CLS token; `forward` is timm's: `(B, 3, H, W) -> (B, D)`, CLS after the final norm."""
+
+    positions: Positions
+
+    @classmethod
+    def of(cls, model: VisionTransformer, positions: Positions) -> ViT:
+        """The same model under this class, for images of any size that is a multiple of the patch."""
+        model.__class__ = cls
+        model.positions = positions
+        if positions == "sincos":
+            h, w = model.patch_embed.grid_size
+            table = sincos_table(h, w, model.embed_dim)
+            prefix = torch.zeros(model.pos_embed.shape[1] - len(table), model.embed_dim)  # CLS has no position
+            model.pos_embed = nn.Parameter(torch.cat([prefix, table])[None], requires_grad=False)
+        assert isinstance(model, cls)
+        return model
+
+    # ------------------------------------------------------------------------ tokens
+
+    def tokens(
+        self, images: Tensor, *, keep: Tensor | None = None, masked: Tensor | None = None, mask_token: Tensor | None = None
+    ) -> Tokens:
+        """CLS, registers and patches after the final norm.
+
+        Args:
+            images: `(B, 3, H, W)`, both sides multiples of the patch size.
+            keep: indices of the patches that go through the blocks, `(B, n)` int64, row by row; None = all.
+            masked: patches whose content is replaced by the mask token, `(B, N)` bool; they keep their position.
+            mask_token: `(D)`, learned, see `new_mask_token`; needed with `masked`.
+
+        Raises:
+            ConfigError: a side that is not a multiple of the patch size.
+        """
+        x = self.through_blocks(self.embed(images, keep=keep, masked=masked, mask_token=mask_token))
+        return self.split(self.norm(x))
+
+    def embed(
+        self, images: Tensor, *, keep: Tensor | None = None, masked: Tensor | None = None, mask_token: Tensor | None = None
+    ) -> Tensor:
+        """What enters the first block: `(B, 3, H, W) -> (B, 1 + R + n, D)`; arguments as those of `tokens`."""
+        for side in images.shape[-2:]:
+            require_whole_patches(self, "views.size", side)
+        x = self.patch_embed(images)  # (B, h, w, D)
+        if masked is not None:
+            assert mask_token is not None
+            x = torch.where(masked.view(*x.shape[:3], 1), mask_token.to(x.dtype), x)
+        x = self._pos_embed(x)
+        if keep is not None:
+            first = self.num_prefix_tokens
+            patches = x[:, first:].gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
+            x = torch.cat([x[:, :first], patches], dim=1)
+        return self.norm_pre(x)  # type: ignore[no-any-return]
+
+    def through_blocks(self, x: Tensor) -> Tensor:
+        """All blocks, without the final norm: `(B, T, D) -> (B, T, D)`."""
+        again = self.grad_checkpointing and torch.is_grad_enabled()
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
+        return x
+
+    def split(self, x: Tensor) -> Tokens:
+        """`(B, 1 + R + n, D)` by kind."""
+        first = self.num_prefix_tokens
+        return Tokens(cls=x[:, 0], registers=x[:, 1:first], patches=x[:, first:])
+
+    def layers(self, images: Tensor, last: int) -> list[Tokens]:
+        """Outputs of the last blocks, the final norm applied to each: `last` of them, the deepest at the end."""
+        x, outputs = self.embed(images), []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i >= len(self.blocks) - last:
+                outputs.append(self.split(self.norm(x)))
+        return outputs
+
+    def cls_attention(self, images: Tensor) -> Tensor:
+        """How much the CLS token of the last block looks at each patch: `(B, 3, H, W) -> (B, heads, N)`.
+
+        softmax(q_CLS k^T / sqrt(d)) over all tokens; the columns of CLS and registers are left out.
+        """
+        x = self.embed(images)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        last = self.blocks[-1]
+        attention = last.attn
+        b, t, _ = x.shape
+        qkv = attention.qkv(last.norm1(x)).view(b, t, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = attention.q_norm(qkv[0, :, :, :1]), attention.k_norm(qkv[1])
+        weights = (promote(q) @ promote(k).transpose(-2, -1) * attention.scale).softmax(dim=-1)  # (B, heads, 1, T)
+        return weights[:, :, 0, self.num_prefix_tokens :]  # type: ignore[no-any-return]
+
+    # ------------------------------------------------------------------------ positions
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """timm's hook, also of its own forward: prefix tokens and positions, `(B, h, w, D) -> (B, 1 + R + h w, D)`."""
+        b, h, w, d = x.shape
+        tokens = [self.cls_token] if self.reg_token is None else [self.cls_token, self.reg_token]
+        prefix = torch.cat([token.expand(b, -1, -1) for token in tokens], dim=1)
+        x, table = x.reshape(b, h * w, d), self.position_table(h, w)
+        if self.no_embed_class:
+            return self.pos_drop(torch.cat([prefix, x + table], dim=1))  # type: ignore[no-any-return]
+        return self.pos_drop(torch.cat([prefix, x], dim=1) + table)  # type: ignore[no-any-return]
+
+    def position_table(self, h: int, w: int) -> Tensor:
+        """Positions of h x w patches, behind those of the prefix tokens if they have any: `(1, P + h w, D)`."""
+        rows, columns = self.patch_embed.grid_size
+        if (h, w) == (rows, columns):
+            return self.pos_embed  # type: ignore[no-any-return]
+        first = self.pos_embed.shape[1] - rows * columns
+        grid = self.pos_embed[:, first:].unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+        resized = resize_grid(grid, h, w, offset=0.1 if self.positions == "learned-offset" else 0.0)
+        return torch.cat([self.pos_embed[:, :first], resized.flatten(2).transpose(1, 2)], dim=1)
+
+
+def resize_grid(grid: Tensor, h: int, w: int, *, offset: float) -> Tensor:
+    """A table of positions on another grid: `(1, D, M, M') -> (1, D, h, w)`, bicubic.
+
+    With an offset, pixel i of the result is read at (i + 1/2) M / (h + offset) - 1/2, without antialiasing; without one, at
+    (i + 1/2) M / h - 1/2, with antialiasing.
+    """
+    grid = promote(grid)
+    if not offset:
+        return F.interpolate(grid, size=(h, w), mode="bicubic", antialias=True)
+    scales = ((h + offset) / grid.shape[-2], (w + offset) / grid.shape[-1])
+    return F.interpolate(grid, scale_factor=scales, mode="bicubic", recompute_scale_factor=False)
+
+
+def sincos_table(h: int, w: int, d: int) -> Tensor:
+    """Fixed positions of MoCo v3: `(h w, D)`, row by row.
+
+    Patch (a, b) has [sin a omega, cos a omega, sin b omega, cos b omega], omega_i = 10000^(-i / (D/4)), i < D/4; a is its row.
+    """
+    if d % 4:
+        raise ConfigError(f"backbone.positions=sincos: the width {d} is not a multiple of 4; use another backbone.width, or learned")
+    omega = 10000.0 ** (-torch.arange(d // 4, dtype=torch.float64) / (d // 4))
+    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    a, b = rows.flatten()[:, None] * omega, columns.flatten()[:, None] * omega  # (h w, D/4)
+    return torch.cat([a.sin(), a.cos(), b.sin(), b.cos()], dim=1).float()
+
+
+# ---------------------------------------------------------------------------- making them
+
+
+def vit_settings(plain: VisionTransformer, *, width: float, heads: int | None, registers: int, swiglu: bool) -> dict[str, Any]:
+    """timm's arguments for a ViT of another width, number of heads or registers, or with SwiGLU blocks.
+
+    SwiGLU is W3(silu(x W1) * (x W2)) with (8 D / 3, up to a multiple of 8) hidden features: as many weights as 4 D have.
+
+    Args:
+        plain: the model as it is without these settings.
+        width: multiplies D, which stays a multiple of the heads and of 4.
+    """
+    from timm.layers import SwiGLUPacked
+
+    settings: dict[str, Any] = {}
+    d, own_heads = plain.embed_dim, plain.blocks[0].attn.num_heads
+    if heads is not None:
+        settings["num_heads"] = heads
+    if width != 1:
+        unit = math.lcm(heads or own_heads, 4)
+        d = settings["embed_dim"] = max(unit, round(d * width / unit) * unit)
+    if d % (heads or own_heads):
+        raise ConfigError(f"backbone.heads={heads}: does not divide the width {d}; use {math.gcd(d, heads or own_heads)}")
+    if registers:
+        settings |= {"reg_tokens": registers, "no_embed_class": True}  # neither registers nor CLS have a position
+    if swiglu:
+        hidden = (int(4 * d * 2 / 3) + 7) // 8 * 8
+        settings |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU, "mlp_ratio": (2 * hidden + 0.5) / d}  # W1 and W2 in one
+    return settings
+
+
+@torch.no_grad()
+def xavier(model: VisionTransformer) -> None:
+    """MoCo v3's initialisation: uniform in +-sqrt(6 / (in + out)); q, k, v and the patch projection as a Linear each; biases 0."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            parts = 3 if name.endswith("qkv") else 1
+            bound = math.sqrt(6 / (module.out_features // parts + module.in_features))
+            nn.init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    projection = model.patch_embed.proj
+    bound = math.sqrt(6 / (projection.weight[0].numel() + projection.out_channels))
+    nn.init.uniform_(projection.weight, -bound, bound)
+    if projection.bias is not None:
+        nn.init.zeros_(projection.bias)
+
+
+def new_mask_token(backbone: ViT) -> nn.Parameter:
+    """A learned stand-in for masked patches, `(D)`, zeros at first. It belongs to the method: the backbone has timm's names only."""
+    return nn.Parameter(torch.zeros(backbone.embed_dim))
+
+
+def freeze_patch_projection(backbone: nn.Module) -> None:
+    """Keep the projection of the patches as it is (MoCo v3 sec. 4.2); a backbone without one is left alone."""
+    if isinstance(backbone, ViT):
+        backbone.patch_embed.proj.requires_grad_(False)
+
+
+def without_drop_path(network: N) -> N:
+    """No stochastic depth in place, e.g. in a teacher that was copied from the student."""
+    for module in network.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
+    return network
+
+
+def require_vit(backbone: nn.Module, method: str) -> ViT:
+    """The backbone as a `ViT`.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not isinstance(backbone, ViT):
+        kind = type(backbone).__name__
+        raise ConfigError(f"backbone.name: {method} works on patches and cannot use a {kind}; use a ViT, e.g. vit_small_patch16_224")
+    return backbone
+
+
+def require_whole_patches(backbone: nn.Module, key: str, size: int) -> None:
+    """Images of `size` pixels must be cut into whole patches; a backbone without patches takes any size.
+
+    Raises:
+        ConfigError: `key=size` is not a multiple of the patch size.
+    """
+    if not isinstance(backbone, ViT):
+        return
+    patch = int(backbone.patch_embed.patch_size[0])
+    if size % patch:
+        low = size // patch * patch
+        near = f"{low} or {low + patch}" if low else str(patch)
+        raise ConfigError(f"{key}={size}: not a multiple of the backbone's patches of {patch} pixels; use {near}")
+
+
+# ---------------------------------------------------------------------------- running them
+
+
+def crop_features(network: nn.Module, views: Views) -> list[Tensor]:
+    """Features of every crop, each `(B, D)`, in the declared order; one forward for each run of crops of the same size."""
+    features: list[Tensor] = []
+    for stack in views.by_resolution():
+        features += network(stack).chunk(len(stack) // len(views.image_ids))
+    return features
+
+
+def save_memory(network: nn.Module) -> None:
+    """Gradient checkpointing: the blocks of every ViT inside keep only their inputs and are computed again in the backward pass.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for vit in _vits(network, "train.gradient_checkpointing"):
+        vit.set_grad_checkpointing(True)
+
+
+def compile_blocks(network: nn.Module, **settings: Any) -> None:
+    """`torch.compile` of the blocks of every ViT inside, in place: names in the state dict do not change.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for vit in _vits(network, "train.compile"):
+        for block in vit.blocks:
+            block.compile(**settings)
+
+
+def _vits(network: nn.Module, key: str) -> list[ViT]:
+    found = [module for module in network.modules() if isinstance(module, ViT)]
+    if not found:
+        raise ConfigError(f"{key}=True: works on the blocks of a ViT, and this backbone has none; leave it out")
+    return found
