@@ -19,7 +19,8 @@ Departs:
     nothing (the original has no micro-batches).
     Half types are left behind before the prototypes (the original's scores are fp16 under autocast): at tau_t = 0.04 their
     rounding would shift the exponents by 0.05.
-    The teacher has neither drop-out nor stochastic depth whatever the backbone's settings, as in the original.
+    ViTs begin with timm's weights, whose CLS token is near 0 (the original draws it at 0.02), and resize their positions for
+    the local crops with antialiasing (`backbone.positions=learned-offset`: as the original does).
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ from methods.parts.numerics import embedding_std, entropy, full_precision, l2_no
 from methods.parts.schedules import cosine, linear_by_epoch
 from methods.parts.soft_targets import cross_entropy_sum
 from methods.parts.views import CropGroup, Views, ViewsConfig
+from methods.parts.vit import crop_features, without_drop_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ class DINOConfig(MethodConfig):
     teacher_targets: Literal["centering", "sinkhorn"] = "centering"  # sinkhorn wants a global batch of 256 or more
     sinkhorn_iterations: int = 3
     # K; the original's out_dim
-    num_prototypes: int = searchable(65536, SearchRange(scale="choice", choices=(512, 1024, 4096, 16384, 65536), reason="more for more data"))
+    num_prototypes: int = searchable(65536, SearchRange(scale="choice", choices=(512, 1024, 4096, 65536), reason="more for more data"))
     unit_prototypes: bool = True  # the original's norm_last_layer; False is better for ViT-S, less stable for larger ones
     freeze_prototypes_epochs: float = 1.0  # prototypes wait for so long, weight decay too; longer where the loss does not fall
     projector_layers: int = 3
@@ -114,7 +116,7 @@ class DINO(Method):
             batch_norm=config.projector_batch_norm,
             unit_prototypes=config.unit_prototypes,
         )
-        self.teacher = ema.teacher_copy(self.student())
+        self.teacher = without_drop_path(ema.frozen_copy(self.student()))
         self.center = Center(config.num_prototypes, config.center_momentum)
         self.frozen_steps = round(config.freeze_prototypes_epochs * facts.steps_per_epoch)
         if config.teacher_targets == "sinkhorn":
@@ -135,9 +137,9 @@ class DINO(Method):
         batch = len(views.image_ids)
         large = [i for name, crops in views.groups.items() if name != "local" for i in crops]
         with torch.no_grad():
-            h = encode(self.teacher.get_submodule("backbone"), views.without("local"))  # (G B, D)
+            h = torch.cat(crop_features(self.teacher.get_submodule("backbone"), views.without("local")))  # (G B, D)
             t = self.teacher.get_submodule("head")(h)  # (G B, K)
-        s = self.head(encode(self.backbone, views))  # (V B, K)
+        s = self.head(torch.cat(crop_features(self.backbone, views)))  # (V B, K), crop by crop
         with full_precision(s):
             q = self.targets(t, progress)
             codes = dict(zip(large, q.split(batch), strict=True))
@@ -217,8 +219,8 @@ class DINO(Method):
         c = self.config
         faster = "method.momentum=0.99, " if c.momentum > 0.99 else ""
         return (
-            f"try method.teacher_temperature={c.teacher_temperature / 2:g}, {faster}method.num_prototypes={max(2, c.num_prototypes // 4)}, "
-            f"a lower optim.base_lr, method.freeze_prototypes_epochs={c.freeze_prototypes_epochs + 1:g}, or a larger train.global_batch_size"
+            f"try method.teacher_temperature={c.teacher_temperature / 2:g}, {faster}"
+            f"method.num_prototypes={max(2, c.num_prototypes // 4)}, a lower optim.base_lr, method.freeze_prototypes_epochs={c.freeze_prototypes_epochs + 1:g}, or a larger train.global_batch_size"
         )
 
     def advice(self, facts: RunFacts) -> Iterable[str]:
@@ -231,17 +233,13 @@ class DINO(Method):
             )
         if c.momentum < 1 and steps * (1 - c.momentum) < 3:
             yield (
-                f"method.momentum={c.momentum:g} averages over {1 / (1 - c.momentum):.0f} steps, and the run has {steps}: the teacher hardly "
-                f"moves; use {max(0.9, round(1 - 10 / steps, 3)):g} or less"
+                f"method.momentum={c.momentum:g} averages over {1 / (1 - c.momentum):.0f} steps, and the run has {steps}: the teacher "
+                f"hardly moves; use {max(0.9, round(1 - 10 / steps, 3)):g} or less"
             )
         if c.teacher_targets == "sinkhorn" and batch < 256:
-            yield f"method.teacher_targets=sinkhorn balances {batch} images, too few; use centering, or a train.global_batch_size of 256 or more"
+            remedy = "use centering, or a train.global_batch_size of 256 or more"
+            yield f"method.teacher_targets=sinkhorn balances {batch} images, too few; {remedy}"
         if facts.num_images is not None and c.num_prototypes > facts.num_images:
             yield f"method.num_prototypes={c.num_prototypes} for {facts.num_images} images; use {max(2, facts.num_images // 4)} or fewer"
         if self.frozen_steps >= steps:
             yield f"method.freeze_prototypes_epochs={c.freeze_prototypes_epochs:g} is the whole run: the prototypes never learn"
-
-
-def encode(backbone: nn.Module, views: Views) -> Tensor:
-    """Features of every crop, `(V B, D)`, crop-major: one pass of the backbone for each resolution."""
-    return torch.cat([backbone(stack) for stack in views.by_resolution()])

@@ -21,6 +21,7 @@ from pipeline.train.prepare import build_method
 
 SMALL = [entry.name for entry in entries() if entry.name.endswith("-small")]
 BATCH = 16
+TINY = BackboneConfig(name="resnet18", width=0.125, stem="strided")
 
 
 def built(recipe: str) -> tuple[Method, Views]:
@@ -28,7 +29,7 @@ def built(recipe: str) -> tuple[Method, Views]:
     config = load_recipe(recipe)
     torch.manual_seed(0)
     facts = RunFacts(global_batch_size=BATCH, steps_per_epoch=4, total_steps=400, num_images=16 * BATCH)
-    backbone = build_backbone(BackboneConfig(name="resnet18", width=0.125, stem="strided"))
+    backbone = build_backbone(TINY)
     method = find(config.method).method(config.method, backbone, facts)
     counts = {name: group.count for name, group in config.views.items()}
     sides = {name: max(8, group.size * 32 // config.evaluation_size) for name, group in config.views.items()}  # at most 32
@@ -118,7 +119,7 @@ def test_parameter_groups_hold_every_trained_parameter_once(recipe: str) -> None
 
 @pytest.mark.parametrize("recipe", SMALL)
 def test_micro_batches_are_refused_with_a_remedy_where_the_loss_needs_the_whole_batch(recipe: str) -> None:
-    config = override(load_recipe(recipe), {"train.accumulation_steps": 2, "backbone.width": 0.125})
+    config = replace(override(load_recipe(recipe), {"train.accumulation_steps": 2}), backbone=TINY)
     kind = find(config.method).method
     facts = RunFacts(global_batch_size=BATCH, steps_per_epoch=4, total_steps=400, num_images=16 * BATCH)
     if kind.accumulation == "exact":
@@ -144,7 +145,7 @@ def test_weights_that_a_run_starts_from_reach_every_copy_of_the_backbone(recipe:
             for p in backbone.parameters():
                 p.fill_(0.125)
 
-    config = override(load_recipe(recipe), {"backbone.width": 0.125, "backbone.stem": "strided"})
+    config = replace(load_recipe(recipe), backbone=TINY)
     facts = RunFacts(global_batch_size=config.train.global_batch_size, steps_per_epoch=4, total_steps=400, num_images=1000, num_ids=1000)
     method = build_method(config, facts, start_from)
     first_layers = [p for name, p in method.named_parameters() if name.endswith("conv1.0.weight")]

@@ -46,7 +46,7 @@ class DINOHead(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        self.prototypes = weight_norm(nn.Linear(bottleneck, num_prototypes, bias=False))
+        self.prototypes: nn.Module = weight_norm(nn.Linear(bottleneck, num_prototypes, bias=False))
         with torch.no_grad():
             self.lengths.fill_(1.0)
         self.lengths.requires_grad_(not unit_prototypes)

@@ -6,7 +6,6 @@ import copy
 from typing import TypeVar
 
 import torch
-from timm.layers import DropPath
 from torch import nn
 
 N = TypeVar("N", bound=nn.Module)
@@ -15,17 +14,6 @@ N = TypeVar("N", bound=nn.Module)
 def frozen_copy(network: N) -> N:
     """A copy without gradients, to be held beside the network and moved by `update`. Batch norm keeps its own statistics."""
     return copy.deepcopy(network).requires_grad_(False)
-
-
-def teacher_copy(network: N) -> N:
-    """A frozen copy that is never disturbed: without drop-out and stochastic depth, in training mode too."""
-    teacher = frozen_copy(network)
-    for module in teacher.modules():
-        if isinstance(module, DropPath):
-            module.drop_prob = 0.0
-        elif isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return teacher
 
 
 @torch.no_grad()

@@ -96,10 +96,9 @@ def of_scores(student: Tensor, teacher: Tensor, large: int, batch: int, **settin
     method.teacher = nn.Sequential()
     method.teacher.add_module("backbone", Given(teacher))
     method.teacher.add_module("head", nn.Identity())
+    stacks = {"global": student[: large * batch], "local": student[large * batch :]}
     counts = {"global": large, "local": len(student) // batch - large}
-    ids = torch.arange(batch)
-    return method, Views(stacks=dict(zip(counts, student.split([large * batch, len(student) - large * batch]), strict=True)), counts=counts,
-                         image_ids=ids, labels=ids)  # fmt: skip
+    return method, Views(stacks=stacks, counts=counts, image_ids=torch.arange(batch), labels=torch.arange(batch))
 
 
 # ---------------------------------------------------------------------------- the head
@@ -586,7 +585,9 @@ def test_advice(settings: dict[str, Any], words: str) -> None:
     assert list(dino(facts=facts, momentum=0.7).advice(facts)) == []
 
 
-@pytest.mark.parametrize("settings", [{"teacher_temperature": 0.0}, {"momentum": 1.5}, {"num_prototypes": 1}, {"freeze_prototypes_epochs": -1.0}])
+@pytest.mark.parametrize(
+    "settings", [{"teacher_temperature": 0.0}, {"momentum": 1.5}, {"num_prototypes": 1}, {"freeze_prototypes_epochs": -1.0}]
+)
 def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
     (key,) = settings
     with pytest.raises(ConfigError, match=f"method.{key}="):
