@@ -220,7 +220,8 @@ class DINO(Method):
         faster = "method.momentum=0.99, " if c.momentum > 0.99 else ""
         return (
             f"try method.teacher_temperature={c.teacher_temperature / 2:g}, {faster}"
-            f"method.num_prototypes={max(2, c.num_prototypes // 4)}, a lower optim.base_lr, method.freeze_prototypes_epochs={c.freeze_prototypes_epochs + 1:g}, or a larger train.global_batch_size"
+            f"method.num_prototypes={max(2, c.num_prototypes // 4)}, a lower optim.base_lr, "
+            f"method.freeze_prototypes_epochs={c.freeze_prototypes_epochs + 1:g}, or a larger train.global_batch_size"
         )
 
     def advice(self, facts: RunFacts) -> Iterable[str]:
