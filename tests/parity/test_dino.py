@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.dino import DINO, DINOConfig
+from methods.parts.backbones import BackboneConfig, build_backbone
 from methods.parts.centering import Center
 from methods.parts.contract import Progress, RunFacts
 from methods.parts.dino_head import DINOHead
@@ -539,6 +540,35 @@ def test_a_resumed_run_goes_on_bit_for_bit() -> None:
     for step in range(4, 7):
         assert advance(again, other, [images(step)], step) == advance(method, optimizer, [images(step)], step)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in method.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
+def test_a_step_of_a_vit_and_of_a_resnet_is_that_of_each_crop_by_itself(name: str) -> None:
+    """Scores of all crops at once against one crop at a time, in evaluation mode; the teacher takes the global ones only."""
+    vit = {"image_size": 16, "patch_size": 4, "depth": (2,), "drop_path": 0.5}
+    config = BackboneConfig(name=name, width=0.25, **(vit if name.startswith("vit") else {"stem": "strided"}))
+    method = dino(build_backbone(config)).eval()
+    sides = {"global": (2, 16), "local": (3, 8)}
+    stacks = {n: torch.randn(4 * count, 3, side, side, dtype=torch.float64) for n, (count, side) in sides.items()}
+    ids = torch.arange(4)
+    views = Views(stacks=stacks, counts={"global": 2, "local": 3}, image_ids=ids, labels=ids)
+    q = [torch.softmax(method.teacher(x) / 0.04, dim=1) for x in views.crops[:2]]
+    p = [torch.log_softmax(method.student()(x) / 0.1, dim=1) for x in views.crops]
+    want = sum(-(q[g] * p[v]).sum(1).mean() for g in range(2) for v in range(5) if v != g) / 8
+    torch.testing.assert_close(method(views, progress()).loss, want, rtol=0, atol=1e-10)
+
+
+def test_the_teacher_drops_no_paths() -> None:
+    vit = BackboneConfig(name="vit_tiny_patch16_224", width=0.25, image_size=16, patch_size=4, depth=(3,), drop_path=0.5)
+    method = dino(build_backbone(vit)).train()
+    images_ = torch.randn(6, 3, 16, 16, dtype=torch.float64)
+    assert torch.equal(method.teacher(images_), method.teacher(images_))
+    assert not torch.equal(method.student()(images_), method.student()(images_))
+    matrices, vectors, _ = method.param_groups()
+    names = {id(p): name for name, p in method.named_parameters()}
+    decays = {names[id(p)] for p in matrices.params}
+    assert {"backbone.cls_token", "backbone.pos_embed", "backbone.patch_embed.proj.weight"} <= decays
+    assert {"backbone.norm.weight", "backbone.blocks.0.norm1.weight"} <= {names[id(p)] for p in vectors.params}
 
 
 # ---------------------------------------------------------------------------- meters, advice
