@@ -29,7 +29,7 @@ def vits16() -> RunConfig:
             base_lr=5e-4,
             lr_rule="linear",
             warmup_epochs=10,
-            final_lr=5e-7,  # 1e-6 at batch 512
+            final_lr=5e-7,  # 1e-6 at batch 512, where the rates are doubled
             weight_decay=0.04,
             final_weight_decay=0.4,
             clip_norm=3.0,
@@ -58,7 +58,7 @@ def vitb16() -> RunConfig:
         views=views | {"local": replace(views["local"], count=10)},
         backbone=replace(small.backbone, name="vit_base_patch16_224"),
         method=replace(small.method, unit_prototypes=True),  # type: ignore[call-arg]
-        optim=replace(small.optim, clip_norm=0.3, final_lr=2.5e-7),  # larger ViTs want less; 1e-6 at batch 1024
+        optim=replace(small.optim, clip_norm=0.3, final_lr=2.5e-7),  # larger ViTs want a smaller norm
         train=replace(small.train, global_batch_size=1024, epochs=400),
     )
 

@@ -24,8 +24,10 @@ from methods.parts.errors import ConfigError
 from methods.parts.norms import synchronized
 from methods.parts.schedules import cosine, linear_by_epoch, warmup_cosine
 from methods.parts.views import Views
-from pipeline.config import OptimConfig, Resolved
+from pipeline.config import OptimConfig, Resolved, override, resolve
+from pipeline.recipes import load_recipe
 from pipeline.train.optim import build_optimizer, prepare_step
+from pipeline.train.prepare import build_method
 from tests.parity.common import EXACT, SINGLE, Same, in_processes
 from tests.parity.test_swav import literal_sinkhorn
 
@@ -307,6 +309,27 @@ def test_sinkhorn_targets_equal_those_of_the_original_dinov2(golden) -> None:
 
 def test_settings_decide_whether_micro_batches_are_exact() -> None:
     assert dino().accumulation == "exact" and dino(teacher_targets="sinkhorn").accumulation == "refuse"
+    halves = override(load_recipe("dino-small"), {"train.accumulation_steps": 2})
+    assert build_method(halves, FACTS).accumulation == "exact"
+    with pytest.raises(ConfigError, match=r"accumulation_steps=2: dino needs the whole batch at once; use 1 \(method.teacher_targets=cent"):
+        build_method(override(halves, {"method.teacher_targets": "sinkhorn"}), FACTS)
+
+
+def test_paper_settings() -> None:
+    """Rates at the recipes' batches, decay, clipping and crops."""
+    for name, lr, batch, crops, clip in (
+        ("dino-vits16", 1e-3, 512, 10, 3.0),
+        ("dino-vitb16", 2e-3, 1024, 12, 0.3),
+        ("dino-resnet50", 0.06, 512, 10, 3.0),
+    ):
+        config = load_recipe(name)
+        numbers = resolve(config, 1_281_167)
+        assert numbers.lr == pytest.approx(lr) and numbers.final_lr == pytest.approx(1e-6)
+        assert numbers.weight_decays == (None if name == "dino-resnet50" else (0.04, 0.4))
+        assert (config.train.global_batch_size, config.optim.clip_norm, config.optim.clip_scope) == (batch, clip, "tensor")
+        assert sum(group.count for group in config.views.values()) == crops
+        assert (config.method.num_prototypes, config.method.temperature, config.method.momentum) == (65536, 0.1, 0.996)
+    assert load_recipe("dino-resnet50").optim.weight_decay == 1e-4
 
 
 # ---------------------------------------------------------------------------- schedules
