@@ -99,6 +99,8 @@ class TrainConfig:
     first_epoch: tyro.conf.Suppress[int] = 0  # passes that an earlier phase has behind it; `continue` sets it
     precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 autocast where the device is faster with it
     threads: int | None = None  # torch threads of a worker; None = its share of the machine's cores, alone all but one
+    gradient_checkpointing: bool = False  # ViTs: blocks keep their inputs only and are computed again in the backward pass
+    compile: bool = False  # ViTs: torch.compile of the blocks; needs a C++ compiler, pays off in long runs on a GPU
     deterministic: bool = False  # bit-identical after a resume; pins the thread count
     checkpoint_every: int | None = None  # steps; None = once an epoch, at least every 500 steps
     keep_every: int | None = None  # also keep the checkpoint of every n-th step

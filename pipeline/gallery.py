@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from methods.parts.errors import ConfigError
-from pipeline import cluster_figures, figures
+from methods.parts.vit import ViT
+from pipeline import attention_figure, cluster_figures, figures
 from pipeline.config import RunConfig
 from pipeline.evaluate.clusters import Clusters
 from pipeline.evaluate.features import extract
@@ -63,7 +64,7 @@ def views_sheet(config: RunConfig, manifest: Manifest, path: Path, *, images: in
 def run_figures(
     ready: Prepared, folder: RunFolder, backbone: nn.Module, scores: Scores, clusters: Clusters | None, device: torch.device
 ) -> list[Path]:
-    """Contact sheet, curves, scores, nearest neighbours and clusters of a finished run, as far as its data and method allow."""
+    """Contact sheet, curves, scores, nearest neighbours, clusters and attention of a finished run, as far as it has them."""
     config, manifest = ready.config, ready.manifest
     drawers: list[Callable[[], Path]] = [
         lambda: views_sheet(config, manifest, folder.figures / "views.png"),
@@ -75,6 +76,9 @@ def run_figures(
         chance = 1 / max(1, len(manifest.class_names)) if manifest.class_names else None
         title = f"kNN accuracy, {scores.split} images"
         drawers.append(lambda: figures.score_bars(rows, folder.figures / "scores.png", title=title, chance=chance))
+    if isinstance(backbone, ViT):
+        vit = backbone
+        drawers.append(lambda: attention_picture(config, manifest, vit, folder.figures / "attention.png", device))
     if clusters is not None:
         drawers.append(lambda: cluster_figures.gallery(clusters, manifest.class_names, folder.figures / "clusters.png"))
         drawers.append(lambda: cluster_figures.size_histogram(clusters, folder.figures / "cluster_sizes.png"))
@@ -92,6 +96,20 @@ def neighbours_picture(config: RunConfig, manifest: Manifest, backbone: nn.Modul
     labels = found.labels.numpy()
     queries = spread_over_classes(labels, 8)
     return figures.neighbours(found.images.numpy(), features.numpy(), labels, manifest.class_names, queries, path)
+
+
+def attention_picture(config: RunConfig, manifest: Manifest, backbone: ViT, path: Path, device: torch.device) -> Path:
+    """What the backbone's CLS token looks at in a few held-out images; without labels none are held out, then training images."""
+    fraction = config.data.held_out
+    ids = manifest.held_out_ids(fraction)
+    ids = ids if len(ids) else manifest.training_ids(fraction)
+    chosen = np.sort(np.random.default_rng(4).permutation(ids)[:64])
+    found = evaluation_images(manifest, chosen, config.evaluation_size)
+    images = found.images[torch.from_numpy(np.sort(spread_over_classes(found.labels.numpy(), 8)))]
+    mean, std = config.data.mean, config.data.std
+    weights = extract(backbone, images, mean=mean, std=std, device=device, batch_size=8, forward=backbone.cls_attention)
+    grid = [side // patch for side, patch in zip(images.shape[1:3], backbone.patch_embed.patch_size, strict=True)]
+    return attention_figure.attention_maps(images.numpy(), weights.unflatten(-1, grid).numpy(), path)
 
 
 def spread_over_classes(labels: np.ndarray, count: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from methods.parts.errors import ConfigError
-from pipeline import canvas, figures
+from pipeline import attention_figure, canvas, figures
 
 RED, LIME = (255, 0, 0), (0, 255, 0)
 
@@ -180,3 +180,29 @@ def test_bars_are_as_long_as_their_scores(tmp_path: Path) -> None:
     assert near(picture, canvas.VERMILLION).any()
     with pytest.raises(ConfigError, match="nothing to draw"):
         figures.score_bars([], tmp_path / "bars.png")
+
+
+# ---------------------------------------------------------------------------- attention
+
+
+def test_attention_maps_show_each_head_where_it_looks(tmp_path: Path) -> None:
+    """Head 1 looks at the top left patch, head 2 at the bottom right one; the mean shows both."""
+    from matplotlib import colormaps
+
+    attention = np.zeros((1, 2, 4, 4))
+    attention[0, 0, 0, 0], attention[0, 1, 3, 3] = 0.5, 0.1
+    path = attention_figure.attention_maps(plain(32, 32, RED)[None], attention, tmp_path / "attention.png")
+    picture = read(path)
+    bright, dark = (tuple(round(255 * c) for c in colormaps["cividis"](end)[:3]) for end in (1.0, 0.0))
+    side, top = round(0.85 * 150), round(0.95 * 150)
+    lefts = [round(150 * x) for x in (0.2, 0.2 + 1.05, 0.2 + 2.1, 0.2 + 2.1 + 0.91)]
+    tiles = [picture[top : top + side, left : left + side] for left in lefts]
+    assert near(tiles[0], RED).mean() > 0.9
+    middle = side // 8  # of the first patch
+    for tile, corners in ((tiles[1], "first"), (tiles[2], "first"), (tiles[3], "last")):
+        at = middle if corners == "first" else side - middle
+        assert np.abs(tile[at, at] - bright).max() < 12
+    for tile in tiles[2:]:
+        assert near(tile, bright).mean() == pytest.approx(1 / 16, abs=0.02) and near(tile, dark).mean() > 0.85
+    with pytest.raises(ConfigError, match="images=0"):
+        attention_figure.attention_maps(np.zeros((0, 8, 8, 3), np.uint8), attention, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from methods.parts.vit import (
     sincos_table,
     without_drop_path,
 )
+from pipeline.exports import export, load_export
 
 SMALL = {"name": "vit_tiny_patch16_224", "width": 0.125, "depth": (3,), "image_size": 32, "patch_size": 8}
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -216,15 +218,15 @@ def test_first_weights_of_moco_v3() -> None:
     for name, square in bounds.items():
         module = network.get_submodule(name)
         bound = square**0.5
-        assert 0.95 * bound < float(module.weight.abs().max()) <= bound and not module.bias.any()
-        assert float(module.weight.std()) == pytest.approx(bound / 3**0.5, rel=0.1)
-    assert 0 < float(network.cls_token.abs().max()) < 1e-4
+        assert 0.95 * bound < float(module.weight.detach().abs().max()) <= bound and not module.bias.any()
+        assert float(module.weight.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.1)
+    assert 0 < float(network.cls_token.detach().abs().max()) < 1e-4
 
 
 def test_settings_of_the_blocks() -> None:
     network = build_backbone(BackboneConfig(name="vit_small_patch16_224", heads=12, depth=(2,), drop_path=0.2, layer_scale=1e-5))
     assert network.blocks[0].attn.num_heads == 12 and network.embed_dim == 384 and len(network.blocks) == 2
-    assert float(network.blocks[0].ls1.gamma[0]) == pytest.approx(1e-5)
+    assert float(network.blocks[0].ls1.gamma[0].detach()) == pytest.approx(1e-5)
     assert [m.drop_prob for m in network.modules() if isinstance(m, DropPath)][-1] == pytest.approx(0.2)
     teacher = without_drop_path(ema.frozen_copy(network)).train()
     assert torch.equal(teacher(images(224, 2)), teacher(images(224, 2)))
@@ -304,6 +306,29 @@ def test_settings_that_cannot_work_are_refused(settings: dict, message: str) -> 
         build_backbone(BackboneConfig(**settings))
 
 
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("deit3_small_patch16_224", True),
+        ("vit_small_patch14_reg4_dinov2", True),
+        ("vit_base_patch16_clip_224", True),
+        ("deit_tiny_distilled_patch16_224", False),
+        ("vit_base_patch16_siglip_224", False),
+        ("vit_small_patch16_18x2_224", False),
+    ],
+)
+def test_other_transformers_of_timm(name: str, plain: bool) -> None:
+    """Plain ones are a `ViT` with timm's features; the others stay as they are."""
+    network = build_backbone(BackboneConfig(name=name, depth=(1,))).eval()
+    assert isinstance(network, ViT) == plain
+    side = 4 * network.patch_embed.patch_size[0]
+    features = network(images(side, 2))
+    assert features.shape == (2, network.num_features)
+    if plain:
+        torch.testing.assert_close(network.tokens(images(side, 2)).cls, features)
+        assert network.cls_attention(images(side, 2)).shape[2] == 16
+
+
 def test_sizes_that_are_no_whole_patches_are_refused() -> None:
     network = vit()
     with pytest.raises(ConfigError, match=r"views\.local\.size=20: not a multiple of .* 8 pixels; use 16 or 24"):
@@ -316,3 +341,15 @@ def test_sizes_that_are_no_whole_patches_are_refused() -> None:
     for change, key in ((save_memory, "gradient_checkpointing"), (compile_blocks, "compile")):
         with pytest.raises(ConfigError, match=rf"train\.{key}=True: .* this backbone has none"):
             change(nn.Linear(2, 2))
+
+
+def test_an_export_is_the_same_network(tmp_path: Path) -> None:
+    """Position table, registers, SwiGLU and scales come back from the description and the weights."""
+    settings = {"positions": "sincos", "registers": 2, "layer_scale": 0.1, "swiglu": True, "heads": 6}
+    network = vit(**settings)
+    config = BackboneConfig(**{**SMALL, **settings})
+    export(network, config, tmp_path, size=32, mean=(0.5,) * 3, std=(0.2,) * 3, facts={})
+    loaded, spec = load_export(tmp_path)
+    assert isinstance(loaded, ViT) and spec.backbone == config and not loaded.pos_embed.requires_grad
+    for side in (32, 16):
+        torch.testing.assert_close(loaded(images(side)), network(images(side)))

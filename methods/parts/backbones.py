@@ -8,7 +8,6 @@ from typing import Any, Literal
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from methods.parts.errors import ConfigError, require
@@ -77,13 +76,13 @@ def _vit(config: BackboneConfig, settings: dict[str, Any]) -> nn.Module:
     if config.depth is not None:
         require(len(config.depth) == 1, "backbone.depth", config.depth, "a ViT has one number of blocks, e.g. 12")
         settings["depth"] = config.depth[0]
-    with torch.device("meta"):
+    with torch.random.fork_rng(devices=[]):  # what is drawn here must not change the weights below
         plain = timm.create_model(config.name, num_classes=0, depth=1)
     settings |= vit_settings(plain, width=config.width, heads=config.heads, registers=config.registers, swiglu=config.swiglu)
     if config.layer_scale is not None:
         settings["init_values"] = config.layer_scale
     model: nn.Module = timm.create_model(config.name, pretrained=False, num_classes=0, dynamic_img_size=True, **settings)
-    if type(model) is not VisionTransformer or model.cls_token is None or model.pos_embed is None:
+    if not ViT.fits(model):
         _refuse(config, "is no plain ViT with a CLS token", positions="leave it out", xavier="leave it out")
         return model
     vit = ViT.of(model, config.positions)

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -44,6 +44,13 @@ class ViT(VisionTransformer):  # type: ignore[misc]
     """timm's ViT with a CLS token; `forward` is timm's: `(B, 3, H, W) -> (B, D)`, CLS after the final norm."""
 
     positions: Positions
+
+    @staticmethod
+    def fits(model: Any) -> bool:
+        """Whether it is a plain ViT: a CLS token, a table of positions, blocks of attention and MLP one after the other."""
+        if type(model) is not VisionTransformer or model.cls_token is None or model.pos_embed is None:
+            return False
+        return all(type(block) is Block for block in model.blocks)
 
     @classmethod
     def of(cls, model: VisionTransformer, positions: Positions) -> ViT:
@@ -195,7 +202,8 @@ def vit_settings(plain: VisionTransformer, *, width: float, heads: int | None, r
     from timm.layers import SwiGLUPacked
 
     settings: dict[str, Any] = {}
-    d, own_heads = plain.embed_dim, plain.blocks[0].attn.num_heads
+    d, attention = plain.embed_dim, getattr(plain.blocks[0], "attn", None)
+    own_heads = getattr(attention, "num_heads", 1)
     if heads is not None:
         settings["num_heads"] = heads
     if width != 1:
@@ -286,27 +294,24 @@ def crop_features(network: nn.Module, views: Views) -> list[Tensor]:
 
 
 def save_memory(network: nn.Module) -> None:
-    """Gradient checkpointing: the blocks of every ViT inside keep only their inputs and are computed again in the backward pass.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    for vit in _vits(network, "train.gradient_checkpointing"):
+    """Gradient checkpointing: the blocks of every ViT inside keep only their inputs and are computed again in the backward pass."""
+    for vit in vits(network, "train.gradient_checkpointing"):
         vit.set_grad_checkpointing(True)
 
 
 def compile_blocks(network: nn.Module, **settings: Any) -> None:
-    """`torch.compile` of the blocks of every ViT inside, in place: names in the state dict do not change.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    for vit in _vits(network, "train.compile"):
+    """`torch.compile` of the blocks of every ViT inside, in place: names in the state dict do not change."""
+    for vit in vits(network, "train.compile"):
         for block in vit.blocks:
             block.compile(**settings)
 
 
-def _vits(network: nn.Module, key: str) -> list[ViT]:
+def vits(network: nn.Module, key: str) -> list[ViT]:
+    """Every ViT inside.
+
+    Raises:
+        ConfigError: there is none, and so `key=True` cannot work.
+    """
     found = [module for module in network.modules() if isinstance(module, ViT)]
     if not found:
         raise ConfigError(f"{key}=True: works on the blocks of a ViT, and this backbone has none; leave it out")

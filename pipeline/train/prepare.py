@@ -11,6 +11,7 @@ from torch import nn
 from methods.parts.backbones import build_backbone
 from methods.parts.contract import Method, RunFacts, find
 from methods.parts.errors import ConfigError
+from methods.parts.vit import require_whole_patches, save_memory, vits
 from pipeline.config import Resolved, RunConfig, resolve
 from pipeline.ingest.manifest import Manifest
 from pipeline.ingest.plan import Plan
@@ -65,6 +66,15 @@ def build_method(config: RunConfig, facts: RunFacts, start_from: Callable[[nn.Mo
     entry = find(config.method)
     torch.manual_seed(config.train.seed)
     backbone = build_backbone(config.backbone)
+    for name, group in config.views.items():
+        if group.count:
+            require_whole_patches(backbone, f"views.{name}.size", group.size)
+    if config.evaluate.size is not None:
+        require_whole_patches(backbone, "evaluate.size", config.evaluate.size)
+    if config.train.gradient_checkpointing:
+        save_memory(backbone)  # and so every copy that the method makes
+    if config.train.compile:
+        vits(backbone, "train.compile")  # they are compiled where they run: pickling drops it
     if start_from is not None:
         start_from(backbone)
     method: Method = entry.method(config.method, backbone, facts)  # type: ignore[call-arg]

@@ -13,6 +13,7 @@ from torch import nn
 from methods.parts.contract import find
 from methods.parts.distributed import rank, world_size
 from methods.parts.norms import synchronized
+from methods.parts.vit import compile_blocks
 from pipeline import registry
 from pipeline.evaluate.clusters import Clusters
 from pipeline.evaluate.online import Online
@@ -70,6 +71,8 @@ def work(
     if world_size() > 1 and ready.method.sync_batchnorm:
         synchronized(ready.method)
     method = ready.method.to(device)
+    if config.train.compile:
+        compile_blocks(method)
     trainer = Trainer(
         config=config,
         resolved=resolved,

@@ -1,0 +1,152 @@
+"""MoCo v3: match queries to the keys of the other view among those of the batch. Chen, Xie and He 2021, arXiv:2104.02057.
+
+Query network f (backbone, projector), predictor h, key network m = an average of f. With q_v = h(f(x_v)) and k_v = m(x_v),
+rows of unit length, of two views v and the N images of all workers (Algorithm 1):
+
+    m_t       = 1 - (1 - m_0) (cos(pi t / T) + 1) / 2                               step t of T
+    theta_k  <- m_t theta_k + (1 - m_t) theta_q                                     before the keys are made
+    ctr(q, k) = 2 tau * mean_i - log( exp(q_i . k_i / tau) / sum_j exp(q_i . k_j / tau) )
+    loss      = ctr(q_1, sg k_2) + ctr(q_2, sg k_1)
+
+The factor 2 tau keeps gradients alike over tau. A ViT's patch projection keeps its random weights, which makes training
+stable (sec. 4.2): gradients first grow too large there. A fixed table of positions, twelve heads for ViT-S and the first
+weights are settings of the backbone (`positions=sincos`, `heads=12`, `xavier=True`); the recipes have them.
+
+    backbone   projector                        predictor
+    ViT        3 layers, batch norm at the end  2 layers, batch norm at the end
+    ResNet     2 layers, batch norm at the end  2 layers, none at the end (`predictor_norm=False`)
+
+Batch norm is over all workers and, for each network, over one view at a time; both networks stay in training mode. That at
+the end has no scale and shift, and no Linear has a bias.
+
+Departs:
+    The warm-up is the loop's: its first step has the rate of the second one, in the original it has 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from methods.parts import ema
+from methods.parts.backbones import num_features
+from methods.parts.contract import (
+    Masks,
+    Method,
+    MethodConfig,
+    ParamGroup,
+    Progress,
+    RunFacts,
+    SearchRange,
+    StepOutput,
+    register,
+    searchable,
+)
+from methods.parts.contrast import contrast_meters, info_nce
+from methods.parts.distributed import all_gather_rows, rank
+from methods.parts.errors import require
+from methods.parts.heads import mlp
+from methods.parts.numerics import embedding_std, full_precision, l2_normalize, promote
+from methods.parts.schedules import cosine
+from methods.parts.views import CropGroup, Views, ViewsConfig
+from methods.parts.vit import freeze_patch_projection, without_drop_path
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoCoV3Config(MethodConfig):
+    # tau; ResNet: 1
+    temperature: float = searchable(0.2, SearchRange(0.1, 1.0, "log", reason="0.2 for ViTs, 1 for ResNets"))
+    # m_0; the shorter the run, the lower
+    momentum: float = searchable(0.99, SearchRange(0.9, 0.999, "linear", reason="short runs need faster keys; 0.996 for 1000 epochs"))
+    final_momentum: float = 1.0  # m at the last step; equal to momentum: constant
+    projector_layers: int = 3  # ResNet: 2
+    projector_hidden: int = searchable(4096, SearchRange(scale="choice", choices=(512, 1024, 4096), reason="wide heads help, at a cost"))
+    projection_dim: int = 256  # D
+    predictor_layers: int = 2
+    predictor_norm: bool = True  # batch norm at the end of the predictor; ResNet: False
+    freeze_patches: bool = True  # a ViT's patch projection keeps its random weights
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, "method.temperature", self.temperature, "use a positive number, e.g. 0.2")
+        require(0 <= self.momentum <= 1, "method.momentum", self.momentum, "use a number in [0, 1], e.g. 0.99")
+        require(0 <= self.final_momentum <= 1, "method.final_momentum", self.final_momentum, "use a number in [0, 1], e.g. 1")
+        for name in ("projector_layers", "projector_hidden", "predictor_layers"):
+            require(getattr(self, name) >= 1, f"method.{name}", getattr(self, name), "use 1 or more")
+        require(self.projection_dim >= 2, "method.projection_dim", self.projection_dim, "use 2 or more")
+
+
+@register("moco-v3", MoCoV3Config)
+class MoCoV3(Method):
+    config: MoCoV3Config
+    paper = "Chen, Xie and He 2021, arXiv:2104.02057"
+    accumulation = "refuse"
+    accumulation_remedy = "the negatives are the other images of the batch; a smaller train.global_batch_size needs less memory"
+
+    def __init__(self, config: MoCoV3Config, backbone: nn.Module, facts: RunFacts) -> None:
+        super().__init__()
+        self.config = config
+        self.global_batch_size = facts.global_batch_size
+        d, hidden = config.projection_dim, config.projector_hidden
+        if config.freeze_patches:
+            freeze_patch_projection(backbone)
+        projector = mlp(num_features(backbone), hidden, d, config.projector_layers, hidden_bias=False, bias=False, final_norm=True)
+        self.query = nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
+        self.key = without_drop_path(ema.frozen_copy(self.query))
+        self.predictor = mlp(d, hidden, d, config.predictor_layers, hidden_bias=False, bias=False, final_norm=config.predictor_norm)
+
+    @classmethod
+    def default_views(cls) -> ViewsConfig:
+        """Two crops of 224 that differ in blur and solarisation; for ResNets `scale=(0.2, 1)`."""
+        first = CropGroup(count=1, size=224, jitter=(0.4, 0.4, 0.2, 0.1), blur=1.0)
+        return {"first": first, "second": replace(first, blur=0.1, solarize=0.2)}
+
+    def before_step(self, progress: Progress) -> None:
+        ema.update(self.key, self.query, self.momentum(progress))
+
+    def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
+        pair = views.pair()
+        # one pass for each view: batch norm sees one of them at a time
+        z = [self.query(x) for x in pair]  # each (n, D)
+        q = [l2_normalize(promote(self.predictor(z_v))) for z_v in z]
+        with torch.no_grad():
+            k = [l2_normalize(promote(self.key(x))) for x in pair]
+        with full_precision(q[0]):
+            logits, positives = self.logits(q[0], k[1])
+            mirrored, _ = self.logits(q[1], k[0])
+            tau = self.config.temperature
+            loss = 2 * tau * (info_nce(logits, positives) + info_nce(mirrored, positives))
+            metrics = contrast_meters(logits, positives, tau)
+        metrics |= {"embedding_std": embedding_std(l2_normalize(promote(z[0].detach()))), "momentum": self.momentum(progress)}
+        return StepOutput(loss=loss, metrics=metrics)
+
+    def logits(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Own queries against the keys of all workers: cosines / tau `(n, N)`, and the column of each one's key `(n,)`."""
+        positives = torch.arange(len(q), device=q.device) + rank() * len(q)
+        return q @ all_gather_rows(k).T / self.config.temperature, positives
+
+    def momentum(self, progress: Progress) -> float:
+        """m_t."""
+        return cosine(progress.step, progress.total_steps, self.config.momentum, self.config.final_momentum)
+
+    def param_groups(self) -> list[ParamGroup]:
+        """All that is trained in one group: AdamW decays vectors too; LARS leaves them out by their shape."""
+        return [ParamGroup(params=[p for p in self.parameters() if p.requires_grad], name="network")]
+
+    def evaluation_backbone(self) -> nn.Module:
+        return self.query.get_submodule("backbone")
+
+    def chance_loss(self) -> tuple[float, str]:
+        return 4 * self.config.temperature * math.log(self.global_batch_size), "4 tau ln N"
+
+    def stuck_remedies(self) -> str:
+        faster = f"method.momentum={1 - (1 - self.config.momentum) * 3:g}, " if 0.7 < self.config.momentum < 1 else ""
+        return f"try a lower optim.base_lr or a longer warm-up, {faster}or a larger train.global_batch_size"
+
+    def advice(self, facts: RunFacts) -> Iterable[str]:
+        if facts.total_steps < 2000 and self.config.momentum > 0.995:
+            yield f"method.momentum={self.config.momentum} in {facts.total_steps} steps: the keys hardly follow; use 0.99 or less"
