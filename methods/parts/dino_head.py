@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
 
 from methods.parts.numerics import full_precision, l2_normalize, promote
 
@@ -46,22 +46,27 @@ class DINOHead(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        self.prototypes: nn.Module = weight_norm(nn.Linear(bottleneck, num_prototypes, bias=False))
-        with torch.no_grad():
-            self.lengths.fill_(1.0)
-        self.lengths.requires_grad_(not unit_prototypes)
-
-    @property
-    def lengths(self) -> nn.Parameter:
-        """g, `(K, 1)`."""
-        return self.prototypes.get_parameter("parametrizations.weight.original0")
-
-    @property
-    def directions(self) -> nn.Parameter:
-        """v, `(K, bottleneck)`, rows of any length."""
-        return self.prototypes.get_parameter("parametrizations.weight.original1")
+        self.prototypes = Prototypes(bottleneck, num_prototypes, unit=unit_prototypes)
 
     def forward(self, x: Tensor) -> Tensor:
         z = promote(self.mlp(x))
         with full_precision(z):
             return self.prototypes(l2_normalize(z))  # type: ignore[no-any-return]
+
+
+class Prototypes(nn.Module):
+    """Scores with weight-normalised rows, W_k = g_k v_k / ||v_k||: `(B, D) -> (B, K)`.
+
+    What torch's weight_norm does to a Linear without bias, but it can be pickled, and so sent to a worker.
+
+    Args:
+        unit: g stays 1 and has no gradient.
+    """
+
+    def __init__(self, in_features: int, num_prototypes: int, *, unit: bool) -> None:
+        super().__init__()
+        self.lengths = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=not unit)  # g
+        self.directions = nn.Parameter(nn.Linear(in_features, num_prototypes, bias=False).weight.detach())  # v, of any length
+
+    def forward(self, z: Tensor) -> Tensor:
+        return F.linear(z, torch._weight_norm(self.directions, self.lengths))

@@ -107,8 +107,8 @@ def of_scores(student: Tensor, teacher: Tensor, large: int, batch: int, **settin
 # ---------------------------------------------------------------------------- the head
 
 HEAD_NAMES = {
-    "prototypes.parametrizations.weight.original0": "last_layer.weight_g",
-    "prototypes.parametrizations.weight.original1": "last_layer.weight_v",
+    "prototypes.lengths": "last_layer.weight_g",
+    "prototypes.directions": "last_layer.weight_v",
 }
 
 
@@ -140,10 +140,10 @@ def test_head_begins_as_the_original_does() -> None:
     assert [tuple(w.shape) for w in weights] == [(256, 64), (256, 256), (32, 256)]
     assert all(0.018 < float(w.detach().std()) < 0.022 for w in weights)
     assert not any(m.bias.any() for m in head.mlp if isinstance(m, nn.Linear))
-    assert torch.equal(head.lengths, torch.ones(100, 1)) and not head.lengths.requires_grad
+    assert torch.equal(head.prototypes.lengths, torch.ones(100, 1)) and not head.prototypes.lengths.requires_grad
     bound = 1 / math.sqrt(32)
-    assert 0.9 * bound < float(head.directions.detach().abs().max()) <= bound
-    assert DINOHead(8, 10, unit_prototypes=False).lengths.requires_grad
+    assert 0.9 * bound < float(head.prototypes.directions.detach().abs().max()) <= bound
+    assert DINOHead(8, 10, unit_prototypes=False).prototypes.lengths.requires_grad
     with_norm = DINOHead(8, 10, hidden_features=16, batch_norm=True).mlp
     assert [type(m).__name__ for m in with_norm] == ["Linear", "BatchNorm1d", "GELU"] * 2 + ["Linear"]
 
@@ -154,7 +154,7 @@ def test_scores_of_unit_prototypes_are_cosines_whatever_their_length() -> None:
     scores = head(x)
     assert float(scores.detach().abs().max()) <= 1 + 1e-12
     with torch.no_grad():
-        head.directions.mul_(torch.rand(10, 1) * 9 + 0.1)
+        head.prototypes.directions.mul_(torch.rand(10, 1) * 9 + 0.1)
     torch.testing.assert_close(head(x), scores, rtol=0, atol=1e-12)
 
 
@@ -166,7 +166,7 @@ def test_prototypes_and_loss_are_computed_in_float32_under_autocast() -> None:
         out = method(views, progress())
         scores = method.head(method.backbone(views.stacks["global"]))
     assert scores.dtype == out.loss.dtype == torch.float32 and out.outputs["mean"].dtype == torch.float32
-    exact = F.normalize(z) @ F.normalize(method.head.directions).T
+    exact = F.normalize(z) @ F.normalize(method.head.prototypes.directions).T
     assert 0 < float((scores - exact).detach().abs().max()) < 0.05  # the MLP is in bf16
     out.loss.backward()
     assert all(p.grad.dtype == torch.float32 for p in method.parameters() if p.requires_grad)
@@ -395,7 +395,7 @@ def advance(method: DINO, optimizer: torch.optim.Optimizer, parts: list[Views], 
     return sum(out.loss.item() for out in outputs) / len(parts)
 
 
-LAST = "head.prototypes.parametrizations.weight.original"
+LENGTHS, DIRECTIONS = "head.prototypes.lengths", "head.prototypes.directions"
 
 
 def literal_scores(w: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -408,8 +408,8 @@ def literal_scores(w: dict[str, Tensor], x: Tensor) -> Tensor:
     for layer in (0, 2):
         h = gelu(w[f"head.mlp.{layer}.weight"] @ h + w[f"head.mlp.{layer}.bias"])
     z = w["head.mlp.4.weight"] @ h + w["head.mlp.4.bias"]
-    v = w[f"{LAST}1"]
-    return w[f"{LAST}0"][:, 0] * (v @ (z / z.norm())) / (v**2).sum(1).sqrt()
+    v = w[DIRECTIONS]
+    return w[LENGTHS][:, 0] * (v @ (z / z.norm())) / (v**2).sum(1).sqrt()
 
 
 @pytest.mark.parametrize("unit", [True, False])
@@ -424,7 +424,7 @@ def test_steps_equal_the_equations(unit: bool) -> None:
     theta = {name: p.detach().clone() for name, p in method.student().named_parameters()}
     xi = {name: p.clone() for name, p in method.teacher.named_parameters()}
     trained = [name for name, p in method.student().named_parameters() if p.requires_grad]
-    assert (f"{LAST}0" in trained) == (not unit)
+    assert (LENGTHS in trained) == (not unit)
     center = torch.zeros(7, dtype=torch.float64)
     moments = {name: [torch.zeros_like(theta[name]), torch.zeros_like(theta[name]), 0] for name in trained}
     for k in range(7):
@@ -471,13 +471,13 @@ def test_steps_equal_the_equations(unit: bool) -> None:
 def test_frozen_prototypes_are_the_same_bits_for_an_epoch() -> None:
     method = dino(unit_prototypes=False)
     optimizer = fresh_optimizer(method)
-    start = [p.detach().clone() for p in (method.head.directions, method.head.lengths)]
+    start = [p.detach().clone() for p in (method.head.prototypes.directions, method.head.prototypes.lengths)]
     for step in range(EPOCH):
         advance(method, optimizer, [images(step)], step)
-        assert torch.equal(method.head.directions, start[0]) and torch.equal(method.head.lengths, start[1])
-        assert not optimizer.state[method.head.directions]  # no moments either
+        assert torch.equal(method.head.prototypes.directions, start[0]) and torch.equal(method.head.prototypes.lengths, start[1])
+        assert not optimizer.state[method.head.prototypes.directions]  # no moments either
     advance(method, optimizer, [images(9)], EPOCH)
-    assert not torch.equal(method.head.directions, start[0]) and not torch.equal(method.head.lengths, start[1])
+    assert not torch.equal(method.head.prototypes.directions, start[0]) and not torch.equal(method.head.prototypes.lengths, start[1])
 
 
 def test_groups_of_parameters() -> None:
@@ -489,9 +489,9 @@ def test_groups_of_parameters() -> None:
     assert (matrices.frozen_steps, vectors.frozen_steps, prototypes.frozen_steps) == (0, 0, 2 * EPOCH)
     assert "backbone.token" in {names[id(p)] for p in matrices.params}
     assert all(names[id(p)].endswith(".bias") for p in vectors.params) and len(vectors.params) == 4
-    assert {names[id(p)] for p in prototypes.params} == {f"{LAST}0", f"{LAST}1"}
+    assert {names[id(p)] for p in prototypes.params} == {LENGTHS, DIRECTIONS}
     unit = dino()  # whose lengths are not trained
-    assert [id(p) for p in unit.param_groups()[2].params] == [id(unit.head.directions)]
+    assert [id(p) for p in unit.param_groups()[2].params] == [id(unit.head.prototypes.directions)]
 
 
 def test_micro_batches_equal_the_whole_batch() -> None:
