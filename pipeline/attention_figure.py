@@ -12,7 +12,7 @@ from pipeline.canvas import GRAY, cell, picture_at, show, write
 COLOURS = "cividis"
 
 
-def attention_maps(images: np.ndarray, attention: np.ndarray, path: Path, *, most_heads: int = 12) -> Path:
+def attention_maps(images: np.ndarray, attention: np.ndarray, path: Path, *, source: str = "held-out images", most_heads: int = 12) -> Path:
     """A row for each image: the image, the mean over the heads, and every head.
 
     Each map runs from 0 (dark) to its own largest patch (bright): heads differ in how much they leave to CLS and registers.
@@ -21,6 +21,7 @@ def attention_maps(images: np.ndarray, attention: np.ndarray, path: Path, *, mos
         images: uint8 `(B, H, W, 3)`.
         attention: from CLS to each patch, `(B, heads, h, w)`, at least 0.
         path: the PNG to write.
+        source: what the images are.
         most_heads: at most so many heads are drawn.
     """
     if not len(images) or len(images) != len(attention):
@@ -34,7 +35,7 @@ def attention_maps(images: np.ndarray, attention: np.ndarray, path: Path, *, mos
     with picture_at(path, width, height) as figure:
         write(figure, margin, 0.36, "Where the last CLS token looks", size=13, weight="bold")
         rows, columns = attention.shape[2:]
-        words = f"held-out images, {rows} × {columns} patches; each map from 0 (dark) to its largest (bright)"
+        words = f"{source}, {rows} × {columns} patches; each map from 0 (dark) to its largest (bright)"
         words += f"; {drawn} of {heads} heads" if drawn < heads else ""
         write(figure, margin, 0.58, words, size=8, color=GRAY)
         for left, title in zip(lefts, titles, strict=True):

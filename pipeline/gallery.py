@@ -101,15 +101,16 @@ def neighbours_picture(config: RunConfig, manifest: Manifest, backbone: nn.Modul
 def attention_picture(config: RunConfig, manifest: Manifest, backbone: ViT, path: Path, device: torch.device) -> Path:
     """What the backbone's CLS token looks at in a few held-out images; without labels none are held out, then training images."""
     fraction = config.data.held_out
-    ids = manifest.held_out_ids(fraction)
-    ids = ids if len(ids) else manifest.training_ids(fraction)
+    ids, source = manifest.held_out_ids(fraction), "held-out images"
+    if not len(ids):
+        ids, source = manifest.training_ids(fraction), "training images"
     chosen = np.sort(np.random.default_rng(4).permutation(ids)[:64])
     found = evaluation_images(manifest, chosen, config.evaluation_size)
     images = found.images[torch.from_numpy(np.sort(spread_over_classes(found.labels.numpy(), 8)))]
     mean, std = config.data.mean, config.data.std
     weights = extract(backbone, images, mean=mean, std=std, device=device, batch_size=8, forward=backbone.cls_attention)
     grid = [side // patch for side, patch in zip(images.shape[1:3], backbone.patch_embed.patch_size, strict=True)]
-    return attention_figure.attention_maps(images.numpy(), weights.unflatten(-1, grid).numpy(), path)
+    return attention_figure.attention_maps(images.numpy(), weights.unflatten(-1, grid).numpy(), path, source=source)
 
 
 def spread_over_classes(labels: np.ndarray, count: int) -> np.ndarray:
