@@ -83,11 +83,9 @@ def cifar10_small() -> RunConfig:
         data=DataConfig(path="cifar10/train", mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616)),
         views={"global": crop, "local": replace(crop, size=16, scale=(0.08, 0.25))},
         backbone=BackboneConfig(name="vit_tiny_patch16_224", width=0.5, depth=(4,), image_size=32, patch_size=4),
-        method=DINOConfig(
-            num_prototypes=1024, momentum=0.98, projector_hidden=256, projection_dim=64, freeze_prototypes_epochs=0.5, unit_prototypes=False
-        ),
+        method=DINOConfig(num_prototypes=1024, momentum=0.98, projector_hidden=256, projection_dim=64, freeze_prototypes_epochs=1.0),
         optim=OptimConfig(
-            name="adamw", base_lr=2e-3, warmup_epochs=1, weight_decay=0.04, final_weight_decay=0.2, clip_norm=3.0, clip_scope="tensor"
+            name="adamw", base_lr=1e-3, warmup_epochs=0.5, weight_decay=0.04, final_weight_decay=0.2, clip_norm=3.0, clip_scope="tensor"
         ),
         train=TrainConfig(global_batch_size=128, steps=1000),
     )
