@@ -1,9 +1,9 @@
 """Images per second of two workers on two cores beside one worker whose trainer and tasks share one core.
 
-Three recipes, with 128 images for each worker: one bound by a network of 2.8 M parameters, one by a network so small that a
-step takes a third of a second and the workers' hundred exchanges in it count, one by cutting views. The rate is taken from
-the points that the run logs. What two cores can give at best is measured too: two runs of one worker, each on a core of its
-own, which share nothing but the machine's memory and caches.
+Three recipes: one bound by the network, with 512 images for each worker; the same with 128, so that the hundred exchanges
+of batch norm and gradients in a step, which take as long for any batch, weigh four times as much; one bound by cutting
+views. The rate is taken from the points that the run logs. What two cores can give at best is measured too: two runs of
+one worker, each on a core of its own, which share nothing but the machine's memory and caches.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ COMMON = [
     "--train.checkpoint-every=100000",
     "--train.threads=1",
     "--train.steps=5000",
-    "--train.log-every=2",
+    "--train.log-every=1",
     "--data.held-out=0",
 ]
-ROWS = 128
+ROWS = {"network": 512, "exchanges": 128, "views": 128}  # images for each worker
 BOUND_BY = {
-    "network": ["--backbone.width=0.5"],
-    "small-network": [],
+    "network": [],
+    "exchanges": [],
     "views": [
         "--backbone.width=0.125",
         "--backbone.depth=1,1,1,1",
@@ -49,21 +49,22 @@ BOUND_BY = {
 }
 
 
-def rate(settings: list[str], workers: int, cores: set[int], seconds: float) -> float:
-    """Images per second of a run on these cores, from its tenth step on; the run is then asked to end."""
+def rate(bound: str, workers: int, cores: set[int], seconds: float) -> float:
+    """Images per second of a run on these cores, from its fourth step on; the run is then asked to end."""
+    batch = ROWS[bound] * workers
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "manyviews.py"), "pretrain", "swav-small", f"--runs-dir={folder}", "--run=it"]
-        command += [f"--train.workers={workers}", f"--train.global-batch-size={ROWS * workers}", *COMMON, *settings]
+        command += [f"--train.workers={workers}", f"--train.global-batch-size={batch}", *COMMON, *BOUND_BY[bound]]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, preexec_fn=lambda: os.sched_setaffinity(0, cores))
         points: list[dict[str, Any]] = []
         while len(points) < 2 or points[-1]["time"] - points[0]["time"] < seconds:
             if process.poll() is not None:
                 raise SystemExit(f"the run ended early, with exit code {process.returncode}")
             time.sleep(0.5)
-            points = [p for p in read_points(Path(folder) / "it") if "loss" in p["metrics"] and p["step"] >= 10]
+            points = [p for p in read_points(Path(folder) / "it") if "loss" in p["metrics"] and p["step"] >= 4]
         process.send_signal(signal.SIGINT)
         process.wait()
-    return ROWS * workers * (points[-1]["step"] - points[0]["step"]) / (points[-1]["time"] - points[0]["time"])
+    return batch * (points[-1]["step"] - points[0]["step"]) / (points[-1]["time"] - points[0]["time"])
 
 
 def main() -> None:
@@ -75,7 +76,7 @@ def main() -> None:
     first, second, *_ = sorted(os.sched_getaffinity(0))
     for bound in [options.only] if options.only else BOUND_BY:
         for _ in range(options.pairs):
-            measure = partial(rate, BOUND_BY[bound], seconds=options.seconds)
+            measure = partial(rate, bound, seconds=options.seconds)
             one, two = measure(workers=1, cores={first}), measure(workers=2, cores={first, second})
             with ThreadPoolExecutor() as pool:
                 apart = sum(pool.map(lambda core, measure=measure: measure(workers=1, cores={core}), (first, second)))
