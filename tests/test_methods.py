@@ -77,7 +77,7 @@ def test_each_registered_method_has_a_small_recipe_and_a_paper() -> None:
     assert all("arXiv" in entry.method.paper for entry in registered().values())
 
 
-@pytest.mark.parametrize("recipe", SMALL)
+@pytest.mark.parametrize("recipe", [name for name in SMALL if "-cifar10-" not in name])  # those have the same methods
 def test_learns_one_fixed_batch(recipe: str) -> None:
     """With networks that follow another held still, and nothing enqueued: keys of the one batch would become its negatives."""
     method, views = built(recipe)
