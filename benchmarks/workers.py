@@ -2,8 +2,7 @@
 
 Three recipes: one bound by the network, with 512 images for each worker; the same with 128, so that the hundred exchanges
 of batch norm and gradients in a step, which take as long for any batch, weigh four times as much; one bound by cutting
-views. The rate is taken from the points that the run logs. What two cores can give at best is measured too: two runs of
-one worker, each on a core of its own, which share nothing but the machine's memory and caches.
+views. The rate is taken from the points that the run logs.
 """
 
 from __future__ import annotations
@@ -15,8 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +73,8 @@ def main() -> None:
     first, second, *_ = sorted(os.sched_getaffinity(0))
     for bound in [options.only] if options.only else BOUND_BY:
         for _ in range(options.pairs):
-            measure = partial(rate, bound, seconds=options.seconds)
-            one = measure(workers=1, cores={first})
-            two = measure(workers=2, cores={first, second})
-            print(f"bound by {bound}: 1 worker, 1 core {one:.0f} images/s; 2 workers, 2 cores {two:.0f}, ratio {two / one:.2f}", flush=True)
-            with ThreadPoolExecutor() as pool:
-                started = [pool.submit(measure, workers=1, cores={first})]
-                time.sleep(60)  # two Rays that start together on these cores wait for each other too long
-                started.append(pool.submit(measure, workers=1, cores={second}))
-                apart = sum(run.result() for run in started)
-            print(f"    two runs apart {apart:.0f}; the two workers reach {two / apart:.2f} of them", flush=True)
+            one, two = rate(bound, 1, {first}, options.seconds), rate(bound, 2, {first, second}, options.seconds)
+            print(f"bound by {bound}: 1 worker, 1 core {one:.0f} images/s; 2 workers, 2 cores {two:.0f}; ratio {two / one:.2f}", flush=True)
 
 
 if __name__ == "__main__":
