@@ -73,7 +73,7 @@ class DINOConfig(MethodConfig):
     momentum: float = searchable(0.996, SearchRange(0.97, 0.9995, "linear", reason="short runs need a faster teacher"))
     final_momentum: float = 1.0  # m at the last step; equal to momentum: constant
     center_momentum: float = searchable(0.9, SearchRange(scale="choice", choices=(0.9, 0.99), reason="slower for small batches"))
-    teacher_targets: Literal["centering", "sinkhorn"] = "centering"  # sinkhorn wants a global batch of 256 or more
+    teacher_targets: Literal["centering", "sinkhorn"] = "centering"  # sinkhorn wants a global batch of 256, or of half the prototypes
     sinkhorn_iterations: int = 3
     # K; the original's out_dim
     num_prototypes: int = searchable(65536, SearchRange(scale="choice", choices=(512, 1024, 4096, 65536), reason="more for more data"))
@@ -237,9 +237,9 @@ class DINO(Method):
                 f"method.momentum={c.momentum:g} averages over {1 / (1 - c.momentum):.0f} steps, and the run has {steps}: the teacher "
                 f"hardly moves; use {max(0.9, round(1 - 10 / steps, 3)):g} or less"
             )
-        if c.teacher_targets == "sinkhorn" and batch < 256:
-            remedy = "use centering, or a train.global_batch_size of 256 or more"
-            yield f"method.teacher_targets=sinkhorn balances {batch} images, too few; {remedy}"
+        if c.teacher_targets == "sinkhorn" and batch < min(256, c.num_prototypes / 2):
+            remedy = f"use centering, method.num_prototypes={2 * batch}, or a train.global_batch_size of 256 or more"
+            yield f"method.teacher_targets=sinkhorn balances {batch} images over {c.num_prototypes} prototypes, too few; {remedy}"
         if facts.num_images is not None and c.num_prototypes > facts.num_images:
             yield f"method.num_prototypes={c.num_prototypes} for {facts.num_images} images; use {max(2, facts.num_images // 4)} or fewer"
         if self.frozen_steps >= steps:
