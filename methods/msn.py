@@ -79,7 +79,7 @@ class MSNConfig(MethodConfig):
     projector_hidden: int = 2048
     projection_dim: int = 256
     # mean share of its patches that a masked crop loses; the larger the ViT, the more
-    mask_ratio: float = searchable(0.15, SearchRange(0.0, 0.7, "linear", reason="0.15 for ViT-S, 0.3 for ViT-B, 0.7 for L and patches of 4"))
+    mask_ratio: float = searchable(0.15, SearchRange(0.0, 0.7, "linear", reason="0.15 for ViT-S, 0.3 for ViT-B, 0.7 for ViT-L"))
     mask_spread: float = 0.0  # the share is uniform in mask_ratio +- mask_spread, one for all crops of a step
     mask_probability: float = 1.0  # of a step having masks at all
     shared_mask: bool = False  # one mask for all images of a crop

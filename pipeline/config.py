@@ -63,6 +63,7 @@ class OptimConfig:
     warmup_start_lr: float = 0.0  # scaled by lr_rule like base_lr
     final_lr: float = 0.0  # scaled likewise
     schedule: Literal["cosine", "steps"] = "cosine"
+    horizon: float = 1.0  # the cosines end at so many times the run; MSN: 1.25, so the run stops at 80 % of them
     milestones: tuple[float, ...] = (0.6, 0.8)  # schedule steps: at these fractions of the run the rate falls to a tenth
     weight_decay: float = 1e-6
     momentum: float = 0.9  # SGD, LARC, both LARS
@@ -74,6 +75,7 @@ class OptimConfig:
         require(self.base_lr > 0, "optim.base_lr", self.base_lr, "use a positive number")
         require(self.idle_epochs >= 0, "optim.idle_epochs", self.idle_epochs, "use 0 or more")
         require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "use 0 or more")
+        require(self.horizon >= 1, "optim.horizon", self.horizon, "use 1 or more, e.g. 1.25")
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "use 0 or more")
         require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "use a number in [0, 1)")
         rising = all(0 < a < 1 for a in self.milestones) and list(self.milestones) == sorted(self.milestones)
@@ -315,10 +317,16 @@ class Resolved:
     idle_steps: int = 0
     warmup_reaches_base: bool = True
     milestones: tuple[float, ...] | None = None  # None = cosine
+    horizon: float = 1.0
     chunk: int  # images of one lane in one global batch
     window: int  # images one task cuts: a whole number of chunks
     checkpoint_every: int
     knn_every: int
+
+    @property
+    def cosine_steps(self) -> int:
+        """Steps that the cosines would need to their ends, warm-up included."""
+        return int(self.horizon * self.facts.total_steps)
 
 
 def resolve(config: RunConfig, num_images: int | None, num_ids: int | None = None) -> Resolved:
@@ -371,6 +379,7 @@ def resolve(config: RunConfig, num_images: int | None, num_ids: int | None = Non
         idle_steps=min(total, max(0, round((config.optim.idle_epochs - config.train.first_epoch) * steps_per_epoch))),
         warmup_reaches_base=config.optim.warmup_reaches_base,
         milestones=config.optim.milestones if config.optim.schedule == "steps" else None,
+        horizon=config.optim.horizon,
         chunk=chunk,
         window=chunk * max(1, min(steps_per_epoch, round(wanted / chunk))),
         checkpoint_every=config.train.checkpoint_every or min(500, steps_per_epoch),

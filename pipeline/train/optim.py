@@ -134,7 +134,7 @@ def scheduled_lr(resolved: Resolved, step: int) -> float:
         return falling_steps(step, total_steps=resolved.facts.total_steps, base=resolved.lr, milestones=resolved.milestones)
     return warmup_cosine(
         step,
-        total_steps=resolved.facts.total_steps,
+        total_steps=resolved.cosine_steps,
         warmup_steps=resolved.warmup_steps,
         start=resolved.start_lr,
         base=resolved.lr,

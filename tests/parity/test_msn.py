@@ -21,6 +21,9 @@ from methods.parts.errors import ConfigError
 from methods.parts.masking import masked_of, num_kept, random_keep
 from methods.parts.norms import synchronized
 from methods.parts.views import Views
+from pipeline.config import override, resolve
+from pipeline.recipes import load_recipe
+from pipeline.train.optim import scheduled_lr
 from tests.parity.common import EXACT, in_processes, progress
 
 FACTS = RunFacts(global_batch_size=8, steps_per_epoch=10, total_steps=100)
@@ -130,7 +133,8 @@ def test_loss_of_two_workers_equals_the_original(golden, tmp_path: Path, mode: s
     what = partial(_worker_loss, parts=parts, settings={"sinkhorn": mode == "sink"}, anchors=int(values["num_views"]))
     found = in_processes(2, tmp_path, what)
     for rank, one in enumerate(found):
-        for key, name in (("ce", "ce_per_rank"), ("memax", "memax_per_rank"), ("targets", "targets"), ("grad_anchor", "grad_anchor_per_rank")):
+        names = {"ce": "ce_per_rank", "memax": "memax_per_rank", "targets": "targets", "grad_anchor": "grad_anchor_per_rank"}
+        for key, name in names.items():
             np.testing.assert_allclose(one[key].numpy(), values[f"{mode}_{name}"][rank], rtol=1e-9, atol=1e-11, err_msg=key)
     # ours are averaged over workers, and so the gradient of one process; the original's sum is twice as much
     mean = (found[0]["grad_proto"] + found[1]["grad_proto"]) / 2
@@ -138,6 +142,23 @@ def test_loss_of_two_workers_equals_the_original(golden, tmp_path: Path, mode: s
     np.testing.assert_allclose(2 * mean.numpy(), values[f"{mode}_grad_proto_allreduce_sum"], rtol=1e-9, atol=1e-11)
     single = loss_of(*parts, {"sinkhorn": mode == "sink"})
     np.testing.assert_allclose(single["total"].item(), values[f"{mode}_single_total"], rtol=1e-9)
+
+
+# ---------------------------------------------------------------------------- schedules
+
+
+def test_schedules_equal_the_original(golden) -> None:
+    """The rate is that of one step earlier from the second step on; the run stops at 80 % of the schedules."""
+    values = golden("clustering_schedules_optim")
+    per_epoch, epochs, warmup = (int(x) for x in values["msn_cfg"])
+    changes = {"train.steps_per_epoch": per_epoch, "train.epochs": epochs, "optim.warmup_epochs": warmup}
+    resolved = resolve(override(load_recipe("msn-vits16"), changes), 10**6)
+    total, method = per_epoch * epochs, method_of(momentum=0.996)
+    assert resolved.facts.total_steps == total == len(values["msn_lr"])
+    for step in range(total):
+        at = Progress(step=step, total_steps=total, steps_per_epoch=per_epoch)
+        np.testing.assert_allclose(method.momentum(at), values["msn_ema"][step], rtol=1e-9)
+        np.testing.assert_allclose(scheduled_lr(resolved, step), values["msn_lr"][max(0, step - 1)], rtol=1e-9)
 
 
 # ---------------------------------------------------------------------------- steps
@@ -166,7 +187,8 @@ def literal_encoder(w: dict[str, Tensor], images: Tensor, keep: Tensor | None, h
         patch_table = nn.functional.interpolate(grid, size=(side, side), mode="bicubic", antialias=True)[0].flatten(1).T
     for i, image in enumerate(images):
         patches = [image[:, a * p : a * p + p, b * p : b * p + p].flatten() for a in range(side) for b in range(side)]
-        tokens = torch.stack(patches) @ w["backbone.patch_embed.proj.weight"].flatten(1).T + w["backbone.patch_embed.proj.bias"] + patch_table
+        tokens = torch.stack(patches) @ w["backbone.patch_embed.proj.weight"].flatten(1).T + w["backbone.patch_embed.proj.bias"]
+        tokens = tokens + patch_table
         if keep is not None:
             tokens = tokens[keep[i]]
         x = torch.cat([w["backbone.cls_token"][0] + table[:1], tokens])
@@ -199,7 +221,7 @@ def test_steps_equal_the_equations(balanced: bool, weight: float) -> None:
     settings = {"sinkhorn": balanced, "me_max": weight, "momentum": 0.6, "target_temperature": 0.03, "final_target_temperature": 0.02}
     method = method_of(**settings)
     with torch.no_grad():
-        for name, p in method.anchor.named_parameters():  # so that no weight of a norm or bias hides behind 1 or 0
+        for p in method.anchor.parameters():  # so that no weight of a norm or bias hides behind 1 or 0
             p.add_(0.1 * torch.randn_like(p))
         method.target.load_state_dict(method.anchor.state_dict())
     w = {name: p.detach().clone() for name, p in method.anchor.named_parameters()}
@@ -305,7 +327,7 @@ def _after(draws: int, generator: torch.Generator) -> torch.Generator:
 def test_so_many_patches_stay(ratio: float, tokens: int) -> None:
     assert num_kept(196, ratio) == tokens
     keep = random_keep(5, 196, tokens, generator=torch.Generator().manual_seed(0))
-    assert all(len(set(row)) == tokens and row == sorted(row) and 0 <= row[0] and row[-1] < 196 for row in keep.tolist())
+    assert all(len(set(row)) == tokens and row == sorted(row) and row[0] >= 0 and row[-1] < 196 for row in keep.tolist())
     gone = masked_of(keep, 196)
     assert gone.shape == (5, 196 - tokens)
     assert torch.equal(torch.cat([keep, gone], dim=1).sort(dim=1).values, torch.arange(196).expand(5, -1))
@@ -367,7 +389,8 @@ def test_predictions_that_tell_nothing_give_the_loss_of_chance() -> None:
     even = torch.ones(24, 10, dtype=torch.float64)  # the same cosine with every prototype
     found = loss_of(even, torch.randn(8, 10, dtype=torch.float64), rows, {})
     assert found["total"].item() == pytest.approx(method_of().chance_loss()[0], abs=1e-12) == pytest.approx(math.log(10))
-    one = loss_of(rows[:1].expand(24, -1), rows[:1].expand(8, -1), rows, {"sinkhorn": False, "temperature": 0.02, "target_temperature": 0.01})
+    sharp = {"sinkhorn": False, "temperature": 0.02, "target_temperature": 0.01}
+    one = loss_of(rows[:1].expand(24, -1), rows[:1].expand(8, -1), rows, sharp)
     assert one["ce"].item() == pytest.approx(0, abs=1e-9) and one["memax"].item() == pytest.approx(math.log(10), abs=1e-9)
 
 
