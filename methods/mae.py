@@ -52,9 +52,7 @@ class MAEConfig(MethodConfig):
     mask_ratio: float = searchable(0.75, SearchRange(0.4, 0.9, "linear", reason="40 to 80 % in the paper; linear probes want 0.75"))
     normalize_patches: bool = True  # predict pixels less their patch's mean, over its standard deviation; False: as they are
     decoder_width: int = 512
-    decoder_depth: int = searchable(
-        8, SearchRange(scale="choice", choices=(1, 2, 4, 8), reason="deep for linear probes, 1 does for fine-tuning")
-    )
+    decoder_depth: int = searchable(8, SearchRange(scale="choice", choices=(1, 2, 4, 8), reason="1 does for fine-tuning"))
     decoder_heads: int = 16
 
     def __post_init__(self) -> None:

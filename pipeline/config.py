@@ -142,6 +142,8 @@ class EvaluateConfig:
     online_bank: int = 4_000  # and in the online kNN
     knn_queries: int = 2_000  # at most this many held-out images are asked
     test_images: int = 10_000  # at most this many images of the test split are asked
+    lowshot_images: tuple[int, ...] = (1, 2, 5)  # images of each class that a low-shot classifier learns from
+    lowshot_draws: int = 5  # random choices of them
     size: int | None = None  # side of an evaluated image, pixels; None = that of the largest crop
 
     def __post_init__(self) -> None:
@@ -152,6 +154,9 @@ class EvaluateConfig:
         require(self.online_bank >= 1, "evaluate.online_bank", self.online_bank, "use 1 or more images")
         require(self.test_images >= 1, "evaluate.test_images", self.test_images, "use 1 or more images")
         require(self.knn_queries >= 1, "evaluate.knn_queries", self.knn_queries, "use 1 or more images")
+        few = self.lowshot_images
+        require(bool(few) and min(few) >= 1, "evaluate.lowshot_images", few, "use numbers of 1 or more, e.g. 1 2 5")
+        require(self.lowshot_draws >= 1, "evaluate.lowshot_draws", self.lowshot_draws, "use 1 or more, e.g. 5")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,7 +65,7 @@ def views_sheet(config: RunConfig, manifest: Manifest, path: Path, *, images: in
 def run_figures(
     ready: Prepared, folder: RunFolder, backbone: nn.Module, scores: Scores, clusters: Clusters | None, device: torch.device
 ) -> list[Path]:
-    """Contact sheet, curves, scores, nearest neighbours, clusters, attention and reconstructions of a finished run, as far as it has them."""
+    """Pictures of a finished run: views, curves, scores, neighbours; clusters, attention, reconstructions where it has them."""
     config, manifest = ready.config, ready.manifest
     drawers: list[Callable[[], Path]] = [
         lambda: views_sheet(config, manifest, folder.figures / "views.png"),
