@@ -48,11 +48,12 @@ class Lightly(Method):
 
     def __init__(self, name: str, config: MethodConfig, backbone: nn.Module, facts: RunFacts) -> None:
         super().__init__()
-        parts = lightly_parts(name, config, backbone, torch.device("cpu"))
+        parts = lightly_parts(name, config, backbone, torch.device("cpu"), facts.total_steps)
         if parts is None:
             raise SystemExit(f"{name}: lightly has no parts that fit these settings")
         self.net, self.loss, self.before = parts
-        self.backbone = backbone
+        self.backbone = self.net["teacher"]["backbone"] if "teacher" in self.net else backbone  # type: ignore[index,operator]
+        self.frozen_steps = round(getattr(config, "freeze_prototypes_epochs", 0.0) * facts.steps_per_epoch)
 
     def before_step(self, progress: Progress) -> None:
         self.before()
@@ -61,7 +62,10 @@ class Lightly(Method):
         return StepOutput(loss=self.loss(views))
 
     def param_groups(self) -> list[ParamGroup]:
-        return without_vectors(self.net)
+        waiting = [p for n, p in self.net.named_parameters() if "last_layer" in n and p.requires_grad]
+        rest = nn.ParameterList(p for n, p in self.net.named_parameters() if "last_layer" not in n)
+        last = [ParamGroup(params=waiting, name="prototypes", frozen_steps=self.frozen_steps)] if waiting else []
+        return [*without_vectors(rest), *last]
 
     def evaluation_backbone(self) -> nn.Module:
         return self.backbone

@@ -15,8 +15,11 @@ from methods.parts.views import Views
 Parts = tuple[nn.Module, Callable[[Views], Tensor], Callable[[], object]]  # what is trained, the loss, what comes before a step
 
 
-def lightly_parts(name: str, c: Any, backbone: nn.Module, device: torch.device) -> Parts | None:
-    """lightly's heads, loss and memory for one method, with its settings; None where lightly has none that fit them."""
+def lightly_parts(name: str, c: Any, backbone: nn.Module, device: torch.device, total_steps: int = 1) -> Parts | None:
+    """lightly's heads, loss and memory for one method, with its settings; None where lightly has none that fit them.
+
+    A network that is evaluated in the place of the trained one is called `teacher`.
+    """
     from lightly import loss as losses
     from lightly.models import modules, utils
     from lightly.models.modules import heads
@@ -106,11 +109,40 @@ def lightly_parts(name: str, c: Any, backbone: nn.Module, device: torch.device) 
             return criterion(scores[:large], scores[large:])  # type: ignore[no-any-return]
 
         return net, swav, lambda: net["prototypes"].normalize()
+    if name == "dino" and three and c.teacher_targets == "centering":
+        settings = {"batch_norm": c.projector_batch_norm, "norm_last_layer": c.unit_prototypes}
+        projector, other = (heads.DINOProjectionHead(*size, c.num_prototypes, **settings) for _ in range(2))
+        other.load_state_dict(projector.state_dict())  # its weight norm cannot be copied
+        teacher = nn.ModuleDict({"backbone": copy.deepcopy(backbone), "projector": other})
+        utils.deactivate_requires_grad(teacher)
+        net = joined(projector=projector, teacher=teacher)
+        criterion = losses.DINOLoss(c.num_prototypes, student_temp=c.temperature, center_momentum=c.center_momentum).to(device)
+        steps = 0
+
+        def scores(network: nn.Module, views: Views) -> list[Tensor]:
+            h = torch.cat([network["backbone"](stack) for stack in views.by_resolution()])  # type: ignore[index]
+            return list(network["projector"](h).chunk(len(h) // len(views.image_ids)))  # type: ignore[index]
+
+        def dino(views: Views) -> Tensor:
+            with torch.no_grad():
+                t = scores(net["teacher"], views.without("local"))
+            return criterion(t, scores(net, views), c.teacher_temperature)  # type: ignore[no-any-return]
+
+        def follow() -> None:
+            nonlocal steps
+            m = utils.cosine_schedule(max(0, steps - 1), total_steps, c.momentum, c.final_momentum) if total_steps > 1 else c.momentum
+            for part in ("backbone", "projector"):
+                utils.update_momentum(net[part], net["teacher"][part], m)  # type: ignore[index]
+            steps += 1
+
+        return net, dino, follow
     if name == "msn" and three and c.sinkhorn and c.final_target_temperature is None and not c.label_smoothing:
         plain = {"weight_initialization": "skip", "pos_embed_initialization": "skip"}
-        encoder: nn.Module = modules.MaskedVisionTransformerTIMM(vit=backbone, **plain)  # type: ignore[arg-type]
+        encoder = modules.MaskedVisionTransformerTIMM(vit=backbone, **plain)  # type: ignore[arg-type]
         net = nn.ModuleDict({"encoder": encoder, "projector": heads.MSNProjectionHead(*size)})
-        net["teacher"] = averaged(nn.ModuleDict({"encoder": encoder, "projector": net["projector"]}))
+        slow = copy.deepcopy(encoder)
+        net["teacher"] = nn.ModuleDict({"encoder": slow, "backbone": slow.vit, "projector": averaged(net["projector"])})
+        utils.deactivate_requires_grad(net["teacher"])
         net.register_parameter("prototypes", nn.Parameter(nn.Linear(size[2], c.num_prototypes, bias=False).weight.detach()))
         net.to(device).train()
         criterion = losses.MSNLoss(c.temperature, c.sinkhorn_iterations, c.me_max)

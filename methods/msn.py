@@ -16,7 +16,7 @@ dropped before the first block, so they cost nothing and there is no mask token;
 group is one pass of the encoder, and the head's batch norm sees one group at a time. Prototypes have a gradient through
 their normalisation, from the anchors only, are not decayed and not clipped.
 
-All schedules end at 1.25 times the run: it stops at 80 % of them (`horizon`, and `optim.horizon` for the rates).
+All schedules end at 1.25 times the run: it stops at 80 % of them (`horizon`, and `optim.horizon` for learning rate and weight decay).
 
 Departs:
     Every image has a mask of its own (the original draws one for all images of a worker: `shared_mask=True`).

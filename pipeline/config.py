@@ -63,13 +63,15 @@ class OptimConfig:
     warmup_start_lr: float = 0.0  # scaled by lr_rule like base_lr
     final_lr: float = 0.0  # scaled likewise
     schedule: Literal["cosine", "steps"] = "cosine"
-    horizon: float = 1.0  # the cosines end at so many times the run; MSN: 1.25, so the run stops at 80 % of them
+    horizon: float = 1.0  # the cosines of rate and weight decay end at so many times the run (MSN: 1.25, so it stops at 80 %)
     milestones: tuple[float, ...] = (0.6, 0.8)  # schedule steps: at these fractions of the run the rate falls to a tenth
     weight_decay: float = 1e-6
+    final_weight_decay: float | None = None  # a cosine from weight_decay to it over the whole run (DINO, MSN); None = constant
     momentum: float = 0.9  # SGD, LARC, both LARS
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW
     trust_coefficient: float = 0.001  # LARC, both LARS
-    clip_norm: float | None = None  # largest norm of the joint gradient; None = no clipping
+    clip_norm: float | None = None  # largest norm of the gradient; None = no clipping
+    clip_scope: Literal["joint", "tensor"] = "joint"  # the norm of all gradients together, or of each parameter tensor by itself (DINO)
 
     def __post_init__(self) -> None:
         require(self.base_lr > 0, "optim.base_lr", self.base_lr, "use a positive number")
@@ -77,6 +79,8 @@ class OptimConfig:
         require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "use 0 or more")
         require(self.horizon >= 1, "optim.horizon", self.horizon, "use 1 or more, e.g. 1.25")
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "use 0 or more")
+        final = self.final_weight_decay
+        require(final is None or final >= 0, "optim.final_weight_decay", final, "use 0 or more, or leave it out")
         require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "use a number in [0, 1)")
         rising = all(0 < a < 1 for a in self.milestones) and list(self.milestones) == sorted(self.milestones)
         require(rising, "optim.milestones", self.milestones, "use rising fractions of the run, e.g. 0.6 0.8")
@@ -322,7 +326,8 @@ class Resolved:
     idle_steps: int = 0
     warmup_reaches_base: bool = True
     milestones: tuple[float, ...] | None = None  # None = cosine
-    horizon: float = 1.0
+    weight_decays: tuple[float, float] | None = None  # at the first step, and after the last; None = constant
+    horizon: float = 1.0  # of the cosines, in runs
     chunk: int  # images of one lane in one global batch
     window: int  # images one task cuts: a whole number of chunks
     checkpoint_every: int
@@ -384,6 +389,7 @@ def resolve(config: RunConfig, num_images: int | None, num_ids: int | None = Non
         idle_steps=min(total, max(0, round((config.optim.idle_epochs - config.train.first_epoch) * steps_per_epoch))),
         warmup_reaches_base=config.optim.warmup_reaches_base,
         milestones=config.optim.milestones if config.optim.schedule == "steps" else None,
+        weight_decays=None if config.optim.final_weight_decay is None else (config.optim.weight_decay, config.optim.final_weight_decay),
         horizon=config.optim.horizon,
         chunk=chunk,
         window=chunk * max(1, min(steps_per_epoch, round(wanted / chunk))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,26 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 USERS_ENV = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
 os.environ["RAY_AUTH_MODE"] = "disabled"
 ROOT = Path(__file__).parent.parent
+EXIT_STATUS = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    session.config.stash[EXIT_STATUS] = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Leave without tearing the interpreter down.
+
+    After many Rays, MLflow stores and S3 clients in one process, threads of their native libraries are still there, and now
+    and then one of them touches what Python has freed: a segmentation fault after the last test has passed. What a verb does
+    at its end is tested where it runs as a process.
+    """
+    if EXIT_STATUS in config.stash:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(config.stash[EXIT_STATUS])
 
 
 @pytest.fixture(scope="session")

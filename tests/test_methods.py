@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -120,6 +121,18 @@ def test_state_is_complete_before_the_first_step_and_restores_bit_exactly(recipe
         assert torch.equal(value, again.state_dict()[name]), name
     for name, table in again.id_tables().items():
         assert torch.equal(table.rows, method.id_tables()[name].rows), name
+
+
+@pytest.mark.parametrize("recipe", SMALL)
+def test_a_method_can_be_sent_to_a_worker(recipe: str) -> None:
+    method, views = built(recipe)
+    first = begin(method, views)
+    sent = pickle.loads(pickle.dumps(method))
+    losses = []
+    for one in (method, sent):
+        torch.manual_seed(0)
+        losses.append(one(views, progress(first)).loss.item())
+    assert losses[0] == losses[1] and method.state_dict().keys() == sent.state_dict().keys()
 
 
 @pytest.mark.parametrize("recipe", SMALL)

@@ -136,6 +136,38 @@ def test_groups_are_frozen_scaled_held_and_clipped() -> None:
         assert [g["lr"] for g in optimizer.param_groups] == [scheduled_lr(plan, step), 2 * plan.lr, scheduled_lr(plan, step)]
 
 
+def test_each_tensor_is_clipped_by_itself() -> None:
+    """Norms 5, 0.5 and 0 with a limit of 1; frozen and exempt groups stay out of it."""
+    large, small, zero, exempt, frozen = (nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(5))
+    groups = [
+        ParamGroup(params=[large, small, zero]),
+        ParamGroup(params=[exempt], clip=False),
+        ParamGroup(params=[frozen], frozen_steps=9),
+    ]
+    optimizer = build_optimizer(OptimConfig(name="sgd", weight_decay=0), groups)
+    for p, values in zip((large, small, zero, exempt, frozen), ([3, 4], [0.3, 0.4], [0, 0], [30, 40], [1, 1]), strict=True):
+        p.grad = torch.tensor(values, dtype=torch.float64)
+    norm = prepare_step(optimizer, resolved(), 1, 1.0, "tensor")
+    assert float(norm) == pytest.approx(25.25**0.5) and frozen.grad is None
+    factor = 1 / (5 + 1e-6)
+    for p, want in ((large, [3 * factor, 4 * factor]), (small, [0.3, 0.4]), (zero, [0, 0]), (exempt, [30, 40])):
+        np.testing.assert_allclose(p.grad.numpy(), want, atol=1e-15)
+    optimizer.zero_grad()
+    assert float(prepare_step(optimizer, resolved(), 1, 1.0, "tensor")) == 0  # no gradient at all
+
+
+def test_weight_decay_follows_its_schedule_in_groups_that_decay() -> None:
+    groups = [ParamGroup(params=[nn.Parameter(torch.ones(2))], decay=decay) for decay in (True, False)]
+    optimizer = build_optimizer(OptimConfig(name="adamw", weight_decay=0.04, final_weight_decay=0.4), groups)
+    plan = resolved(weight_decays=(0.04, 0.4))
+    for step in range(10):
+        prepare_step(optimizer, plan, step, None)
+        want = 0.4 + (0.04 - 0.4) / 2 * (1 + np.cos(np.pi * step / 10))
+        assert [g["weight_decay"] for g in optimizer.param_groups] == [pytest.approx(want), 0.0]
+    prepare_step(optimizer, resolved(), 3, None)
+    assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(want)  # without a schedule it stays
+
+
 @pytest.mark.parametrize("name", ["larc", "lars", "lars-classic", "sgd", "adamw"])
 def test_state_of_every_optimizer_goes_on_bit_exactly(name: str) -> None:
     def fresh() -> tuple[nn.Parameter, torch.optim.Optimizer]:

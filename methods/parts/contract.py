@@ -100,8 +100,9 @@ class Method(nn.Module):
     """
 
     paper: ClassVar[str] = ""  # "Authors year, arXiv:number"
-    accumulation: ClassVar[Literal["exact", "refuse"]] = "exact"  # may the batch be cut into micro-batches?
-    accumulation_remedy: ClassVar[str] = ""
+    # may the batch be cut into micro-batches? A method whose settings decide says so in `__init__`
+    accumulation: Literal["exact", "refuse"] = "exact"
+    accumulation_remedy: str = ""
     sync_batchnorm: bool = True  # statistics of batch norm are those of all workers' batches together
     needs_dense_ids: ClassVar[bool] = False
     needs_passes: ClassVar[bool] = False

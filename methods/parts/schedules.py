@@ -11,6 +11,11 @@ def cosine(step: float, total: float, start: float, end: float) -> float:
     return end + 0.5 * (start - end) * (1.0 + math.cos(math.pi * share))
 
 
+def linear_by_epoch(epoch: int, *, epochs: int, start: float, end: float) -> float:
+    """DINO's teacher temperature: from `start` in epoch 0 to `end` in epoch `epochs` - 1 on a straight line, then `end`."""
+    return end if epoch >= epochs else start + (end - start) * epoch / max(1, epochs - 1)
+
+
 def warmup_cosine(
     step: int,
     *,

@@ -101,6 +101,11 @@ class Views:
         """Every crop, each `(B, 3, H, W)`, in the declared order."""
         return [crop for name, stack in self.stacks.items() if self.counts[name] for crop in stack.chunk(self.counts[name])]
 
+    def without(self, group: str) -> Views:
+        """The same images without the crops of one group, which may be absent."""
+        stacks = {name: stack for name, stack in self.stacks.items() if name != group}
+        return Views(stacks=stacks, counts=self.counts, image_ids=self.image_ids, labels=self.labels)
+
     def pair(self) -> tuple[Tensor, Tensor]:
         """The two crops, each `(B, 3, H, W)`, of a method that compares exactly two.
 

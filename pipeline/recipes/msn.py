@@ -28,6 +28,7 @@ def vits16() -> RunConfig:
             final_lr=1e-6,
             horizon=1.25,
             weight_decay=0.04,
+            final_weight_decay=0.4,
             clip_norm=3.0,
         ),
         train=TrainConfig(global_batch_size=1024, epochs=800, checkpoint_every=1000, precision="float32"),

@@ -28,7 +28,7 @@ from pipeline.runs import RunFolder
 from pipeline.train import checkpoint
 from pipeline.train.display import Screen
 from pipeline.train.guards import Guards, TrainingStopped, check_finite
-from pipeline.train.optim import prepare_step, scheduled_lr
+from pipeline.train.optim import prepare_step, scheduled_lr, scheduled_weight_decay
 
 Report = Callable[[int, Mapping[str, float]], None]
 
@@ -142,7 +142,8 @@ class Trainer:
         if micro_outputs[-1].loss is not None:
             if self.forward is self.method:
                 average_gradients(self.method.parameters())
-            norm = prepare_step(self.optimizer, self.resolved, progress.step, self.config.optim.clip_norm)
+            optim = self.config.optim
+            norm = prepare_step(self.optimizer, self.resolved, progress.step, optim.clip_norm, optim.clip_scope)
             if norm is not None:
                 micro_outputs[-1].metrics["gradient_norm"] = norm
             self.optimizer.step()
@@ -179,6 +180,8 @@ class Trainer:
         if chance and "loss" in metrics:
             metrics["loss_chance"] = chance[0]
         metrics["lr"] = scheduled_lr(self.resolved, step - 1)
+        if (decay := scheduled_weight_decay(self.resolved, step - 1)) is not None:
+            metrics["weight_decay"] = decay
         self.display.update(step, loss=metrics.get("loss"))
         metrics["images_per_s"] = self.display.images_per_s
         metrics["bad_images"] = float(len(self.position.bad))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from methods.parts.contract import ParamGroup
-from methods.parts.schedules import falling_steps, warmup_cosine
+from methods.parts.schedules import cosine, falling_steps, warmup_cosine
 from pipeline.config import OptimConfig, Resolved
 
 
@@ -115,6 +115,7 @@ def build_optimizer(config: OptimConfig, groups: Iterable[ParamGroup]) -> Optimi
             "weight_decay": config.weight_decay if group.decay else 0.0,
             "lr_scale": group.lr_scale,
             "lr_constant": group.lr_constant,
+            "decay": group.decay,
             "clip": group.clip,
             "frozen_steps": group.frozen_steps,
         }
@@ -144,19 +145,48 @@ def scheduled_lr(resolved: Resolved, step: int) -> float:
     )
 
 
-def prepare_step(optimizer: Optimizer, resolved: Resolved, step: int, clip_norm: float | None) -> Tensor | None:
-    """Set the learning rates, drop the gradients of frozen groups and clip the rest.
+def scheduled_weight_decay(resolved: Resolved, step: int) -> float | None:
+    """The weight decay of the step after `step` completed ones, a cosine without warm-up; None: it stays as it is."""
+    return cosine(step, resolved.cosine_steps, *resolved.weight_decays) if resolved.weight_decays else None
+
+
+def prepare_step(
+    optimizer: Optimizer, resolved: Resolved, step: int, clip_norm: float | None, clip_scope: Literal["joint", "tensor"] = "joint"
+) -> Tensor | None:
+    """Set the learning rates and weight decays, drop the gradients of frozen groups and clip the rest.
 
     Returns:
         The norm of the joint gradient before clipping, if there is clipping.
     """
-    lr = scheduled_lr(resolved, step)
+    lr, decay = scheduled_lr(resolved, step), scheduled_weight_decay(resolved, step)
     clipped: list[nn.Parameter] = []
     for group in optimizer.param_groups:
         group["lr"] = group["lr_scale"] * (resolved.lr if group["lr_constant"] else lr)
+        if decay is not None and group["decay"]:
+            group["weight_decay"] = decay
         if step < group["frozen_steps"]:
             for p in group["params"]:
                 p.grad = None
         if group["clip"]:
             clipped += group["params"]
-    return torch.nn.utils.clip_grad_norm_(clipped, clip_norm) if clip_norm is not None else None
+    if clip_norm is None:
+        return None
+    if clip_scope == "tensor":
+        return clip_each_(clipped, clip_norm)
+    return torch.nn.utils.clip_grad_norm_(clipped, clip_norm)
+
+
+@torch.no_grad()
+def clip_each_(params: Iterable[nn.Parameter], largest: float) -> Tensor:
+    """g <- g min(1, largest / (|g| + 1e-6)) for each parameter tensor by itself, in place.
+
+    Returns:
+        The norm of the joint gradient before clipping.
+    """
+    grads = [p.grad for p in params if p.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    norms = torch.stack(_norms(grads))
+    factors = (largest / (norms + 1e-6)).clamp(max=1)
+    torch._foreach_mul_(grads, list(factors))
+    return torch.linalg.vector_norm(norms)

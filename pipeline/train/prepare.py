@@ -64,11 +64,6 @@ def build_method(config: RunConfig, facts: RunFacts, start_from: Callable[[nn.Mo
         start_from: fills the backbone with weights before the method sees it, and so before a method copies it.
     """
     entry = find(config.method)
-    if config.train.accumulation_steps > 1 and entry.method.accumulation == "refuse":
-        raise ConfigError(
-            f"train.accumulation_steps={config.train.accumulation_steps}: {entry.name} needs the whole batch at once; "
-            f"use 1 ({entry.method.accumulation_remedy})"
-        )
     torch.manual_seed(config.train.seed)
     backbone = build_backbone(config.backbone)
     for name, group in config.views.items():
@@ -83,6 +78,11 @@ def build_method(config: RunConfig, facts: RunFacts, start_from: Callable[[nn.Mo
     if start_from is not None:
         start_from(backbone)
     method: Method = entry.method(config.method, backbone, facts)  # type: ignore[call-arg]
+    if config.train.accumulation_steps > 1 and method.accumulation == "refuse":
+        raise ConfigError(
+            f"train.accumulation_steps={config.train.accumulation_steps}: {entry.name} needs the whole batch at once; "
+            f"use 1 ({method.accumulation_remedy})"
+        )
     return method.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 

@@ -23,7 +23,7 @@ from methods.parts.norms import synchronized
 from methods.parts.views import Views
 from pipeline.config import override, resolve
 from pipeline.recipes import load_recipe
-from pipeline.train.optim import scheduled_lr
+from pipeline.train.optim import scheduled_lr, scheduled_weight_decay
 from tests.parity.common import EXACT, in_processes, progress
 
 FACTS = RunFacts(global_batch_size=8, steps_per_epoch=10, total_steps=100)
@@ -148,7 +148,7 @@ def test_loss_of_two_workers_equals_the_original(golden, tmp_path: Path, mode: s
 
 
 def test_schedules_equal_the_original(golden) -> None:
-    """The rate is that of one step earlier from the second step on; the run stops at 80 % of the schedules."""
+    """Rate and weight decay are those of one step earlier from the second step on; the run stops at 80 % of the schedules."""
     values = golden("clustering_schedules_optim")
     per_epoch, epochs, warmup = (int(x) for x in values["msn_cfg"])
     changes = {"train.steps_per_epoch": per_epoch, "train.epochs": epochs, "optim.warmup_epochs": warmup}
@@ -159,6 +159,8 @@ def test_schedules_equal_the_original(golden) -> None:
         at = Progress(step=step, total_steps=total, steps_per_epoch=per_epoch)
         np.testing.assert_allclose(method.momentum(at), values["msn_ema"][step], rtol=1e-9)
         np.testing.assert_allclose(scheduled_lr(resolved, step), values["msn_lr"][max(0, step - 1)], rtol=1e-9)
+        decay = values["msn_wd"][step - 1] if step else 0.04
+        np.testing.assert_allclose(scheduled_weight_decay(resolved, step), decay, rtol=1e-9)
 
 
 # ---------------------------------------------------------------------------- steps

@@ -1,0 +1,246 @@
+"""DINO: a student that sees any crop predicts what its own slow average makes of a global crop. Caron et al. 2021, arXiv:2104.14294.
+
+With the student (backbone f, head h; parameters theta) and the teacher (f', h'; theta'), G global crops of V crops, scores
+s_v = h(f(x_v)) and t_g = h'(f'(x_g)) with K prototypes, centre c, and the temperatures tau_s and tau_t of the epoch:
+
+    q_g    = softmax((t_g - c) / tau_t)                                   no gradient; sharp, and centred against collapse
+    p_v    = softmax(s_v / tau_s)
+    loss   = 1 / (G (V - 1)) sum_g sum_{v != g} mean_b H(q_g, p_v)         eq. (3); H(q, p) = - sum_k q_k ln p_k
+    theta <- optimizer(theta, gradient), the prototypes held still in the first epochs
+    theta' <- m theta' + (1 - m) theta                                     with the new theta; m rises to 1 on a cosine
+    c      <- 0.9 c + 0.1 mean(t)                                          eq. (4), after the loss, over all workers
+
+H is linear in q, so one log-softmax of each crop meets the sum of the targets of the other global crops. Every group of
+crops but `local` is of global crops. `teacher_targets=sinkhorn` balances t / tau_t over the batch in the place of the
+centre (DINOv2, arXiv:2304.07193).
+
+Departs:
+    With micro-batches the centre moves once in an optimizer step, by their joint mean, so cutting the batch changes
+    nothing (the original has no micro-batches).
+    Half types are left behind before the prototypes (the original's scores are fp16 under autocast): at tau_t = 0.04 their
+    rounding would shift the exponents by 0.05.
+    ViTs begin with timm's weights, whose CLS token is near 0 (the original draws it at 0.02), and resize their positions for
+    the local crops with antialiasing (`backbone.positions=learned-offset`: as the original does).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from methods.parts import ema
+from methods.parts.assignment import sinkhorn
+from methods.parts.backbones import num_features
+from methods.parts.centering import Center
+from methods.parts.contract import (
+    Masks,
+    Method,
+    MethodConfig,
+    Metrics,
+    Outputs,
+    ParamGroup,
+    Progress,
+    RunFacts,
+    SearchRange,
+    StepOutput,
+    register,
+    searchable,
+)
+from methods.parts.dino_head import DINOHead
+from methods.parts.errors import ConfigError, require
+from methods.parts.groups import without_vectors
+from methods.parts.numerics import embedding_std, entropy, full_precision, l2_normalize, promote
+from methods.parts.schedules import cosine, linear_by_epoch
+from methods.parts.soft_targets import cross_entropy_sum
+from methods.parts.views import CropGroup, Views, ViewsConfig
+from methods.parts.vit import crop_features, without_drop_path
+
+
+@dataclass(frozen=True, kw_only=True)
+class DINOConfig(MethodConfig):
+    temperature: float = 0.1  # tau_s
+    # tau_t; 0.07 for long runs, with a rise from 0.04 over 30 epochs
+    teacher_temperature: float = searchable(0.04, SearchRange(0.02, 0.07, "log", reason="the loss sticks at ln K when it is too high"))
+    warmup_teacher_temperature: float = 0.04  # tau_t in epoch 0; it rises to teacher_temperature on a straight line, epoch by epoch
+    warmup_teacher_temperature_epochs: int = 0  # 0: teacher_temperature from the start
+    # m at the first step; 0.9995 for long runs with batches of 256 or fewer
+    momentum: float = searchable(0.996, SearchRange(0.97, 0.9995, "linear", reason="short runs need a faster teacher"))
+    final_momentum: float = 1.0  # m at the last step; equal to momentum: constant
+    center_momentum: float = searchable(0.9, SearchRange(scale="choice", choices=(0.9, 0.99), reason="slower for small batches"))
+    teacher_targets: Literal["centering", "sinkhorn"] = "centering"  # sinkhorn wants a global batch of 256 or more
+    sinkhorn_iterations: int = 3
+    # K; the original's out_dim
+    num_prototypes: int = searchable(65536, SearchRange(scale="choice", choices=(512, 1024, 4096, 65536), reason="more for more data"))
+    unit_prototypes: bool = True  # the original's norm_last_layer; False is better for ViT-S, less stable for larger ones
+    freeze_prototypes_epochs: float = 1.0  # prototypes wait for so long, weight decay too; longer where the loss does not fall
+    projector_layers: int = 3
+    projector_hidden: int = 2048
+    projection_dim: int = 256  # the bottleneck
+    projector_batch_norm: bool = False  # for ResNets
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "teacher_temperature", "warmup_teacher_temperature"):
+            require(getattr(self, name) > 0, f"method.{name}", getattr(self, name), "use a positive number, e.g. 0.04")
+        for name in ("momentum", "final_momentum", "center_momentum"):
+            require(0 <= getattr(self, name) <= 1, f"method.{name}", getattr(self, name), "use a number from 0 to 1")
+        for name in ("sinkhorn_iterations", "projector_layers", "projector_hidden"):
+            require(getattr(self, name) >= 1, f"method.{name}", getattr(self, name), "use 1 or more")
+        for name in ("num_prototypes", "projection_dim"):
+            require(getattr(self, name) >= 2, f"method.{name}", getattr(self, name), "use 2 or more")
+        for name in ("warmup_teacher_temperature_epochs", "freeze_prototypes_epochs"):
+            require(getattr(self, name) >= 0, f"method.{name}", getattr(self, name), "use 0 or more")
+
+
+@register("dino", DINOConfig)
+class DINO(Method):
+    config: DINOConfig
+    paper = "Caron et al. 2021, arXiv:2104.14294"
+    accumulation_remedy = "method.teacher_targets=centering works with micro-batches"
+
+    def __init__(self, config: DINOConfig, backbone: nn.Module, facts: RunFacts) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        self.head = DINOHead(
+            num_features(backbone),
+            config.num_prototypes,
+            hidden_features=config.projector_hidden,
+            bottleneck=config.projection_dim,
+            layers=config.projector_layers,
+            batch_norm=config.projector_batch_norm,
+            unit_prototypes=config.unit_prototypes,
+        )
+        self.teacher = without_drop_path(ema.frozen_copy(self.student()))
+        self.center = Center(config.num_prototypes, config.center_momentum)
+        self.frozen_steps = round(config.freeze_prototypes_epochs * facts.steps_per_epoch)
+        if config.teacher_targets == "sinkhorn":
+            self.accumulation = "refuse"  # the targets need the whole batch at once
+
+    @classmethod
+    def default_views(cls) -> ViewsConfig:
+        """2 x 224 + 8 x 96; the global crops differ in blur and solarisation (appendix B, after BYOL)."""
+        jitter = (0.4, 0.4, 0.2, 0.1)
+        first = CropGroup(count=1, size=224, scale=(0.4, 1.0), interpolation="bicubic", jitter=jitter, blur=1.0)
+        return {
+            "global": first,
+            "global_solarized": replace(first, blur=0.1, solarize=0.2),
+            "local": replace(first, count=8, size=96, scale=(0.05, 0.4), blur=0.5),
+        }
+
+    def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
+        batch = len(views.image_ids)
+        large = [i for name, crops in views.groups.items() if name != "local" for i in crops]
+        with torch.no_grad():
+            h = torch.cat(crop_features(self.teacher.get_submodule("backbone"), views.without("local")))  # (G B, D)
+            t = self.teacher.get_submodule("head")(h)  # (G B, K)
+        s = self.head(torch.cat(crop_features(self.backbone, views)))  # (V B, K), crop by crop
+        with full_precision(s):
+            q = self.targets(t, progress)
+            codes = dict(zip(large, q.split(batch), strict=True))
+            others = [[q_g for g, q_g in codes.items() if g != v] for v in range(len(s) // batch)]
+            pairs = sum(map(len, others))  # G (V - 1)
+            if not pairs:
+                raise ConfigError(f"views: {len(others)} crop, {len(codes)} of them global; use 2 or more crops, at least 1 global")
+            terms = [cross_entropy_sum(qs, s_v, self.config.temperature) for qs, s_v in zip(others, s.split(batch), strict=True) if qs]
+            loss = torch.stack(terms).sum() / pairs
+            metrics = self.health(q, h[:batch], loss.detach(), progress)
+            return StepOutput(loss=loss, metrics=metrics, outputs={"mean": t.mean(dim=0)})
+
+    def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
+        ema.update(self.teacher, self.student(), self.momentum(progress))
+        if self.config.teacher_targets == "centering":
+            self.center.update([part["mean"] for part in outputs])
+
+    def targets(self, t: Tensor, progress: Progress) -> Tensor:
+        """The teacher's soft targets of its crops: `(G B, K) -> (G B, K)`, rows sum to 1, no gradient."""
+        if self.config.teacher_targets == "sinkhorn":
+            return sinkhorn(t, self.teacher_temperature(progress), self.config.sinkhorn_iterations)
+        return self.center.targets(t, self.teacher_temperature(progress))
+
+    def teacher_temperature(self, progress: Progress) -> float:
+        """tau_t."""
+        c = self.config
+        epochs, start = c.warmup_teacher_temperature_epochs, c.warmup_teacher_temperature
+        return linear_by_epoch(progress.epoch, epochs=epochs, start=start, end=c.teacher_temperature)
+
+    def momentum(self, progress: Progress) -> float:
+        """m."""
+        return cosine(progress.step, progress.total_steps, self.config.momentum, self.config.final_momentum)
+
+    def student(self) -> nn.Sequential:
+        """Backbone and head as one network: what the teacher is an average of."""
+        return nn.Sequential(OrderedDict(backbone=self.backbone, head=self.head))
+
+    @torch.no_grad()
+    def health(self, q: Tensor, h: Tensor, loss: Tensor, progress: Progress) -> Metrics:
+        """Meters of the targets `(G B, K)` and of one crop's features of the teacher `(B, D)`; entropies as fractions of ln K.
+
+        Collapse to one prototype: `teacher_mean_entropy` falls to 0. Collapse to uniform targets: `teacher_entropy` rises to 1.
+        """
+        own, k = entropy(q).mean(), self.config.num_prototypes
+        return {
+            "teacher_entropy": own / math.log(k),
+            "teacher_mean_entropy": entropy(q.mean(dim=0)) / math.log(k),
+            "kl": loss - own,  # mean of KL(q_g || p_v) over the pairs: every q_g stands in V - 1 of them
+            "prototypes_used": (torch.bincount(q.argmax(dim=1), minlength=k) > 0).double().mean(),
+            "center_norm": self.center.value.norm(),
+            "embedding_std": embedding_std(l2_normalize(promote(h))),
+            "teacher_temperature": self.teacher_temperature(progress),
+            "momentum": self.momentum(progress),
+        }
+
+    def param_groups(self) -> list[ParamGroup]:
+        """Biases and norms do not decay; tokens, position table and prototypes do; the prototypes wait."""
+        prototypes = [p for p in self.head.prototypes.parameters() if p.requires_grad]
+        return [
+            *without_vectors(self.backbone, self.head.mlp),
+            ParamGroup(params=prototypes, name="prototypes", frozen_steps=self.frozen_steps),
+        ]
+
+    def evaluation_backbone(self) -> nn.Module:
+        """The teacher's, which is the better of the two all along (sec. 5.2)."""
+        return self.teacher.get_submodule("backbone")
+
+    def cluster_scores(self, images: Tensor) -> Tensor:
+        """The teacher's centred scores t - c."""
+        scores: Tensor = self.teacher(images) - self.center.value
+        return scores
+
+    def chance_loss(self) -> tuple[float, str]:
+        return math.log(self.config.num_prototypes), "ln K"
+
+    def stuck_remedies(self) -> str:
+        c = self.config
+        faster = "method.momentum=0.99, " if c.momentum > 0.99 else ""
+        return (
+            f"try method.teacher_temperature={c.teacher_temperature / 2:g}, {faster}"
+            f"method.num_prototypes={max(2, c.num_prototypes // 4)}, a lower optim.base_lr, "
+            f"method.freeze_prototypes_epochs={c.freeze_prototypes_epochs + 1:g}, or a larger train.global_batch_size"
+        )
+
+    def advice(self, facts: RunFacts) -> Iterable[str]:
+        c, batch, steps = self.config, facts.global_batch_size, facts.total_steps
+        hottest = max(c.teacher_temperature, c.warmup_teacher_temperature if c.warmup_teacher_temperature_epochs else 0.0)
+        if hottest >= c.temperature:
+            yield (
+                f"a teacher temperature of {hottest:g} is not below method.temperature={c.temperature:g}: the targets are no sharper "
+                "than the predictions and become uniform; use 0.04 to 0.07"
+            )
+        if c.momentum < 1 and steps * (1 - c.momentum) < 3:
+            yield (
+                f"method.momentum={c.momentum:g} averages over {1 / (1 - c.momentum):.0f} steps, and the run has {steps}: the teacher "
+                f"hardly moves; use {max(0.9, round(1 - 10 / steps, 3)):g} or less"
+            )
+        if c.teacher_targets == "sinkhorn" and batch < 256:
+            remedy = "use centering, or a train.global_batch_size of 256 or more"
+            yield f"method.teacher_targets=sinkhorn balances {batch} images, too few; {remedy}"
+        if facts.num_images is not None and c.num_prototypes > facts.num_images:
+            yield f"method.num_prototypes={c.num_prototypes} for {facts.num_images} images; use {max(2, facts.num_images // 4)} or fewer"
+        if self.frozen_steps >= steps:
+            yield f"method.freeze_prototypes_epochs={c.freeze_prototypes_epochs:g} is the whole run: the prototypes never learn"
