@@ -184,14 +184,14 @@ class Decoder(nn.Module):
 
 def patchify(images: Tensor, patch: int) -> Tensor:
     """`(B, 3, H, W) -> (B, h w, p p 3)`: patches row by row, in each its pixels row by row, colours last."""
-    cut = images.unflatten(2, (-1, patch)).unflatten(4, (-1, patch))  # (B, 3, h, p, w, p)
+    cut: Tensor = images.unflatten(2, (-1, patch)).unflatten(4, (-1, patch))  # (B, 3, h, p, w, p)
     return cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def unpatchify(patches: Tensor, patch: int, height: int) -> Tensor:
     """The inverse of `patchify`: `(B, h w, p p 3) -> (B, 3, H, W)`."""
     h = height // patch
-    cut = patches.unflatten(1, (h, -1)).unflatten(3, (patch, patch, 3))  # (B, h, w, p, p, 3)
+    cut: Tensor = patches.unflatten(1, (h, -1)).unflatten(3, (patch, patch, 3))  # (B, h, w, p, p, 3)
     return cut.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 

@@ -115,8 +115,8 @@ def reconstruction_picture(config: RunConfig, manifest: Manifest, method: Method
     images, source = a_few_images(config, manifest)
     mean, std = config.data.mean, config.data.std
     found = extract(method, images, mean=mean, std=std, device=device, batch_size=len(images), forward=method.reconstruct)
-    pixels = found.permute(1, 0, 3, 4, 2) * torch.tensor(std) + torch.tensor(mean)  # (2, B, H, W, 3)
-    return reconstruction_figure.reconstructions(images.numpy(), *pixels.numpy(), path, source=source)
+    seen, made = found.permute(1, 0, 3, 4, 2) * torch.tensor(std) + torch.tensor(mean)  # each (B, H, W, 3)
+    return reconstruction_figure.reconstructions(images.numpy(), seen.numpy(), made.numpy(), path, source=source)
 
 
 def a_few_images(config: RunConfig, manifest: Manifest, count: int = 8) -> tuple[torch.Tensor, str]:
