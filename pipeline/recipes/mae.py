@@ -49,7 +49,7 @@ def cifar10_small() -> RunConfig:
 
 @recipe("mae-small")
 def small() -> RunConfig:
-    """Patches of 19 photographs, a ViT of 0.46 M parameters with patches of 4 pixels, 75 % masked, on two CPU cores."""
+    """Patches of 19 photographs, a ViT of 0.46 M parameters, on two CPU cores: about 7 CPU minutes, kNN 76.2 % (untrained 67.6 %)."""
     return replace(
         cifar10_small(),
         data=DataConfig(path="patches"),
