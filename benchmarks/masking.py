@@ -56,7 +56,7 @@ def main() -> None:
 
         def step(self) -> None:
             self.forward().backward()  # type: ignore[no-untyped-call]
-            self.optimizer.zero_grad(set_to_none=False)
+            self.optimizer.zero_grad(set_to_none=True)
 
     def anchor(name: str, keep: Tensor | None) -> Pass:
         return Pass(name, lambda: method.anchor(images, keep).square().mean(), optimizer)
