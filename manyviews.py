@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
+    from pipeline.evaluate.probes import ProbeScores
     from pipeline.evaluate.protocols import Scores
     from pipeline.train.launch import Outcome
 
@@ -71,9 +72,11 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("from_run", nargs="?", metavar="RUN", help="name or folder of the finished run")
     add.add_argument("--run", metavar="NAME", help="name of the new run")
 
-    add = verb("evaluate", evaluate, "measure a backbone by kNN, beside raw pixels and the untrained backbone", settings=COMMON)
+    add = verb("evaluate", evaluate, "measure a backbone by kNN or probes, beside the untrained backbone", settings=COMMON)
     add.add_argument("model", nargs="?", metavar="RUN_OR_MODEL", help="a run, an exported folder, or models:/NAME@best")
-    add.add_argument("--protocol", nargs="+", default=["knn"], choices=["knn"], help="what to measure (default: knn)")
+    known = ["knn", "linear", "lowshot"]
+    words = "what to measure: knn (also of raw pixels), linear (all labels), lowshot (a few images per class); default: knn"
+    add.add_argument("--protocol", nargs="+", default=["knn"], choices=known, help=words)
 
     add = verb("embed", embed, "write the features of a folder of images to Parquet")
     add.add_argument("model", metavar="RUN_OR_MODEL", help="a run, an exported folder, or models:/NAME@best")
@@ -174,9 +177,13 @@ def evaluate(options: Any, settings: list[str]) -> int:
     from pipeline.evaluate import verb
 
     config = parse_settings(verb.config_of(folder), settings, f"manyviews evaluate {model}")
-    scores = verb.evaluate(folder, config)
-    show_scores(scores)
-    _write_json(options, {"model": model} | scores.to_dict())
+    scores, probes = verb.evaluate(folder, config, options.protocol)
+    if scores is not None:
+        show_scores(scores)
+    for probe in probes:
+        show_probe(probe)
+    found = {"model": model} | (scores.to_dict() if scores is not None else {})
+    _write_json(options, found | {probe.name: probe.to_dict() for probe in probes})
     return 0
 
 
@@ -370,6 +377,21 @@ def show_scores(scores: Scores) -> None:
     console.print(table)
     gain = f"{scores.gain:+.1f} points above the best of raw pixels (L2) and the untrained backbone"
     console.print(gain, highlight=False, soft_wrap=True)
+    console.print(f"[dim]{scores.protocol}[/dim]\n", highlight=False, soft_wrap=True)
+
+
+def show_probe(scores: ProbeScores) -> None:
+    from rich.table import Table
+
+    table = Table(title=None, show_edge=False, pad_edge=False)
+    table.add_column("")
+    table.add_column(f"{scores.name} top-1, {scores.split} images", justify="right")
+    for row in scores.rows:
+        spread = "" if row.spread is None else f" ± {100 * row.spread:.1f}"
+        table.add_row(row.label, f"{100 * row.accuracy:.1f}{spread} %", style="bold" if row.key.startswith("trained") else "")
+    console = _console()
+    console.print()
+    console.print(table)
     console.print(f"[dim]{scores.protocol}[/dim]\n", highlight=False, soft_wrap=True)
 
 

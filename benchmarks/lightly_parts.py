@@ -136,4 +136,29 @@ def lightly_parts(name: str, c: Any, backbone: nn.Module, device: torch.device, 
             steps += 1
 
         return net, dino, follow
+    if name == "msn" and three and c.sinkhorn and c.final_target_temperature is None and not c.label_smoothing:
+        plain = {"weight_initialization": "skip", "pos_embed_initialization": "skip"}
+        encoder = modules.MaskedVisionTransformerTIMM(vit=backbone, **plain)  # type: ignore[arg-type]
+        net = nn.ModuleDict({"encoder": encoder, "projector": heads.MSNProjectionHead(*size)})
+        slow = copy.deepcopy(encoder)
+        net["teacher"] = nn.ModuleDict({"encoder": slow, "backbone": slow.vit, "projector": averaged(net["projector"])})
+        utils.deactivate_requires_grad(net["teacher"])
+        net.register_parameter("prototypes", nn.Parameter(nn.Linear(size[2], c.num_prototypes, bias=False).weight.detach()))
+        net.to(device).train()
+        criterion = losses.MSNLoss(c.temperature, c.sinkhorn_iterations, c.me_max)
+
+        def msn(views: Views) -> Tensor:
+            masked = views.stacks["random"]
+            patches = (masked.shape[-1] // int(backbone.patch_embed.patch_size[0])) ** 2  # type: ignore[union-attr,index]
+            keep, _ = utils.random_token_mask((len(masked), 1 + patches), mask_ratio=c.mask_ratio, device=masked.device)
+            z = [net["projector"](net["encoder"](x, **more)) for x, more in ((masked, {"idx_keep": keep}), (views.stacks["focal"], {}))]
+            with torch.no_grad():
+                t = net["teacher"]["projector"](net["teacher"]["encoder"](views.stacks["target"]))  # type: ignore[index]
+            return criterion(torch.cat(z), t, net.prototypes, c.target_temperature / c.temperature)  # type: ignore[no-any-return]
+
+        def msn_follow() -> None:
+            for part in ("encoder", "projector"):
+                utils.update_momentum(net[part], net["teacher"][part], c.momentum)  # type: ignore[index]
+
+        return net, msn, msn_follow
     return None

@@ -73,6 +73,7 @@ class Call:
     module: str
     source: int | None
     kept: Tensor | None
+    rest: tuple[Any, ...]  # further inputs, such as which patches stay
     gradient: bool
     autocast: bool
 
@@ -88,10 +89,10 @@ def recorded(method: Method, views: Views, progress: Progress) -> list[Call]:
             nonlocal depth
             depth += 1
             if depth == 1:
-                (x,) = inputs
+                x, *rest = inputs
                 source = next((i for i, result in enumerate(results) if result is x), None)
                 kept = x.detach().clone().requires_grad_(x.requires_grad) if source is None else None
-                calls.append(Call(name, source, kept, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)))
+                calls.append(Call(name, source, kept, tuple(rest), torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)))
 
         return hook
 
@@ -122,7 +123,7 @@ def bare(method: Method, calls: list[Call], config: RunConfig, device: torch.dev
         for call in calls:
             x = call.kept if call.source is None else results[call.source]
             with torch.set_grad_enabled(call.gradient), torch.autocast(device.type, dtype=precision, enabled=call.autocast):
-                results.append(modules[call.module](x))
+                results.append(modules[call.module](x, *call.rest))
         return torch.stack([results[i].float().square().mean() for i in ends]).sum()
 
     return Contender("bare", forward, build_optimizer(config.optim, method.param_groups()))

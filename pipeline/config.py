@@ -63,9 +63,10 @@ class OptimConfig:
     warmup_start_lr: float = 0.0  # scaled by lr_rule like base_lr
     final_lr: float = 0.0  # scaled likewise
     schedule: Literal["cosine", "steps"] = "cosine"
+    horizon: float = 1.0  # the cosines of rate and weight decay end at so many times the run (MSN: 1.25, so it stops at 80 %)
     milestones: tuple[float, ...] = (0.6, 0.8)  # schedule steps: at these fractions of the run the rate falls to a tenth
     weight_decay: float = 1e-6
-    final_weight_decay: float | None = None  # a cosine from weight_decay to it over the whole run (DINO); None = constant
+    final_weight_decay: float | None = None  # a cosine from weight_decay to it over the whole run (DINO, MSN); None = constant
     momentum: float = 0.9  # SGD, LARC, both LARS
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW
     trust_coefficient: float = 0.001  # LARC, both LARS
@@ -76,6 +77,7 @@ class OptimConfig:
         require(self.base_lr > 0, "optim.base_lr", self.base_lr, "use a positive number")
         require(self.idle_epochs >= 0, "optim.idle_epochs", self.idle_epochs, "use 0 or more")
         require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "use 0 or more")
+        require(self.horizon >= 1, "optim.horizon", self.horizon, "use 1 or more, e.g. 1.25")
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "use 0 or more")
         final = self.final_weight_decay
         require(final is None or final >= 0, "optim.final_weight_decay", final, "use 0 or more, or leave it out")
@@ -144,6 +146,8 @@ class EvaluateConfig:
     online_bank: int = 4_000  # and in the online kNN
     knn_queries: int = 2_000  # at most this many held-out images are asked
     test_images: int = 10_000  # at most this many images of the test split are asked
+    lowshot_images: tuple[int, ...] = (1, 2, 5)  # images of each class that a low-shot classifier learns from
+    lowshot_draws: int = 5  # random choices of them
     size: int | None = None  # side of an evaluated image, pixels; None = that of the largest crop
 
     def __post_init__(self) -> None:
@@ -154,6 +158,9 @@ class EvaluateConfig:
         require(self.online_bank >= 1, "evaluate.online_bank", self.online_bank, "use 1 or more images")
         require(self.test_images >= 1, "evaluate.test_images", self.test_images, "use 1 or more images")
         require(self.knn_queries >= 1, "evaluate.knn_queries", self.knn_queries, "use 1 or more images")
+        few = self.lowshot_images
+        require(bool(few) and min(few) >= 1, "evaluate.lowshot_images", few, "use numbers of 1 or more, e.g. 1 2 5")
+        require(self.lowshot_draws >= 1, "evaluate.lowshot_draws", self.lowshot_draws, "use 1 or more, e.g. 5")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,10 +327,16 @@ class Resolved:
     warmup_reaches_base: bool = True
     milestones: tuple[float, ...] | None = None  # None = cosine
     weight_decays: tuple[float, float] | None = None  # at the first step, and after the last; None = constant
+    horizon: float = 1.0  # of the cosines, in runs
     chunk: int  # images of one lane in one global batch
     window: int  # images one task cuts: a whole number of chunks
     checkpoint_every: int
     knn_every: int
+
+    @property
+    def cosine_steps(self) -> int:
+        """Steps that the cosines would need to their ends, warm-up included."""
+        return int(self.horizon * self.facts.total_steps)
 
 
 def resolve(config: RunConfig, num_images: int | None, num_ids: int | None = None) -> Resolved:
@@ -377,6 +390,7 @@ def resolve(config: RunConfig, num_images: int | None, num_ids: int | None = Non
         warmup_reaches_base=config.optim.warmup_reaches_base,
         milestones=config.optim.milestones if config.optim.schedule == "steps" else None,
         weight_decays=None if config.optim.final_weight_decay is None else (config.optim.weight_decay, config.optim.final_weight_decay),
+        horizon=config.optim.horizon,
         chunk=chunk,
         window=chunk * max(1, min(steps_per_epoch, round(wanted / chunk))),
         checkpoint_every=config.train.checkpoint_every or min(500, steps_per_epoch),

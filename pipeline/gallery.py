@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from methods.parts.contract import Method
 from methods.parts.errors import ConfigError
 from methods.parts.vit import ViT
-from pipeline import attention_figure, cluster_figures, figures
+from pipeline import attention_figure, cluster_figures, figures, reconstruction_figure
 from pipeline.config import RunConfig
 from pipeline.evaluate.clusters import Clusters
 from pipeline.evaluate.features import extract
@@ -64,7 +65,7 @@ def views_sheet(config: RunConfig, manifest: Manifest, path: Path, *, images: in
 def run_figures(
     ready: Prepared, folder: RunFolder, backbone: nn.Module, scores: Scores, clusters: Clusters | None, device: torch.device
 ) -> list[Path]:
-    """Contact sheet, curves, scores, nearest neighbours, clusters and attention of a finished run, as far as it has them."""
+    """Pictures of a finished run: views, curves, scores, neighbours; clusters, attention, reconstructions where it has them."""
     config, manifest = ready.config, ready.manifest
     drawers: list[Callable[[], Path]] = [
         lambda: views_sheet(config, manifest, folder.figures / "views.png"),
@@ -79,6 +80,8 @@ def run_figures(
     if isinstance(backbone, ViT):
         vit = backbone
         drawers.append(lambda: attention_picture(config, manifest, vit, folder.figures / "attention.png", device))
+    if ready.method.reconstructs:
+        drawers.append(lambda: reconstruction_picture(config, manifest, ready.method, folder.figures / "reconstructions.png", device))
     if clusters is not None:
         drawers.append(lambda: cluster_figures.gallery(clusters, manifest.class_names, folder.figures / "clusters.png"))
         drawers.append(lambda: cluster_figures.size_histogram(clusters, folder.figures / "cluster_sizes.png"))
@@ -99,18 +102,32 @@ def neighbours_picture(config: RunConfig, manifest: Manifest, backbone: nn.Modul
 
 
 def attention_picture(config: RunConfig, manifest: Manifest, backbone: ViT, path: Path, device: torch.device) -> Path:
-    """What the backbone's CLS token looks at in a few held-out images; without labels none are held out, then training images."""
+    """What the backbone's CLS token looks at in a few images."""
+    images, source = a_few_images(config, manifest)
+    mean, std = config.data.mean, config.data.std
+    weights = extract(backbone, images, mean=mean, std=std, device=device, batch_size=8, forward=backbone.cls_attention)
+    grid = [side // patch for side, patch in zip(images.shape[1:3], backbone.patch_embed.patch_size, strict=True)]
+    return attention_figure.attention_maps(images.numpy(), weights.unflatten(-1, grid).numpy(), path, source=source)
+
+
+def reconstruction_picture(config: RunConfig, manifest: Manifest, method: Method, path: Path, device: torch.device) -> Path:
+    """What the method makes of a part of a few images."""
+    images, source = a_few_images(config, manifest)
+    mean, std = config.data.mean, config.data.std
+    found = extract(method, images, mean=mean, std=std, device=device, batch_size=len(images), forward=method.reconstruct)
+    seen, made = found.permute(1, 0, 3, 4, 2) * torch.tensor(std) + torch.tensor(mean)  # each (B, H, W, 3)
+    return reconstruction_figure.reconstructions(images.numpy(), seen.numpy(), made.numpy(), path, source=source)
+
+
+def a_few_images(config: RunConfig, manifest: Manifest, count: int = 8) -> tuple[torch.Tensor, str]:
+    """Held-out images of as many classes as there are, uint8 `(count, H, W, 3)`, and what they are; without labels training images."""
     fraction = config.data.held_out
     ids, source = manifest.held_out_ids(fraction), "held-out images"
     if not len(ids):
         ids, source = manifest.training_ids(fraction), "training images"
     chosen = np.sort(np.random.default_rng(4).permutation(ids)[:64])
     found = evaluation_images(manifest, chosen, config.evaluation_size)
-    images = found.images[torch.from_numpy(np.sort(spread_over_classes(found.labels.numpy(), 8)))]
-    mean, std = config.data.mean, config.data.std
-    weights = extract(backbone, images, mean=mean, std=std, device=device, batch_size=8, forward=backbone.cls_attention)
-    grid = [side // patch for side, patch in zip(images.shape[1:3], backbone.patch_embed.patch_size, strict=True)]
-    return attention_figure.attention_maps(images.numpy(), weights.unflatten(-1, grid).numpy(), path, source=source)
+    return found.images[torch.from_numpy(np.sort(spread_over_classes(found.labels.numpy(), count)))], source
 
 
 def spread_over_classes(labels: np.ndarray, count: int) -> np.ndarray:

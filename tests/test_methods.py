@@ -15,7 +15,7 @@ from methods.parts.contract import Method, Progress, RunFacts, find, registered
 from methods.parts.errors import ConfigError
 from methods.parts.selective_kernels import SelectiveKernel
 from methods.parts.views import CropGroup, Views
-from pipeline.config import OptimConfig, override
+from pipeline.config import OptimConfig, RunConfig, override
 from pipeline.recipes import entries, load_recipe
 from pipeline.train.optim import build_optimizer
 from pipeline.train.prepare import build_method
@@ -23,6 +23,18 @@ from pipeline.train.prepare import build_method
 SMALL = [entry.name for entry in entries() if entry.name.endswith("-small")]
 BATCH = 16
 TINY = BackboneConfig(name="resnet18", width=0.125, stem="strided")
+TINY_VIT = BackboneConfig(name="vit_tiny_patch16_224", width=0.25, depth=(2,), image_size=32, patch_size=4)
+
+
+def tiny(config: RunConfig) -> BackboneConfig:
+    """A ResNet, or a ViT for a method that works on patches."""
+    facts = RunFacts(global_batch_size=BATCH, steps_per_epoch=4, total_steps=400, num_images=16 * BATCH)
+    try:
+        find(config.method).method(config.method, build_backbone(TINY), facts)
+    except ConfigError as error:
+        assert "backbone.name" in str(error)
+        return TINY_VIT
+    return TINY
 
 
 def built(recipe: str) -> tuple[Method, Views]:
@@ -30,7 +42,7 @@ def built(recipe: str) -> tuple[Method, Views]:
     config = load_recipe(recipe)
     torch.manual_seed(0)
     facts = RunFacts(global_batch_size=BATCH, steps_per_epoch=4, total_steps=400, num_images=16 * BATCH)
-    backbone = build_backbone(TINY)
+    backbone = build_backbone(tiny(config))
     method = find(config.method).method(config.method, backbone, facts)
     counts = {name: group.count for name, group in config.views.items()}
     sides = {name: max(8, group.size * 32 // config.evaluation_size) for name, group in config.views.items()}  # at most 32
@@ -132,7 +144,8 @@ def test_parameter_groups_hold_every_trained_parameter_once(recipe: str) -> None
 
 @pytest.mark.parametrize("recipe", SMALL)
 def test_micro_batches_are_refused_with_a_remedy_where_the_loss_needs_the_whole_batch(recipe: str) -> None:
-    config = replace(override(load_recipe(recipe), {"train.accumulation_steps": 2}), backbone=TINY)
+    config = override(load_recipe(recipe), {"train.accumulation_steps": 2})
+    config = replace(config, backbone=tiny(config))
     kind = find(config.method).method
     facts = RunFacts(global_batch_size=BATCH, steps_per_epoch=4, total_steps=400, num_images=16 * BATCH)
     if kind.accumulation == "exact":
@@ -158,10 +171,11 @@ def test_weights_that_a_run_starts_from_reach_every_copy_of_the_backbone(recipe:
             for p in backbone.parameters():
                 p.fill_(0.125)
 
-    config = replace(load_recipe(recipe), backbone=TINY)
+    config = load_recipe(recipe)
+    config = replace(config, backbone=tiny(config))
     facts = RunFacts(global_batch_size=config.train.global_batch_size, steps_per_epoch=4, total_steps=400, num_images=1000, num_ids=1000)
     method = build_method(config, facts, start_from)
-    first_layers = [p for name, p in method.named_parameters() if name.endswith("conv1.0.weight")]
+    first_layers = [p for name, p in method.named_parameters() if name.endswith(("conv1.0.weight", "patch_embed.proj.weight"))]
     assert first_layers and all(bool((p == 0.125).all()) for p in first_layers)
 
 

@@ -163,6 +163,17 @@ class Method(nn.Module):
     def has_clusters(self) -> bool:
         return type(self).cluster_scores is not Method.cluster_scores
 
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """What is seen of finished images, masked pixels NaN, and what is made of it: `(B, 3, H, W) -> (B, 2, 3, H, W)`.
+
+        For methods that paint masked patches only; called like `cluster_scores`.
+        """
+        raise NotImplementedError
+
+    @property
+    def reconstructs(self) -> bool:
+        return type(self).reconstruct is not Method.reconstruct
+
     def chance_loss(self) -> tuple[float, str] | None:
         """The loss of a method that has learned nothing and how to write it, e.g. `(ln K, "ln K")`."""
         return None

@@ -222,18 +222,24 @@ def vit_settings(plain: VisionTransformer, *, width: float, heads: int | None, r
 @torch.no_grad()
 def xavier(model: VisionTransformer) -> None:
     """MoCo v3's initialisation: uniform in +-sqrt(6 / (in + out)); q, k, v and the patch projection as a Linear each; biases 0."""
-    for name, module in model.named_modules():
+    xavier_linears(model)
+    projection = model.patch_embed.proj
+    bound = math.sqrt(6 / (projection.weight[0].numel() + projection.out_channels))
+    nn.init.uniform_(projection.weight, -bound, bound)
+    if projection.bias is not None:
+        nn.init.zeros_(projection.bias)
+
+
+@torch.no_grad()
+def xavier_linears(network: nn.Module) -> None:
+    """Every Linear uniform in +-sqrt(6 / (in + out)); q, k, v as one each; biases 0."""
+    for name, module in network.named_modules():
         if isinstance(module, nn.Linear):
             parts = 3 if name.endswith("qkv") else 1
             bound = math.sqrt(6 / (module.out_features // parts + module.in_features))
             nn.init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    projection = model.patch_embed.proj
-    bound = math.sqrt(6 / (projection.weight[0].numel() + projection.out_channels))
-    nn.init.uniform_(projection.weight, -bound, bound)
-    if projection.bias is not None:
-        nn.init.zeros_(projection.bias)
 
 
 def new_mask_token(backbone: ViT) -> nn.Parameter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from methods.parts.errors import ConfigError
 from methods.parts.views import CropGroup
 from pipeline import registry
 from pipeline.config import DataConfig, EvaluateConfig, RunConfig, from_yaml
+from pipeline.evaluate.probes import PROTOCOLS, Probes, ProbeScores
 from pipeline.evaluate.protocols import Scores, final_scores
 from pipeline.ingest.sources import open_source
 from pipeline.ingest.stream import start_ray
@@ -30,8 +32,8 @@ def config_of(export: Path) -> RunConfig:
     )
 
 
-def evaluate(export: Path, config: RunConfig) -> Scores:
-    """kNN of an export beside raw pixels and an untrained backbone of the same kind.
+def evaluate(export: Path, config: RunConfig, protocols: Sequence[str] = ("knn",)) -> tuple[Scores | None, list[ProbeScores]]:
+    """An export beside an untrained backbone of the same kind: its kNN, also beside raw pixels, and the other protocols.
 
     Raises:
         ConfigError: images without labels of two classes.
@@ -42,7 +44,10 @@ def evaluate(export: Path, config: RunConfig) -> Scores:
     untrained = build_backbone(config.backbone)
     start_ray()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    scores = final_scores(config, manifest, backbone.to(device), untrained, device)
-    if not scores.rows:
+    backbone = backbone.to(device)
+    scores = final_scores(config, manifest, backbone, untrained, device) if "knn" in protocols else None
+    if scores is not None and not scores.rows:
         raise ConfigError(f"data.path={config.data.path}: {scores.protocol}")
-    return scores
+    others = [name for name in protocols if name != "knn"]
+    probes = Probes(config, manifest, backbone, untrained, device) if others else None
+    return scores, [PROTOCOLS[name](probes) for name in others if probes]

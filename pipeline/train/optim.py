@@ -135,7 +135,7 @@ def scheduled_lr(resolved: Resolved, step: int) -> float:
         return falling_steps(step, total_steps=resolved.facts.total_steps, base=resolved.lr, milestones=resolved.milestones)
     return warmup_cosine(
         step,
-        total_steps=resolved.facts.total_steps,
+        total_steps=resolved.cosine_steps,
         warmup_steps=resolved.warmup_steps,
         start=resolved.start_lr,
         base=resolved.lr,
@@ -147,7 +147,7 @@ def scheduled_lr(resolved: Resolved, step: int) -> float:
 
 def scheduled_weight_decay(resolved: Resolved, step: int) -> float | None:
     """The weight decay of the step after `step` completed ones, a cosine without warm-up; None: it stays as it is."""
-    return cosine(step, resolved.facts.total_steps, *resolved.weight_decays) if resolved.weight_decays else None
+    return cosine(step, resolved.cosine_steps, *resolved.weight_decays) if resolved.weight_decays else None
 
 
 def prepare_step(

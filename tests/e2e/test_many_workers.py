@@ -95,7 +95,8 @@ def test_every_method_trains_on_two_workers(method: str, trained: dict[str, tupl
     pictures = {"views.png", "curves.png", "neighbours.png", "scores.png"}
     clustered = {"clusters.png", "cluster_sizes.png"} if kind.cluster_scores is not Method.cluster_scores else set()
     of_vits = {"attention.png"} if load_recipe(SMALL[method]).backbone.name.startswith("vit_") else set()
-    assert {p.name for p in folder.figures.glob("*.png")} == pictures | clustered | of_vits
+    painted = {"reconstructions.png"} if kind.reconstruct is not Method.reconstruct else set()
+    assert {p.name for p in folder.figures.glob("*.png")} == pictures | clustered | of_vits | painted
     assert (folder.model / "backbone.safetensors").is_file()
     assert checkpoint.load(checkpoint.pointed_to(folder.checkpoints))["position"]["step"] == 4
 

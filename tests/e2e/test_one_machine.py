@@ -161,6 +161,19 @@ def test_evaluate_by_run_and_by_registered_name_agree_with_the_run(verb: Verb, f
         assert again["protocol"] == scores["protocol"]
 
 
+def test_probes_of_a_run(verb: Verb, finished: Path, tmp_path: Path) -> None:
+    """Trained and untrained, with settings and spread; the kNN is left out unless asked for."""
+    asked = ("--protocol", "lowshot", "linear", "--evaluate.lowshot-images", "1", "2", "--evaluate.lowshot-draws=3")
+    said = verb("evaluate", "first", f"--runs-dir={finished}", f"--json={tmp_path / 'scores.json'}", *asked).stdout
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert set(found) == {"model", "linear", "lowshot"} and "lowshot top-1" in said and "kNN" not in said
+    keys = {f"{name}_{count}{end}" for name in ("trained", "untrained") for count in (1, 2) for end in ("", "_spread")}
+    assert keys <= set(found["lowshot"]) and "3 draws" in found["lowshot"]["protocol"]
+    assert 0 < found["linear"]["trained"] <= 1 and found["linear"]["split"] == "held-out"
+    message = verb("evaluate", "first", f"--runs-dir={finished}", "--protocol=lowshot", "--evaluate.lowshot-images=9999", code=2).stderr
+    assert "evaluate.lowshot_images: 9999 asked for" in message
+
+
 def test_continue_starts_a_new_phase_from_the_full_state_and_a_warm_start_from_weights(verb: Verb, finished: Path, folder: Path) -> None:
     common = [f"--runs-dir={finished}", "--track.no-register"]
     verb("continue", "first", "--run=second", "--train.steps=10", *common)

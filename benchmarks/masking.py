@@ -1,0 +1,87 @@
+"""What dropped patches save: forward and backward of MSN's masked anchor alone, beside the same with all patches.
+
+Each ratio takes turns with all patches, pair by pair; a figure is the median of the pairs' ratios, with an upper 95 % bound
+from a bootstrap. It should be at most (1 - mask ratio) + 0.03. On a CPU, time is CPU time, so that other jobs count less.
+Memory is what the forward pass keeps for the backward pass; on a GPU, the peak of what both allocate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+from steps import Contender, bounded, memory, timed
+from torch import Tensor
+
+from methods.msn import MSN, MSNConfig
+from methods.parts.backbones import BackboneConfig, build_backbone
+from methods.parts.contract import RunFacts
+from methods.parts.masking import num_kept, num_patches, random_keep
+from pipeline.config import OptimConfig
+from pipeline.train.optim import build_optimizer
+
+
+def cost(one: Contender, device: torch.device) -> float:
+    """Time of a pass in s."""
+    if device.type == "cuda":
+        return timed(one, device, 1)
+    begin = time.process_time()
+    one.step()
+    return time.process_time() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="vit_small_patch16_224", help="a timm name")
+    parser.add_argument("--depth", type=int, help="blocks, if not the model's own")
+    parser.add_argument("--size", type=int, default=224, help="side of the crop, pixels")
+    parser.add_argument("--patch", type=int, help="side of a patch, if not the model's own, pixels")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.15, 0.3, 0.5, 0.7])
+    parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    depth = None if options.depth is None else (options.depth,)
+    backbone = build_backbone(BackboneConfig(name=options.backbone, image_size=options.size, patch_size=options.patch, depth=depth))
+    method = MSN(MSNConfig(), backbone, RunFacts(global_batch_size=options.batch, steps_per_epoch=1, total_steps=1)).to(device)
+    images = torch.randn(options.batch, 3, options.size, options.size, device=device)
+    patches = num_patches(method.anchor.backbone, options.size)
+    optimizer = build_optimizer(OptimConfig(name="sgd"), method.param_groups())
+
+    class Pass(Contender):
+        """Without an optimizer's step, which does not depend on the tokens."""
+
+        def step(self) -> None:
+            self.forward().backward()  # type: ignore[no-untyped-call]
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def anchor(name: str, keep: Tensor | None) -> Pass:
+        return Pass(name, lambda: method.anchor(images, keep).square().mean(), optimizer)
+
+    whole = anchor("all", None)
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {options.threads} thread(s)"
+    print(f"{machine}; {options.backbone}, {options.batch} crops of {options.size}, {patches} patches; {options.pairs} pairs", flush=True)
+    for ratio in options.ratios:
+        kept = num_kept(patches, ratio)
+        masked = anchor("masked", random_keep(options.batch, patches, kept).to(device))
+        for one in (whole, masked):
+            cost(one, device)
+        pairs = []
+        for i in range(options.pairs):
+            times = {one.name: cost(one, device) for one in ((whole, masked) if i % 2 else (masked, whole))}
+            pairs.append(times["masked"] / times["all"])
+        median, bound = bounded(pairs)
+        share = memory(masked, device) / memory(whole, device)
+        words = "within" if median <= 1 - ratio + 0.03 else "above"
+        print(
+            f"mask ratio {ratio:4.2f}, {kept:4} patches: time {median:.3f} (95 % bound {bound:.3f}), {words} {1 - ratio + 0.03:.2f}; "
+            f"memory {share:.3f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

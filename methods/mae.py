@@ -1,0 +1,200 @@
+"""MAE: a ViT that sees a quarter of the patches, and a small decoder that paints the others. He et al. 2021, arXiv:2111.06377.
+
+With an image's N patches x_i (vectors of p p 3 pixels), V the kept ones, drawn at random, and M the others:
+
+    h      = encoder(x_V)                        CLS and the kept patches only; no mask tokens
+    y_i    = W h_i for i in V, else mask token    all N patches, CLS in front
+    x^     = pixels(decoder(y + positions))       fixed sine and cosine positions
+    loss   = mean_{i in M} mean((x^_i - t_i)^2)    t_i = (x_i - mean(x_i)) / sqrt(var(x_i) + 1e-6) (`normalize_patches`), or x_i
+
+Patches that were seen do not count. The decoder is thrown away after training. A fixed table of positions and the first
+weights of the encoder are settings of the backbone (`positions=sincos`, `xavier=True`); the recipes have them.
+
+Departs:
+    The variance of a patch is that of its pixels (division by their number); the paper does not say.
+    The warm-up is the loop's: its first step has the rate of the second one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from methods.parts.contract import (
+    Masks,
+    Method,
+    MethodConfig,
+    Metrics,
+    ParamGroup,
+    Progress,
+    RunFacts,
+    SearchRange,
+    StepOutput,
+    register,
+    searchable,
+)
+from methods.parts.errors import require
+from methods.parts.groups import without_vectors
+from methods.parts.masking import masked_of, num_kept, num_patches, random_keep
+from methods.parts.numerics import embedding_std, full_precision, l2_normalize, promote
+from methods.parts.views import CropGroup, Views, ViewsConfig
+from methods.parts.vit import require_vit, sincos_table, xavier_linears
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAEConfig(MethodConfig):
+    # share of the patches that the encoder does not see
+    mask_ratio: float = searchable(0.75, SearchRange(0.4, 0.9, "linear", reason="40 to 80 % in the paper; linear probes want 0.75"))
+    normalize_patches: bool = True  # predict pixels less their patch's mean, over its standard deviation; False: as they are
+    decoder_width: int = 512
+    decoder_depth: int = searchable(8, SearchRange(scale="choice", choices=(1, 2, 4, 8), reason="1 does for fine-tuning"))
+    decoder_heads: int = 16
+
+    def __post_init__(self) -> None:
+        require(0 < self.mask_ratio < 1, "method.mask_ratio", self.mask_ratio, "use a fraction between 0 and 1, e.g. 0.75")
+        for name in ("decoder_depth", "decoder_heads"):
+            require(getattr(self, name) >= 1, f"method.{name}", getattr(self, name), "use 1 or more")
+        heads, width = self.decoder_heads, self.decoder_width
+        whole = width >= 4 and width % 4 == 0 and width % heads == 0
+        require(whole, "method.decoder_width", width, f"use a multiple of 4 and of method.decoder_heads={heads}")
+
+
+@register("mae", MAEConfig)
+class MAE(Method):
+    config: MAEConfig
+    paper = "He et al. 2021, arXiv:2111.06377"
+
+    def __init__(self, config: MAEConfig, backbone: nn.Module, facts: RunFacts) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = require_vit(backbone, "MAE")
+        self.patch = int(self.backbone.patch_embed.patch_size[0])
+        self.decoder = Decoder(self.backbone.embed_dim, 3 * self.patch**2, config)
+
+    @classmethod
+    def default_views(cls) -> ViewsConfig:
+        """One crop of 224, flipped or not; colours stay (sec. 4.1, data augmentation)."""
+        return {"global": CropGroup(count=1, size=224, scale=(0.2, 1.0), interpolation="bicubic", jitter=(0, 0, 0, 0), grayscale=0, blur=0)}
+
+    def draw_masks(self, views: Views, progress: Progress) -> Masks:
+        """The patches that the encoder sees, `(V B, n)` for each resolution."""
+        return [self.draw(stack, progress.generator) for stack in views.by_resolution()]
+
+    def draw(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        patches = num_patches(self.backbone, images.shape[-1])
+        return random_keep(len(images), patches, num_kept(patches, self.config.mask_ratio), generator=generator).to(images.device)
+
+    def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
+        masks = self.draw_masks(views, progress) if masks is None else masks
+        losses, metrics = [], {}
+        for images, keep in zip(views.by_resolution(), masks, strict=True):
+            painted, cls = self.paint(images, keep)
+            with full_precision(painted):
+                target = self.pixel_targets(images).to(painted.dtype)
+                masked = masked_of(keep, target.shape[1])
+                errors = (rows_of(painted, masked) - rows_of(target, masked)).square()  # (B, N - n, p p 3)
+                losses.append(errors.mean())
+                metrics = self.health(errors.detach(), rows_of(target, masked), cls.detach())
+        return StepOutput(loss=torch.stack(losses).mean(), metrics=metrics)
+
+    def paint(self, images: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """Every patch as the decoder paints it `(B, N, p p 3)`, and CLS of the encoder `(B, D)`."""
+        seen = self.backbone.tokens(images, keep=keep)
+        grid = [side // self.patch for side in images.shape[-2:]]
+        return promote(self.decoder(torch.cat([seen.cls[:, None], seen.patches], dim=1), keep, *grid)), promote(seen.cls)
+
+    def pixel_targets(self, images: Tensor) -> Tensor:
+        """t: `(B, 3, H, W) -> (B, N, p p 3)`."""
+        x = patchify(promote(images), self.patch)
+        return F.layer_norm(x, x.shape[-1:], eps=1e-6) if self.config.normalize_patches else x
+
+    @torch.no_grad()
+    def health(self, errors: Tensor, target: Tensor, cls: Tensor) -> Metrics:
+        """Share of the masked patches' variance that is painted right, and the spread of the encoder's CLS less its mean."""
+        return {
+            "explained": 1 - errors.mean() / target.var(correction=0),
+            "cls_std": embedding_std(l2_normalize(cls - cls.mean(dim=0))),
+        }
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """What is seen, masked pixels NaN, and the painted whole: `(B, 3, H, W) -> (B, 2, 3, H, W)`; always the same masks.
+
+        A patch whose pixels were normalised gets back its own mean and standard deviation, which the decoder does not know.
+        """
+        keep = self.draw(images, torch.Generator().manual_seed(0))
+        painted, _ = self.paint(images, keep)
+        x = patchify(promote(images), self.patch)
+        if self.config.normalize_patches:
+            painted = painted * (x.var(dim=-1, correction=0, keepdim=True) + 1e-6).sqrt() + x.mean(dim=-1, keepdim=True)
+        kept = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter_(1, keep, True)[..., None]
+        seen = torch.where(kept, x, torch.full_like(x, torch.nan))
+        return torch.stack([unpatchify(part, self.patch, images.shape[-2]) for part in (seen, torch.where(kept, x, painted))], dim=1)
+
+    def param_groups(self) -> list[ParamGroup]:
+        """Biases, norms and the mask token do not decay."""
+        return without_vectors(self.backbone, self.decoder)
+
+    def evaluation_backbone(self) -> nn.Module:
+        return self.backbone
+
+    def chance_loss(self) -> tuple[float, str] | None:
+        """Every pixel at its patch's mean."""
+        return (1.0, "1") if self.config.normalize_patches else None
+
+    def stuck_remedies(self) -> str:
+        return "try another optim.base_lr, a longer warm-up, or a lower method.mask_ratio"
+
+    def advice(self, facts: RunFacts) -> Iterable[str]:
+        if self.config.mask_ratio < 0.4:
+            yield f"method.mask_ratio={self.config.mask_ratio:g}: neighbours give the masked patches away; use 0.75"
+
+
+class Decoder(nn.Module):
+    """A light ViT over all patches, of which most are mask tokens.
+
+    Args:
+        in_features: D, width of the encoder.
+        pixels: values of a patch, p p 3.
+    """
+
+    def __init__(self, in_features: int, pixels: int, config: MAEConfig) -> None:
+        super().__init__()
+        width = config.decoder_width
+        self.embed = nn.Linear(in_features, width)
+        self.mask_token = nn.Parameter(torch.empty(width).normal_(std=0.02))
+        self.blocks = nn.Sequential(*(Block(width, config.decoder_heads, qkv_bias=True) for _ in range(config.decoder_depth)))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.pixels = nn.Linear(width, pixels)
+        xavier_linears(self)
+
+    def forward(self, seen: Tensor, keep: Tensor, h: int, w: int) -> Tensor:
+        """CLS and the seen patches `(B, 1 + n, D)`, which ones they are `(B, n)`, the grid: `(B, h w, p p 3)`."""
+        y = self.embed(seen)
+        whole = self.mask_token.to(y.dtype).expand(len(y), h * w, -1)
+        patches = whole.scatter(1, keep[..., None].expand(-1, -1, y.shape[-1]), y[:, 1:])
+        patches = patches + sincos_table(h, w, y.shape[-1]).to(y)
+        return self.pixels(self.norm(self.blocks(torch.cat([y[:, :1], patches], dim=1)))[:, 1:])  # type: ignore[no-any-return]
+
+
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """`(B, 3, H, W) -> (B, h w, p p 3)`: patches row by row, in each its pixels row by row, colours last."""
+    cut: Tensor = images.unflatten(2, (-1, patch)).unflatten(4, (-1, patch))  # (B, 3, h, p, w, p)
+    return cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def unpatchify(patches: Tensor, patch: int, height: int) -> Tensor:
+    """The inverse of `patchify`: `(B, h w, p p 3) -> (B, 3, H, W)`."""
+    h = height // patch
+    cut: Tensor = patches.unflatten(1, (h, -1)).unflatten(3, (patch, patch, 3))  # (B, h, w, p, p, 3)
+    return cut.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+def rows_of(x: Tensor, index: Tensor) -> Tensor:
+    """`(B, N, P)` at `(B, m)`: `(B, m, P)`."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

@@ -1,0 +1,285 @@
+"""MSN: a crop of which patches are missing is assigned to prototypes like the whole. Assran et al. 2022, arXiv:2204.07141.
+
+With the anchor encoder f (ViT, head; parameters theta), the target encoder f' (theta'), M anchors x_m and one target x' of
+each image, prototypes q_k, and unit rows everywhere (cos):
+
+    p_m     = softmax(cos(f(x_m without its masked patches), q) / tau)
+    p+      = softmax(cos(f'(x'), q) / tau+)                       no gradient; sharper, tau+ < tau
+    p+     <- sinkhorn(p+) over all workers                        if `sinkhorn`: every prototype gets as much
+    pbar    = mean of p_m over anchors, images and workers
+    loss    = mean_m mean_b H(p+, p_m) + lambda (ln K - H(pbar))   eq. (1); the second term is me-max
+    theta, q <- optimizer(theta, q; gradient)
+    theta'  <- m_t theta' + (1 - m_t) theta                        m_t from m_0 to 1 on a straight line
+
+H(a, b) = - sum_k a_k ln b_k. Anchors are every group of crops but `target`. Of `random` ones, patches drawn at random are
+dropped before the first block, so they cost nothing and there is no mask token; `focal` ones are small crops. Each
+group is one pass of the encoder, and the head's batch norm sees one group at a time. Prototypes have a gradient through
+their normalisation, from the anchors only, are not decayed and not clipped.
+
+All schedules end at 1.25 times the run: it stops at 80 % of them (`horizon`, and `optim.horizon` for learning rate and weight decay).
+
+Departs:
+    Every image has a mask of its own (the original draws one for all images of a worker: `shared_mask=True`).
+    Gradients of the prototypes are averaged over workers like all others; the original adds them up, which AdamW hardly notices.
+    Learning rate and weight decay are those of one step earlier; the original counts its first step as one that is done.
+    Target and masked anchors may have any sizes: which crops are masked follows from their group, not from their width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from methods.parts import ema
+from methods.parts.assignment import sinkhorn
+from methods.parts.contract import (
+    Masks,
+    Method,
+    MethodConfig,
+    Metrics,
+    Outputs,
+    ParamGroup,
+    Progress,
+    RunFacts,
+    SearchRange,
+    StepOutput,
+    register,
+    searchable,
+)
+from methods.parts.distributed import gather_with_gradient
+from methods.parts.errors import ConfigError, require
+from methods.parts.groups import without_vectors
+from methods.parts.heads import mlp
+from methods.parts.masking import num_kept, num_patches, random_keep
+from methods.parts.numerics import embedding_std, entropy, full_precision, l2_normalize, promote
+from methods.parts.views import CropGroup, Views, ViewsConfig
+from methods.parts.vit import ViT, require_vit, without_drop_path
+
+
+@dataclass(frozen=True, kw_only=True)
+class MSNConfig(MethodConfig):
+    # tau
+    temperature: float = searchable(0.1, SearchRange(0.05, 0.2, "log", reason="sharpness of the predictions"))
+    # tau+; the original writes it as a power 1/T of softmax(cos / tau), T = tau+ / tau = 0.25
+    target_temperature: float = searchable(0.025, SearchRange(0.01, 0.05, "log", reason="without sharpening the targets collapse"))
+    final_target_temperature: float | None = None  # tau+ rises or falls to it on a straight line; None = constant
+    sinkhorn: bool = True  # balance the targets over the prototypes; without it, give me_max a weight of 5
+    sinkhorn_iterations: int = 3
+    # lambda
+    me_max: float = searchable(1.0, SearchRange(0.5, 10.0, "log", reason="1 with Sinkhorn, 5 without"))
+    # K
+    num_prototypes: int = searchable(1024, SearchRange(scale="choice", choices=(64, 128, 256, 1024, 2048), reason="few hurt, many do not"))
+    train_prototypes: bool = True
+    label_smoothing: float = 0.0  # s: each prototype stands for the class (1 - s) own + s / K of all
+    projector_layers: int = 3
+    projector_hidden: int = 2048
+    projection_dim: int = 256
+    # mean share of its patches that a masked crop loses; the larger the ViT, the more
+    mask_ratio: float = searchable(0.15, SearchRange(0.0, 0.7, "linear", reason="0.15 for ViT-S, 0.3 for ViT-B, 0.7 for ViT-L"))
+    mask_spread: float = 0.0  # the share is uniform in mask_ratio +- mask_spread, one for all crops of a step
+    mask_probability: float = 1.0  # of a step having masks at all
+    shared_mask: bool = False  # one mask for all images of a crop
+    # m_0; the shorter the run, the lower
+    momentum: float = searchable(0.996, SearchRange(0.95, 0.999, "linear", reason="short runs need a faster target"))
+    final_momentum: float = 1.0  # m at the end of the schedule; equal to momentum: constant
+    horizon: float = 1.25  # schedules of momentum and tau+ end at so many times the run
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "target_temperature", "horizon"):
+            require(getattr(self, name) > 0, f"method.{name}", getattr(self, name), "use a positive number")
+        final = self.final_target_temperature
+        require(final is None or final > 0, "method.final_target_temperature", final, "use a positive number, or leave it out")
+        require(self.me_max >= 0, "method.me_max", self.me_max, "use 0 or more, e.g. 1")
+        for name in ("sinkhorn_iterations", "projector_layers", "projector_hidden"):
+            require(getattr(self, name) >= 1, f"method.{name}", getattr(self, name), "use 1 or more")
+        for name in ("num_prototypes", "projection_dim"):
+            require(getattr(self, name) >= 2, f"method.{name}", getattr(self, name), "use 2 or more")
+        for name in ("momentum", "final_momentum", "mask_probability"):
+            require(0 <= getattr(self, name) <= 1, f"method.{name}", getattr(self, name), "use a number from 0 to 1")
+        require(0 <= self.label_smoothing < 1, "method.label_smoothing", self.label_smoothing, "use a fraction in [0, 1)")
+        require(0 <= self.mask_ratio < 1, "method.mask_ratio", self.mask_ratio, "use a fraction in [0, 1), e.g. 0.15")
+        most = min(self.mask_ratio, 1 - self.mask_ratio)
+        require(0 <= self.mask_spread <= most, "method.mask_spread", self.mask_spread, f"use 0 to {most:g} with this mask_ratio")
+
+
+class Encoder(nn.Module):
+    """A ViT on the kept patches, and a head on its CLS token: `(B, 3, H, W) -> (B, out)`."""
+
+    def __init__(self, backbone: ViT, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        return self.head(self.backbone.tokens(images, keep=keep).cls)  # type: ignore[no-any-return]
+
+
+@register("msn", MSNConfig)
+class MSN(Method):
+    config: MSNConfig
+    paper = "Assran et al. 2022, arXiv:2204.07141"
+    accumulation = "refuse"
+    accumulation_remedy = "the prototypes are balanced over the batch; train.gradient_checkpointing needs less memory"
+
+    def __init__(self, config: MSNConfig, backbone: nn.Module, facts: RunFacts) -> None:
+        super().__init__()
+        self.config = config
+        vit = require_vit(backbone, "MSN")
+        d = config.projection_dim
+        head = mlp(vit.embed_dim, config.projector_hidden, d, config.projector_layers, activation=nn.GELU)
+        for module in head:
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        self.anchor = Encoder(vit, head)
+        self.target = without_drop_path(ema.frozen_copy(self.anchor))
+        rows = torch.empty(config.num_prototypes, d).uniform_(-(d**-0.5), d**-0.5)
+        self.prototypes = nn.Parameter(rows, requires_grad=config.train_prototypes)
+
+    @classmethod
+    def default_views(cls) -> ViewsConfig:
+        """A target and a masked anchor of 224, and 10 focal anchors of 96 (sec. 5)."""
+        target = CropGroup(count=1, size=224, scale=(0.3, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur=0.5)
+        return {"target": target, "random": target, "focal": replace(target, count=10, size=96, scale=(0.05, 0.3))}
+
+    def draw_masks(self, views: Views, progress: Progress) -> Masks:
+        """The patches that the `random` crops keep, `(V_r B, n)`, crop by crop; no entry where none is missing."""
+        c, generator = self.config, progress.generator
+        crops = views.stacks.get("random")
+        draws = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+        ratio = c.mask_ratio + c.mask_spread * (2 * draws[0] - 1)
+        if crops is None or not len(crops) or ratio == 0 or draws[1] >= c.mask_probability:
+            return []
+        patches = num_patches(self.anchor.backbone, crops.shape[-1])
+        batch, kept = len(views.image_ids), num_kept(patches, ratio)
+        rows = [random_keep(batch, patches, kept, generator=generator, shared=c.shared_mask) for _ in range(views.counts["random"])]
+        return [torch.cat(rows).to(crops.device)]
+
+    def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
+        masks = self.draw_masks(views, progress) if masks is None else masks
+        keep = masks[0] if masks else None
+        anchors = {name: stack for name, stack in views.stacks.items() if name != "target" and len(stack)}
+        if views.counts.get("target") != 1 or not anchors:
+            counts = ", ".join(f"views.{name}.count={count}" for name, count in views.counts.items())
+            raise ConfigError(f"{counts}: MSN compares anchors with one target; use a group target of 1 crop, and random or focal ones")
+        with torch.no_grad():
+            z_target = promote(self.target(views.stacks["target"]))  # (B, D)
+        z = promote(torch.cat([self.anchor(stack, keep if name == "random" else None) for name, stack in anchors.items()]))  # (M B, D)
+        with full_precision(z):
+            log_p = self.log_predictions(z)  # (M B, K)
+            codes = self.targets(z_target, progress)  # (B, K)
+            ce = -(codes * log_p.unflatten(0, (-1, len(codes)))).sum(dim=-1).mean()
+            me_max = math.log(self.config.num_prototypes) - entropy(mean_prediction(log_p))
+            loss = ce + self.config.me_max * me_max
+            metrics = self.health(codes, log_p.detach(), z_target, progress)
+            metrics |= {"cross_entropy": ce.detach(), "me_max": me_max.detach()}
+            if keep is not None:
+                metrics["tokens"] = float(keep.shape[1])
+            return StepOutput(loss=loss, metrics=metrics)
+
+    def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
+        ema.update(self.target, self.anchor, self.momentum(progress))
+
+    def log_predictions(self, z: Tensor) -> Tensor:
+        """ln p of projections of any length: `(n, D) -> (n, K)`."""
+        k, s = self.config.num_prototypes, self.config.label_smoothing
+        log_p = torch.log_softmax(self.cosines(z) / self.config.temperature, dim=1)
+        return log_p if s == 0 else ((1 - s) * log_p.exp() + s / k).log()
+
+    @torch.no_grad()
+    def targets(self, z: Tensor, progress: Progress) -> Tensor:
+        """p+, the soft assignments of the targets: `(B, D) -> (B, K)`, rows sum to 1."""
+        power = self.config.temperature / self.target_temperature(progress)  # 1 / T
+        log_p = torch.log_softmax(self.log_predictions(z) * power, dim=1)
+        return sinkhorn(log_p, 1.0, self.config.sinkhorn_iterations) if self.config.sinkhorn else log_p.exp()
+
+    def cosines(self, z: Tensor) -> Tensor:
+        return l2_normalize(z) @ l2_normalize(self.prototypes).T
+
+    def target_temperature(self, progress: Progress) -> float:
+        """tau+."""
+        start, end = self.config.target_temperature, self.config.final_target_temperature
+        return start if end is None else self.scheduled(progress, start, end)
+
+    def momentum(self, progress: Progress) -> float:
+        """m_t."""
+        return self.scheduled(progress, self.config.momentum, self.config.final_momentum)
+
+    def scheduled(self, progress: Progress, start: float, end: float) -> float:
+        """On a straight line from `start` to `end`, which it has at `horizon` times the run."""
+        return start + (end - start) * min(1.0, progress.step / (progress.total_steps * self.config.horizon))
+
+    @torch.no_grad()
+    def health(self, codes: Tensor, log_p: Tensor, z_target: Tensor, progress: Progress) -> Metrics:
+        """Meters of this worker's targets and predictions; entropies as fractions of ln K.
+
+        Collapse to one prototype: `mean_entropy` and `prototypes_used` fall to 0. Collapse to uniform: `code_entropy` and
+        `prediction_entropy` rise to 1, `code_max` falls to 1 / K.
+        """
+        k = self.config.num_prototypes
+        p = log_p.exp()
+        return {
+            "code_entropy": entropy(codes).mean() / math.log(k),
+            "code_max": codes.amax(dim=1).mean(),
+            "prediction_entropy": entropy(p).mean() / math.log(k),
+            "mean_entropy": entropy(p.mean(dim=0)) / math.log(k),
+            "prototypes_used": (torch.bincount(codes.argmax(dim=1), minlength=k) > 0).double().mean(),
+            "embedding_std": embedding_std(l2_normalize(z_target)),
+            "momentum": self.momentum(progress),
+        }
+
+    def param_groups(self) -> list[ParamGroup]:
+        """Biases and norms do not decay, tokens and position table do; prototypes neither decay nor count in clipping."""
+        groups = without_vectors(self.anchor)
+        if self.config.train_prototypes:
+            groups.append(ParamGroup(params=[self.prototypes], name="prototypes", decay=False, adapt=False, clip=False))
+        return groups
+
+    def evaluation_backbone(self) -> nn.Module:
+        return self.target.backbone
+
+    def cluster_scores(self, images: Tensor) -> Tensor:
+        """Cosines of the target encoder's projections with the prototypes."""
+        z = promote(self.target(images))
+        with full_precision(z):
+            return self.cosines(z)
+
+    def chance_loss(self) -> tuple[float, str]:
+        return math.log(self.config.num_prototypes), "ln K"
+
+    def stuck_remedies(self) -> str:
+        c = self.config
+        return (
+            f"try method.target_temperature={c.target_temperature / 2:g}, a lower optim.base_lr or a longer warm-up, "
+            f"{'method.sinkhorn=True, ' if not c.sinkhorn else ''}or a larger train.global_batch_size"
+        )
+
+    def advice(self, facts: RunFacts) -> Iterable[str]:
+        c = self.config
+        hottest = max(c.target_temperature, c.final_target_temperature or 0.0)
+        if hottest >= c.temperature:
+            yield (
+                f"a target temperature of {hottest:g} is not below method.temperature={c.temperature:g}: without sharpening the "
+                f"targets become uniform; use {c.temperature / 4:g}"
+            )
+        if not c.sinkhorn and c.me_max < 3:
+            yield f"method.me_max={c.me_max:g} without Sinkhorn leaves prototypes unused; use 5"
+        if self.anchor.backbone.embed_dim >= 1024 and c.mask_ratio < 0.5:
+            yield f"method.mask_ratio={c.mask_ratio:g} with a ViT this large gave NaN in the paper; use 0.5 or more"
+        if facts.total_steps * (1 - c.momentum) < 3 and c.momentum < 1:
+            yield f"method.momentum={c.momentum:g} in {facts.total_steps} steps: the target hardly moves; use 0.99 or less"
+        if facts.num_images is not None and c.num_prototypes > facts.num_images:
+            yield f"method.num_prototypes={c.num_prototypes} for {facts.num_images} images; use {max(2, facts.num_images // 10)} or fewer"
+
+
+def mean_prediction(log_p: Tensor) -> Tensor:
+    """pbar, over the rows of all workers: `(n, K) -> (K,)`. Every worker must bring n rows.
+
+    With the gather's gradient each worker has d loss / d pbar at its own rows, so parameter gradients that are averaged
+    over workers are those of one process.
+    """
+    return gather_with_gradient(log_p.exp().mean(dim=0, keepdim=True)).mean(dim=0)

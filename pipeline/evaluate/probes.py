@@ -1,0 +1,196 @@
+"""Logistic regression on frozen features: `linear` on all labels, `lowshot` on a few images of each class.
+
+Both ask the images of the final kNN: the test split, or else held-out images. Nothing is chosen on them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from methods.parts.errors import ConfigError
+from pipeline.config import RunConfig
+from pipeline.evaluate.features import calibrate_batchnorm, extract
+from pipeline.evaluate.protocols import KNNData, final_data
+from pipeline.ingest.manifest import Manifest
+from pipeline.ingest.stream import evaluation_images
+
+CHOICES = tuple(10.0 ** np.arange(-4, 3))  # C
+LOWSHOT_PENALTY = 0.00025  # lambda n of MSN's evaluation: the mean loss over n images + lambda / 2 |w|^2
+
+
+@dataclass(frozen=True)
+class ProbeRow:
+    """Top-1 of one backbone as a fraction; with several draws their mean, and their standard deviation as `spread`."""
+
+    key: str
+    label: str
+    accuracy: float
+    spread: float | None = None
+
+
+@dataclass(frozen=True)
+class ProbeScores:
+    """What one protocol measured, and its settings in words."""
+
+    name: str
+    rows: tuple[ProbeRow, ...]
+    protocol: str
+    split: str
+
+    def get(self, key: str) -> float:
+        return next(row.accuracy for row in self.rows if row.key == key)
+
+    def to_dict(self) -> dict[str, Any]:
+        values: dict[str, Any] = {"protocol": self.protocol, "split": self.split}
+        for row in self.rows:
+            values[row.key] = row.accuracy
+            if row.spread is not None:
+                values[f"{row.key}_spread"] = row.spread
+        return values
+
+
+class Probes:
+    """Linear and low-shot scores of a trained and an untrained backbone; features of images are made once and kept.
+
+    Raises:
+        ConfigError: images without labels of two classes.
+    """
+
+    def __init__(self, config: RunConfig, manifest: Manifest, backbone: nn.Module, untrained: nn.Module, device: torch.device) -> None:
+        self.config, self.manifest, self.device = config, manifest, device
+        data = final_data(config, manifest)
+        if data is None:
+            raise ConfigError(
+                f"data.path={config.data.path}: no labels of two classes, or nothing held out; give evaluate.path"
+            )
+        self.data: KNNData = data
+        mean, std = config.data.mean, config.data.std
+        calibrated = calibrate_batchnorm(untrained.to(device), data.bank.images, mean=mean, std=std, device=device)
+        self.backbones = {"trained": backbone, "untrained": calibrated}
+        self.kept: dict[tuple[str, str], Tensor] = {}
+
+    def features(self, key: str, name: str, images: Tensor) -> np.ndarray:
+        """Features of the images called `name`, `(N, D)`."""
+        if (key, name) not in self.kept:
+            mean, std = self.config.data.mean, self.config.data.std
+            self.kept[key, name] = extract(self.backbones[key], images, mean=mean, std=std, device=self.device)
+        return self.kept[key, name].numpy()
+
+    def linear(self) -> ProbeScores:
+        """Features standardised; C chosen on a tenth of the training images, then fitted to all of them."""
+        bank, asked = self.data.bank, self.data.queries
+        rows, chosen = [], {}
+        for key in self.backbones:
+            x, queries = self.features(key, "bank", bank.images), self.features(key, "asked", asked.images)
+            accuracy, chosen[key] = linear_accuracy(x, bank.labels.numpy(), queries, asked.labels.numpy())
+            rows.append(ProbeRow(key, f"{key} backbone", accuracy))
+        words = (
+            f"logistic regression on standardised features, C {chosen['trained']:g} of {CHOICES[0]:g} to {CHOICES[-1]:g} by a tenth of the "
+            f"{len(bank.labels):,} training images, refitted to all; {self.asked_words()}"
+        )
+        return ProbeScores("linear", tuple(rows), words, self.data.split)
+
+    def lowshot(self) -> ProbeScores:
+        """MSN's protocol: rows centred and of unit length, no intercept, a fixed penalty; several draws of images."""
+        settings, asked = self.config.evaluate, self.data.queries
+        ids = self.manifest.training_ids(self.config.data.held_out)
+        labels = self.manifest.labels[ids]
+        most = max(settings.lowshot_images)
+        draws = [draw(ids, labels, most, seed, self.manifest.class_names) for seed in range(settings.lowshot_draws)]
+        found = evaluation_images(self.manifest, np.unique(np.concatenate(draws)), self.config.evaluation_size)
+        place = {int(image): row for row, image in enumerate(found.ids.tolist())}
+        rows = []
+        for count in settings.lowshot_images:
+            for key in self.backbones:
+                x, queries = self.features(key, "drawn", found.images), self.features(key, "asked", asked.images)
+                accuracies = []
+                for drawn in draws:
+                    own = [place[i] for i in drawn[:, :count].flatten().tolist() if i in place]  # without those that cannot be decoded
+                    accuracies.append(lowshot_accuracy(x[own], found.labels.numpy()[own], queries, asked.labels.numpy()))
+                words = f"{key} backbone, {count} image{'s' if count > 1 else ''} per class"
+                rows.append(ProbeRow(f"{key}_{count}", words, float(np.mean(accuracies)), spread_of(accuracies)))
+        words = (
+            f"logistic regression on rows centred and of unit length, no intercept, lambda {LOWSHOT_PENALTY:g} / n; mean and standard "
+            f"deviation of {len(draws)} draws; {self.asked_words()}"
+        )
+        return ProbeScores("lowshot", tuple(rows), words, self.data.split)
+
+    def asked_words(self) -> str:
+        known = int((self.data.queries.labels >= 0).sum())
+        return f"{known:,} {self.data.split} images asked, {self.config.evaluation_size} px"
+
+
+PROTOCOLS: dict[str, Callable[[Probes], ProbeScores]] = {"linear": Probes.linear, "lowshot": Probes.lowshot}
+
+
+def linear_accuracy(
+    bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, truth: np.ndarray, choices: Iterable[float] = CHOICES
+) -> tuple[float, float]:
+    """Top-1 of queries `(M, D)`, and the C that was chosen on a tenth of the bank `(N, D)`; equally good: the smallest C.
+
+    Args:
+        truth: labels of the queries, -1 unknown.
+    """
+    mean, std = bank.mean(axis=0, dtype=np.float64), bank.std(axis=0, dtype=np.float64)
+    scale = np.where(std > 1e-6 * max(std.max(), 1e-30), std, np.inf)  # a feature that never changes says nothing
+    bank, queries = (((x - mean) / scale).astype(np.float32) for x in (bank, queries))
+    order = np.random.default_rng(0).permutation(len(bank))
+    asked, rest = order[: max(1, len(bank) // 10)], order[max(1, len(bank) // 10) :]
+    scores = {C: float((fitted(bank[rest], labels[rest], C).predict(bank[asked]) == labels[asked]).mean()) for C in sorted(choices)}
+    best = max(scores, key=lambda C: scores[C])
+    return accuracy_of(fitted(bank, labels, best).predict(queries), truth), best
+
+
+def lowshot_accuracy(images: np.ndarray, labels: np.ndarray, queries: np.ndarray, truth: np.ndarray) -> float:
+    """Top-1 of queries `(M, D)` from a few images `(n, D)`, MSN's way: C = 1 / (lambda n) = 1 / 0.00025."""
+    model = fitted(unit_rows(images), labels, 1 / LOWSHOT_PENALTY, fit_intercept=False, max_iter=300, tol=1e-3)
+    return accuracy_of(model.predict(unit_rows(queries)), truth)
+
+
+def unit_rows(x: np.ndarray) -> np.ndarray:
+    """Every row less its own mean, and of unit length."""
+    x = x - x.mean(axis=1, keepdims=True)
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)  # type: ignore[no-any-return]
+
+
+def draw(ids: np.ndarray, labels: np.ndarray, count: int, seed: int, class_names: Iterable[str] = ()) -> np.ndarray:
+    """`count` random images of every class: `(classes, count)` ids. The first columns of a draw are a smaller draw.
+
+    Raises:
+        ConfigError: a class with fewer images.
+    """
+    random, names = np.random.default_rng(seed), dict(enumerate(class_names))
+    chosen = []
+    for label in np.unique(labels[labels >= 0]):
+        own = np.sort(ids[labels == label])
+        if len(own) < count:
+            name = names.get(int(label), str(label))
+            raise ConfigError(f"evaluate.lowshot_images: {count} asked for, but class {name} has {len(own)} training images; use fewer")
+        chosen.append(random.permutation(own)[:count])
+    return np.stack(chosen)
+
+
+def fitted(x: np.ndarray, labels: np.ndarray, C: float, **settings: Any) -> Any:
+    """Multinomial logistic regression: C sum of cross entropies + |w|^2 / 2."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a large C on separable classes goes on for ever; its accuracy stands
+        return LogisticRegression(C=C, **{"max_iter": 1000, **settings}).fit(x, labels)
+
+
+def accuracy_of(predicted: np.ndarray, truth: np.ndarray) -> float:
+    known = truth >= 0
+    return float((predicted[known] == truth[known]).mean())
+
+
+def spread_of(values: list[float]) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
