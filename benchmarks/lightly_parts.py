@@ -26,6 +26,8 @@ def lightly_parts(name: str, c: Any, backbone: nn.Module, device: torch.device, 
 
     width = num_features(backbone)
     hidden = getattr(c, "projector_hidden", None) or width
+    if not hasattr(c, "projection_dim"):
+        return None  # no head to project with (MAE)
     size = (width, hidden, c.projection_dim)
     three = getattr(c, "projector_layers", 3) == 3
 
