@@ -214,8 +214,9 @@ def test_ray_starts_once_and_tasks_find_the_package(ray_local: None) -> None:
         import os
         import sys
 
+        before = "timm" in sys.modules  # of a worker that an earlier run has used for something else
         import pipeline.ingest.stream as there
 
-        return there.__file__, os.environ["OMP_NUM_THREADS"], "timm" in sys.modules
+        return there.__file__, os.environ["OMP_NUM_THREADS"], not before and "timm" in sys.modules
 
     assert ray.get(inside.remote()) == (stream.__file__, "1", False)  # timm would cost every worker seconds

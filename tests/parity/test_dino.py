@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -309,7 +310,7 @@ def test_sinkhorn_targets_equal_those_of_the_original_dinov2(golden) -> None:
 
 def test_settings_decide_whether_micro_batches_are_exact() -> None:
     assert dino().accumulation == "exact" and dino(teacher_targets="sinkhorn").accumulation == "refuse"
-    halves = override(load_recipe("dino-small"), {"train.accumulation_steps": 2})
+    halves = override(load_recipe("dino-small"), {"train.accumulation_steps": 2, "method.teacher_targets": "centering"})
     assert build_method(halves, FACTS).accumulation == "exact"
     with pytest.raises(ConfigError, match=r"accumulation_steps=2: dino needs the whole batch at once; use 1 \(method.teacher_targets=cent"):
         build_method(override(halves, {"method.teacher_targets": "sinkhorn"}), FACTS)
@@ -525,8 +526,10 @@ def test_two_processes_equal_one(settings: dict[str, Any], tmp_path: Path) -> No
     np.testing.assert_allclose(np.mean([r["losses"] for r in results], axis=0), alone["losses"], rtol=1e-9)
     assert results[0]["losses"] != results[1]["losses"]
     for name, value in alone["state"].items():
+        # a bias in front of batch norm has no gradient but rounding, to which AdamW gives the size of any other
+        noise = settings.get("projector_batch_norm") and re.search(r"mlp\.\d+\.bias$", name)
         for r in results:
-            np.testing.assert_allclose(r["state"][name].numpy(), value.numpy(), rtol=1e-7, atol=1e-9, err_msg=name)
+            np.testing.assert_allclose(r["state"][name].numpy(), value.numpy(), rtol=1e-7, atol=1e-6 if noise else 1e-9, err_msg=name)
 
 
 # ---------------------------------------------------------------------------- the teacher
