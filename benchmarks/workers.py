@@ -35,7 +35,8 @@ BOUND_BY = {
     "exchanges": [],
     "views": [
         "--backbone.width=0.125",
-        "--backbone.depth=1,1,1,1",
+        "--backbone.depth",
+        *"1111",
         "--backbone.stem=imagenet",
         "--data.path=patches:pixels=128",
         "--views.global.size=64",
