@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -41,13 +43,22 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     if (highest + depth) / epsilon > LARGEST_EXPONENT:
         _scale_logarithms(rows, epsilon, iterations)
         return codes
-    v = all_reduce_sum(torch.stack([e.exp_().sum(dim=0) for e in rows]).sum(dim=0)).reciprocal_()
+    v = all_reduce_sum(_sum(e.exp_().sum(dim=0) for e in rows)).reciprocal_()
     for _ in range(iterations - 1):
-        v = all_reduce_sum(torch.stack([(e @ v).reciprocal_() @ e for e in rows]).sum(dim=0)).reciprocal_()
+        v = all_reduce_sum(_sum((e @ v).reciprocal_() @ e for e in rows)).reciprocal_()
     for e in rows:
         u = (e @ v).reciprocal_()
         e.mul_(v).mul_(u[:, None])
     return codes
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    """One by one: hundreds of groups of rows have no room beside each other when there are many prototypes."""
+    parts = iter(parts)
+    total = next(parts)
+    for part in parts:
+        total += part
+    return total
 
 
 def _scale_logarithms(rows: tuple[Tensor, ...], epsilon: float, iterations: int) -> None:
