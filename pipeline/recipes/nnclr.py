@@ -46,7 +46,7 @@ def cifar10_small() -> RunConfig:
         backbone=BackboneConfig(name="resnet18", stem="strided", width=0.25),
         method=NNCLRConfig(temperature=0.2, support_set_size=4096, projector_hidden=256, projection_dim=64, predictor_hidden=256),
         optim=OptimConfig(name="adamw", base_lr=4e-3, warmup_epochs=0.15, weight_decay=1e-4),
-        train=TrainConfig(global_batch_size=128, steps=1000),
+        train=TrainConfig(global_batch_size=128, steps=940),
     )
 
 

@@ -91,10 +91,10 @@ def cifar10_small() -> RunConfig:
     return replace(
         large,
         views={name: replace(group, count=2) for name, group in large.views.items()},
-        backbone=BackboneConfig(name="resnet18", stem="pooled", width=0.25),
+        backbone=BackboneConfig(name="resnet18", stem="strided", width=0.25),
         method=SwAVConfig(num_prototypes=128, epsilon=0.03, projector_hidden=256, freeze_prototypes_epochs=0.1),
         optim=OptimConfig(name="adamw", base_lr=4e-3, warmup_epochs=0.15, weight_decay=1e-4),
-        train=TrainConfig(global_batch_size=128, steps=960),
+        train=TrainConfig(global_batch_size=128, steps=760),
     )
 
 
@@ -108,7 +108,6 @@ def small() -> RunConfig:
         base,
         data=DataConfig(path="patches"),
         views=views,
-        backbone=replace(base.backbone, stem="strided"),
         optim=replace(base.optim, warmup_epochs=0.5),
         method=SwAVConfig(num_prototypes=64, epsilon=0.03, projector_hidden=256, freeze_prototypes_epochs=1.0),
         train=TrainConfig(global_batch_size=128, steps=250),
