@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.parts.errors import ConfigError
-from tuning.results import Sweep, show_values
+from tuning.results import Sweep
 
 # where a sweep was tracked and what it was called is no part of what it found
 LEFT_OUT = ("recipe", "track.")
@@ -36,7 +36,8 @@ def best_recipe(sweep: Sweep) -> Best:
         config = override(from_yaml((sweep.folder / "config.yaml").read_text()), sweep.best.values)
         text = to_yaml(config)
         start, wanted = flatten(load_recipe(sweep.facts["recipe"])), flatten(config)
-        changes = {k: v for k, v in wanted.items() if not k.startswith(LEFT_OUT) and (k not in start or start[k] != v)}
+        given = {k: v for k, v in wanted.items() if not k.startswith(LEFT_OUT) and (k not in start or start[k] != v)}
+        changes |= {k: v for k, v in given.items() if k not in changes}
     except FileNotFoundError:
         trouble = "config.yaml is missing from the sweep, so only the searched values are here"
     except (ConfigError, KeyError) as error:
@@ -57,9 +58,12 @@ def option(key: str, value: Any) -> list[str]:
 
 def _source(sweep: Sweep, recipe: str, changes: dict[str, Any]) -> str:
     """A file for `pipeline/recipes/`."""
-    found = re.sub(r'["\\\n]', " ", f"{show_values(sweep.best.values, sweep.knobs)}: {score_words(sweep)}")
     settings = "".join(f"        {_quoted(key)}: {_quoted(value)},\n" for key, value in changes.items())
-    return f'''"""What the sweep {re.sub(r'["]', " ", sweep.name)} found best. As a file of pipeline/recipes/: manyviews pretrain {recipe}-tuned."""
+    name = re.sub(r"[^\w.-]", "-", sweep.name)
+    return f'''"""What the sweep {name} found best.
+
+As a file of pipeline/recipes/ it gives: manyviews pretrain {recipe}-tuned
+"""
 
 from __future__ import annotations
 
@@ -69,7 +73,7 @@ from pipeline.recipes import load_recipe, recipe
 
 @recipe("{recipe}-tuned")
 def tuned() -> RunConfig:
-    """{found}."""
+    """The best of {len(sweep.trials)} trials: {score_words(sweep)}."""
     settings = {{
 {settings}    }}
     return override(load_recipe("{recipe}"), settings)
