@@ -93,8 +93,14 @@ def _pictures(sweep: Sweep, folder: Path) -> list[dict[str, str]]:
         if cut:
             words += " Dashed lines carry the score at the step where they ended: lower for that alone."
         made.append((parallel.parallel(sweep, folder / "parallel_coordinates.png"), "parallel coordinates", words))
-    encoded = [(base64.b64encode(path.read_bytes()).decode(), title, words) for path, title, words in made]
-    return [{"data": data, "title": title, "words": words} for data, title, words in encoded]
+    return [{"title": title, "words": words} | _embedded(path) for path, title, words in made]
+
+
+def _embedded(picture: Path) -> dict[str, str]:
+    """A PNG for the page, shown at 100 pixels an inch."""
+    data = picture.read_bytes()
+    width = int.from_bytes(data[16:20], "big")  # of the header
+    return {"data": base64.b64encode(data).decode(), "width": str(round(width * 100 / 150))}
 
 
 # ---------------------------------------------------------------------------- terminal

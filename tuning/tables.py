@@ -132,7 +132,7 @@ def order_words(sweep: Sweep) -> str:
     first = "Best first, by the mean over seeds" if sweep.seeds > 1 else "Best first"
     if all(t in sweep.finals for t in sweep.ranked):
         return first + "."
-    return f"{first}; then those that ended before step {sweep.final_step:,}, later steps first, since a score grows with its step."
+    return f"{first}; then those that ended before step {sweep.final_step:,}, later steps first, since scores grow with steps."
 
 
 # ---------------------------------------------------------------------------- table
