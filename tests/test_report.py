@@ -307,6 +307,19 @@ def test_damaged_and_missing_trial_files_do_not_stop_the_reader(tmp_path: Path) 
     assert sweep.best.values == {T: 0.1} and "trial.json cannot be read" in text_of(summary(folder))
 
 
+def test_what_runs_without_a_process_at_work_was_interrupted(tmp_path: Path) -> None:
+    from pipeline.runs import RunFolder
+
+    trials = [trial({T: 0.1}, {250: 0.5}), trial({T: 0.2}, {50: 0.3}, "running")]
+    folder = write_sweep(tmp_path / "s", trials, status="running", ended=None)
+    assert [t.status for t in read_sweep(folder).trials] == ["finished", "interrupted"]
+    assert "The search is interrupted" in tables.warnings(read_sweep(folder))[0]
+    (folder / "run.json").write_text("{}")
+    with RunFolder(folder).working():
+        assert [t.status for t in read_sweep(folder).trials] == ["finished", "running"]
+        assert "The search is running: these are the figures so far." in tables.warnings(read_sweep(folder))
+
+
 def test_the_summary_ranks_and_says_how_to_run_the_best(asha: Path, page: Path) -> None:
     said = text_of(summary(asha, most=3))
     lines = [line for line in said.splitlines() if "│" in line]

@@ -188,7 +188,7 @@ def learning(sweep: Sweep, path: Path) -> Path:
                 continue
             stopped = sum(t.status == "stopped" and t.step == rung for t in sweep.trials)
             axes.axvline(rung, color=GRAY, linestyle=(0, (4, 3)), linewidth=0.9, zorder=0)
-            said = f"rung {rung:,}" + (f"\n{stopped} cut" if stopped else "")
+            said = f"rung {rung:,}" + (f"\n{stopped} cut" if stopped else "") if sweep.scheduler == "asha" else ""
             note(axes, said, (rung, 1), ("data", "axes fraction"), (3, -2), va="top", size=7.5, color=GRAY)
         axes.set(xlabel="optimizer step" + (" (log scale)" if log else ""), ylabel=sweep.score_name)
         axes.yaxis.set_major_formatter(score_ticks(sweep))

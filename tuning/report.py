@@ -83,7 +83,9 @@ def _pictures(sweep: Sweep, folder: Path) -> list[dict[str, str]]:
         words += pictures.trend_words(sweep, len(points))
         made.append((pictures.response_at(sweep, common, folder / "response_same_step.png"), f"response at step {common}", words))
     if any(len(t.curve) > 1 for t in sweep.trials):
-        words = "Each line is a trial; dashed lines are the rungs where the scheduler decides." if sweep.rungs else "Each line is a trial."
+        words = "Each line is a trial."
+        if sweep.rungs:
+            words += " Dashed lines are the steps at which the scheduler decides."
         copied = [t for t in sweep.trials if t.copied_from]
         if copied:
             words += f" {len(copied)} trials took over weights of others (column 'weights from' of the table)."

@@ -14,6 +14,7 @@ from typing import Any
 
 from methods.parts.errors import ConfigError
 from pipeline.figures import read_metrics
+from pipeline.runs import RunFolder
 
 SCORE_WORDS = {"knn": "kNN accuracy", "linear": "linear accuracy", "rankme": "RankMe"}
 STATUSES = ("finished", "stopped", "interrupted", "running", "waiting", "failed")
@@ -296,8 +297,11 @@ def read_sweep(folder: Path) -> Sweep:
         raise ConfigError(f"sweep={folder}: {what}; give the folder that `manyviews tune` made") from None
     except ValueError:
         raise ConfigError(f"sweep={folder}: its sweep.json cannot be read; restore it, or search again with: manyviews tune") from None
+    alive = RunFolder(folder).locked()
+    if facts.get("status") == "running" and not alive:  # its process is gone: killed, or the machine went down
+        facts["status"] = "interrupted"
     folders = sorted((p for p in folder.glob("trial-[0-9]*") if p.is_dir() and p.name[6:].isdigit()), key=lambda p: (len(p.name), p.name))
-    trials = tuple(_read_trial(path, facts.get("score")) for path in folders)
+    trials = tuple(_read_trial(path, facts.get("score"), alive) for path in folders)
     sweep = Sweep(folder=folder, facts=facts, trials=trials)
     if not any(t.ranked for t in trials):
         states = ", ".join(f"{sweep.count(s)} {s}" for s in STATUSES if sweep.count(s)) or "none started"
@@ -308,7 +312,7 @@ def read_sweep(folder: Path) -> Sweep:
     return sweep
 
 
-def _read_trial(folder: Path, score: str | None) -> Trial:
+def _read_trial(folder: Path, score: str | None, alive: bool) -> Trial:
     number = int(folder.name.removeprefix("trial-"))
     try:
         facts: dict[str, Any] = json.loads((folder / "trial.json").read_text())
@@ -320,13 +324,14 @@ def _read_trial(folder: Path, score: str | None) -> Trial:
     steps, scores = series.get("score") or series.get(score or "") or ((), ())
     curve = {int(step): float(value) for step, value in zip(steps, scores, strict=True)}
     final = _finite(facts.get("score"))
-    if final is None and curve and facts.get("status") != "finished":  # a trial that is cut off has told its last measurement only here
+    status = str(facts.get("status") or "waiting")
+    if final is None and curve and status != "finished":  # a trial that is cut off has told its last measurement only here
         final = curve[max(curve)]
     return Trial(
         number=number,
         values={k: tuple(v) if isinstance(v, list) else v for k, v in (facts.get("values") or {}).items()},
         seed=int(facts.get("seed") or 0),
-        status=str(facts.get("status") or "waiting"),
+        status="interrupted" if status == "running" and not alive else status,
         error=facts.get("error"),
         score=final,
         step=int(facts.get("step") or 0),

@@ -26,7 +26,7 @@ def warnings(sweep: Sweep, run: Best | None = None) -> list[str]:
     said = []
     if sweep.facts.get("status") != "finished":
         go_on = "" if sweep.facts.get("status") == "running" else f"; go on with: manyviews resume {sweep.name}"
-        said.append(f"The search is {sweep.facts.get('status')}: these are the figures so far{go_on}")
+        said.append(f"The search is {sweep.facts.get('status')}: these are the figures so far{go_on}.")
     if sweep.finals[0].status != "finished":
         said.append(
             f"No trial has finished: the best is the best of the {len(sweep.finals)} that were measured at step "
@@ -98,7 +98,7 @@ def tiles(sweep: Sweep) -> list[dict[str, str]]:
 
 def facts(sweep: Sweep, run: Best) -> list[tuple[str, str]]:
     given = sweep.facts
-    score = str(given.get("score_words") or "")
+    score = str(given.get("score_words") or sweep.score_name).rstrip(".") + "."
     if len(sweep.trials) > 1:
         score += f" The best of {len(sweep.trials)} trials flatters: chosen for its score, it will on average score lower when run again."
     scheduler = SCHEDULER_WORDS.get(sweep.scheduler, sweep.scheduler)
