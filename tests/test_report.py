@@ -16,7 +16,7 @@ from PIL import Image
 
 import manyviews
 from methods.parts.errors import ConfigError
-from pipeline.canvas import BLUE
+from pipeline.canvas import BLUE, VERMILLION
 from pipeline.config import flatten, override, to_yaml
 from pipeline.recipes import load_recipe
 from tests.sweeps import PROTOTYPES, TEMPERATURE, trial, write_sweep
@@ -178,6 +178,19 @@ def test_while_no_trial_has_finished_those_furthest_are_compared(tmp_path: Path)
     said = tables.warnings(sweep)
     assert "go on with: manyviews resume s" in said[0] and "best of the 2 that were measured at step 75 of 250" in said[1]
     assert sweep.saved is None  # nothing was stopped for good
+
+
+def test_the_untrained_network_is_no_result(tmp_path: Path) -> None:
+    trials = [
+        trial({T: 0.1}, {0: 0.2, 50: 0.4, 250: 0.5}),
+        trial({T: 0.2}, {0: 0.6}, "interrupted"),
+        trial({T: 0.3}, {0: 0.2, 50: 0.3}, "stopped"),
+    ]
+    trials[1]["score"] = None
+    sweep = read_sweep(write_sweep(tmp_path / "s", trials, scheduler="asha", rungs=[50]))
+    assert sweep.common_step == 50 and [t.number for t in sweep.ranked] == [0, 2]
+    path = pictures.learning(sweep, tmp_path / "learning.png")
+    assert near(read(path), VERMILLION).any()
 
 
 def test_scores_without_percent(tmp_path: Path) -> None:

@@ -170,18 +170,22 @@ def _legend(figure: Figure, dots: Sequence[Dot], cut: Sequence[Trial], marks: di
 
 def learning(sweep: Sweep, path: Path) -> Path:
     """Score over steps of every trial, with the rungs of ASHA and the marks of what was cut, and the exploits of PBT."""
-    drawn = [t for t in sweep.trials if t.curve]
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    drawn = [t for t in sweep.trials if max(t.curve, default=0) > 0]
     words = ", ".join(f"{sum(t.status == s for t in drawn)} {s}" for s in dict.fromkeys(t.status for t in drawn))
     with titled(path, 7.6, 4.4, f"{sweep.score_name} over steps", words) as figure:
         axes = figure.subplots()
-        first = min(min(t.curve) for t in drawn)
+        first = min(step for t in drawn for step in t.curve if step > 0)
         last = max(sweep.total_steps, *(max(t.curve) for t in drawn))
+        log = last > 50 * first  # the untrained network, step 0, is then left out
         for trial in sorted(drawn, key=lambda t: t.score or 0.0):
             _learning_curve(axes, trial, trial is sweep.best_trial, dense=len(drawn) > 25)
-        log = last > 20 * max(first, 1)
         if log:
             axes.set_xscale("log")
-        axes.set_xlim(max(first, 1) / 1.1 if log else 0, last * (1.1 if log else 1.03))
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlim(first / 1.1 if log else 0, last * (1.1 if log else 1.03))
         axes.xaxis.set_major_formatter(lambda v, _: f"{v:,g}")
         for rung in sweep.rungs:
             if rung >= last:

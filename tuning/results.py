@@ -50,7 +50,7 @@ class Trial:
     ended: float | None = None  # s since 1970
     copied_from: tuple[int, ...] = ()  # PBT: the trials whose weights it took over
     exploits: tuple[int, ...] = ()  # PBT: at these steps, where the search has written them down
-    curve: dict[int, float] = field(default_factory=dict)  # score by step
+    curve: dict[int, float] = field(default_factory=dict)  # score by step; at step 0 that of the untrained network
 
     @property
     def ranked(self) -> bool:
@@ -178,7 +178,7 @@ class Sweep:
     @cached_property
     def common_step(self) -> int | None:
         """The last step at which every trial that was measured at all, and did not fail, has a score."""
-        curves = [set(t.curve) for t in self.trials if t.curve and t.status != "failed"]
+        curves = [steps for t in self.trials if t.status != "failed" and (steps := set(t.curve) - {0})]
         return max(set.intersection(*curves), default=None) if curves else None
 
     def scores_at(self, step: int) -> list[tuple[dict[str, Any], tuple[float, ...]]]:
@@ -325,7 +325,8 @@ def _read_trial(folder: Path, score: str | None, alive: bool) -> Trial:
     curve = {int(step): float(value) for step, value in zip(steps, scores, strict=True)}
     final = _finite(facts.get("score"))
     status = str(facts.get("status") or "waiting")
-    if final is None and curve and status != "finished":  # a trial that is cut off has told its last measurement only here
+    if final is None and max(curve, default=0) > 0 and status != "finished":
+        # a trial that is cut off has told its last measurement only here
         final = curve[max(curve)]
     return Trial(
         number=number,
