@@ -107,7 +107,7 @@ BYOL = Study(
             paper="0.3 %",
         ),
     ),
-    figures=(LINEAR, KNN, Figure(key="embedding_std", words="std of unit embeddings")),
+    figures=(LINEAR, KNN, Figure(key="embedding_std", words="spread of embeddings, 0 = collapsed")),
     claims=(
         Claim(words="even a random target teaches", figure="linear", higher="fixed-target", lower="random"),
         Claim(words="a slow average teaches more than a fixed target", figure="linear", higher="average", lower="fixed-target", sure=False),
