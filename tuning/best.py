@@ -1,0 +1,104 @@
+"""The best setting of a sweep as something to run: a command, a YAML of all settings, a recipe in Python."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from methods.parts.errors import ConfigError
+from tuning.results import Sweep
+
+# where a sweep was tracked and what it was called is no part of what it found
+LEFT_OUT = ("recipe", "track.")
+
+
+@dataclass(frozen=True)
+class Best:
+    """How to run the best setting."""
+
+    command: str
+    recipe: str  # source of a recipe file
+    yaml: str | None  # every setting; None where the sweep's own settings cannot be read
+    trouble: str = ""  # why not
+
+
+def best_recipe(sweep: Sweep) -> Best:
+    """The best setting of a sweep, with the settings that the sweep itself was given."""
+    from pipeline.config import flatten, from_yaml, override, to_yaml
+    from pipeline.recipes import load_recipe
+
+    changes, text, trouble = dict(sweep.best.values), None, ""
+    try:
+        config = override(from_yaml((sweep.folder / "config.yaml").read_text()), sweep.best.values)
+        text = to_yaml(config)
+        start, wanted = flatten(load_recipe(sweep.facts["recipe"])), flatten(config)
+        given = {k: v for k, v in wanted.items() if not k.startswith(LEFT_OUT) and (k not in start or start[k] != v)}
+        changes |= {k: v for k, v in given.items() if k not in changes}
+    except FileNotFoundError:
+        trouble = "config.yaml is missing from the sweep, so only the searched values are here"
+    except (ConfigError, KeyError) as error:
+        trouble = f"this version reads the sweep's settings differently, so only the searched values are here ({error})"
+    recipe = str(sweep.facts.get("recipe") or "RECIPE")
+    words = ["manyviews", "pretrain", recipe, *(word for key, value in changes.items() for word in option(key, value))]
+    return Best(" ".join(shlex.quote(word) for word in words), _source(sweep, recipe, changes), text, trouble)
+
+
+def option(key: str, value: Any) -> list[str]:
+    """A setting as words of the command line."""
+    if isinstance(value, bool):
+        *groups, leaf = key.split(".")
+        return ["--" + ".".join([*groups, leaf if value else f"no-{leaf}"])]
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return [f"--{key}", *map(str, values)]
+
+
+def _source(sweep: Sweep, recipe: str, changes: dict[str, Any]) -> str:
+    """A file for `pipeline/recipes/`."""
+    settings = "".join(f"        {_quoted(key)}: {_quoted(value)},\n" for key, value in changes.items())
+    name = re.sub(r"[^\w.-]", "-", sweep.name)
+    return f'''"""What the sweep {name} found best.
+
+As a file of pipeline/recipes/ it gives: manyviews pretrain {recipe}-tuned
+"""
+
+from __future__ import annotations
+
+from pipeline.config import RunConfig, override
+from pipeline.recipes import load_recipe, recipe
+
+
+@recipe("{recipe}-tuned")
+def tuned() -> RunConfig:
+    """The best of {len(sweep.trials)} trials: {score_words(sweep)}."""
+    settings = {{
+{settings}    }}
+    return override(load_recipe("{recipe}"), settings)
+'''
+
+
+def _quoted(value: Any) -> str:
+    """A Python literal, strings in double quotes."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+
+
+def score_words(sweep: Sweep) -> str:
+    """The best setting's score with its spread, e.g. `kNN accuracy 61.2 % ± 0.8 points (3 seeds) at step 250`."""
+    best = sweep.best
+    spread = "" if best.std is None else f" ± {sweep.gap(best.std)} ({len(best.scores)} seeds)"
+    return f"{sweep.score_name} {sweep.show(best.mean)}{spread} at step {sweep.final_step:,}"
+
+
+def write_best(sweep: Sweep, folder: Path) -> Best:
+    """Write `best_recipe.py` and `best.yaml` into `folder`."""
+    from pipeline.runs import write_atomic
+
+    best = best_recipe(sweep)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "best_recipe.py", best.recipe.encode())
+    if best.yaml is not None:
+        write_atomic(folder / "best.yaml", best.yaml.encode())
+    return best
