@@ -145,35 +145,16 @@ def _runs_dir(given: str) -> Path:
 
 
 def pretrain(options: Any, settings: list[str]) -> int:
-    from pipeline.recipes import entries
+    config = configured(_given(options, "recipe", "RECIPE"), settings)
+    from pipeline.train import launch
 
-    recipe = _given(options, "recipe", "RECIPE")
-    known = any(entry.name == recipe for entry in entries())
-    asked = re.search(r"--train.workers[= ](\S+)", " ".join(settings))
-    with _ray_begins(asked[1] if asked else "0") if known and "--help" not in settings else contextlib.nullcontext():
-        config = configured(recipe, settings)
-        from pipeline.train import launch
-
-        return conclude(launch.pretrain(config, runs_dir=options.runs_dir, run=options.run, console=_console()), options)
+    return conclude(launch.pretrain(config, runs_dir=options.runs_dir, run=options.run, console=_console()), options)
 
 
 def resume(options: Any, settings: list[str]) -> int:
-    from pipeline.runs import find_run
+    from pipeline.train import launch
 
-    folder = find_run(options.run, options.runs_dir)
-    asked = re.search(r"^  workers: (\S+)", folder.config_text(), re.MULTILINE)
-    finished = folder.state().get("status") == "finished"
-    with contextlib.nullcontext() if finished else _ray_begins(asked[1] if asked else "0"):
-        from pipeline.train import launch
-
-        return conclude(launch.resume(options.run, runs_dir=options.runs_dir, console=_console()), options)
-
-
-def _ray_begins(workers: str) -> contextlib.AbstractContextManager[None]:
-    """Ray starts while this process imports torch and reads the settings."""
-    from pipeline.ingest.ray_data import beginning
-
-    return beginning(extra_cpus=int(workers.strip("\"'") != "0"))
+    return conclude(launch.resume(options.run, runs_dir=options.runs_dir, console=_console()), options)
 
 
 def continue_run(options: Any, settings: list[str]) -> int:

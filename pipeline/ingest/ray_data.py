@@ -8,8 +8,6 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,29 +24,6 @@ TASK_NICENESS = 10
 ROOT = Path(__file__).resolve().parents[2]  # the checkout, or site-packages
 
 
-_beginning: list[Future[bool]] = []  # a start of Ray in the background, at most one
-
-
-@contextmanager
-def beginning(extra_cpus: int = 0) -> Iterator[None]:
-    """Start Ray in the background, while this process imports what it needs; `start_ray` waits for it and raises its errors.
-
-    Where an error comes before anyone has asked for Ray, it is ended again.
-    """
-    start = ThreadPoolExecutor(1, thread_name_prefix="ray-start").submit(_start, None, extra_cpus)
-    _beginning.append(start)
-    try:
-        yield
-    finally:
-        if start in _beginning:
-            _beginning.remove(start)
-            with suppress(Exception):
-                if start.result():
-                    import ray
-
-                    ray.shutdown()
-
-
 def start_ray(num_cpus: int | None = None, extra_cpus: int = 0) -> None:
     """Start Ray in this process, quietly, or join the cluster that RAY_ADDRESS names. Does nothing if Ray runs.
 
@@ -59,21 +34,14 @@ def start_ray(num_cpus: int | None = None, extra_cpus: int = 0) -> None:
     Raises:
         ConfigError: no cluster can be joined at RAY_ADDRESS.
     """
-    if _beginning:
-        _beginning.pop().result()
-    _start(num_cpus, extra_cpus)
-
-
-def _start(num_cpus: int | None, extra_cpus: int) -> bool:
-    """Returns whether Ray was started or joined here."""
     os.environ.update({k: v for k, v in QUIET.items() if k not in os.environ})
     import ray
 
     if ray.is_initialized():
-        return False
+        return
     if joins_cluster():
         _join(os.environ["RAY_ADDRESS"])
-        return True
+        return
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     workers = THREADS | PRIORITY | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
     long = len(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "") > 40  # Unix sockets allow 107 bytes
@@ -102,7 +70,6 @@ def _start(num_cpus: int | None, extra_cpus: int) -> bool:
                 os.environ.pop(key, None)
             else:
                 os.environ[key] = value
-    return True
 
 
 def joins_cluster() -> bool:
