@@ -5,6 +5,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# two processes: one for the end-to-end tests in their order, one for all others; the former leave a core idle half of the time
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 STAMP  := $(VENV)/.manyviews-installed
 
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -29,7 +31,7 @@ $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || { echo "Making the environment $(VENV)"; $(PYTHON) -m venv $(VENV); } \
 	  || { echo "PYTHON=$(PYTHON): cannot make an environment; install its venv module (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
 	@echo "Installing Manyviews and its packages into $(VENV): about 3-5 minutes, once"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable ".[dev]" # Python compiles what it imports
 	@touch $@
 
 install: $(STAMP) ## make the environment and nothing else
@@ -38,7 +40,7 @@ demo: $(STAMP) ## train swav-small on built-in pictures and say what was learned
 	@$(BIN)/manyviews pretrain swav-small
 
 test: lint types $(STAMP) ## what must pass: lint, types and every test
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 lint: $(STAMP) ## ruff
 	@$(BIN)/python -m ruff check .
@@ -47,7 +49,7 @@ types: $(STAMP) ## mypy, strict on methods/ and the config
 	@$(BIN)/python -m mypy
 
 unit: $(STAMP) ## the tests that do not train end to end
-	@$(BIN)/python -m pytest -m "not e2e"
+	@$(PYTEST) -m "not e2e"
 
 e2e: $(STAMP) ## the tests that do
 	@$(BIN)/python -m pytest -m e2e
@@ -62,6 +64,7 @@ study: $(STAMP) ## the papers' findings as studies
 chaos: $(STAMP) ## kill a run again and again, resume it, and compare with a run that was left alone
 	@$(BIN)/python benchmarks/chaos.py
 	@$(BIN)/python benchmarks/chaos.py --workers 2
+	@$(BIN)/python benchmarks/chaos.py --elastic
 	@$(BIN)/python benchmarks/chaos.py --jobs
 
 clean: ## remove caches and build output; runs, models and the environment stay

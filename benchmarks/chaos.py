@@ -2,7 +2,8 @@
 
 With `--workers 2` a local cluster of three nodes loses a worker, then a node, then the driver, each inside an epoch; the run
 recovers by itself from the first two and is resumed after the third. With `--jobs` the run of two workers is a submitted job:
-it is stopped, submitted again, loses its driver, and is submitted again.
+it is stopped, submitted again, loses its driver, and is submitted again. With `--elastic` a run of one to two workers loses one
+of its two nodes and goes on with one worker.
 """
 
 from __future__ import annotations
@@ -167,6 +168,32 @@ def disturbed_workers(runs: Path, name: str = "lost") -> tuple[str, dict[str, fl
     return str(facts(runs, name)["state_sha256"]), took
 
 
+def shrunk(runs: Path, name: str = "elastic") -> float:
+    """A run of 1 to 2 workers loses a node by force; returns the seconds until it went on with one, and sees it finish."""
+    # three quarters of a CPU for each worker: beside a whole one for the tasks, one node of two CPUs has room for one of them
+    code = "import pipeline.train.workers as w, manyviews; w.CPU_WORKER['CPU'] = 0.75; raise SystemExit(manyviews.main())"
+    with cluster() as (local, nodes):
+        arguments = [*WORKERS, "--train.workers=1:2", f"--run={name}", f"--runs-dir={runs}"]
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *arguments],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"RAY_ADDRESS": local.address},
+        )
+        progress(process, runs, name, beyond=12)
+        if sum(len(workers_of(node)) for node in nodes) != 2:
+            raise SystemExit("the run did not begin with two workers")
+        gone, left = sorted(nodes, key=lambda node: len(workers_of(node)), reverse=True)
+        local.remove_node(gone, allow_graceful=False)
+        step = int(str(facts(runs, name)["step"]))
+        seconds = progress(process, runs, name, beyond=step + 2)
+        if len(workers_of(left)) != 1:
+            raise SystemExit("the run did not go on with one worker")
+        finish(process, "the run on the node that is left")
+    return seconds
+
+
 # ---------------------------------------------------------------------------- jobs
 
 
@@ -234,9 +261,13 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, choices=[0, 2], default=0)
+    parser.add_argument("--elastic", action="store_true", help="one to two workers: a node is lost, and the other goes on")
     parser.add_argument("--jobs", action="store_true", help="two workers, as a job that is stopped and loses its driver")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        if options.elastic:
+            print(f"two workers lost a node; one went on after {shrunk(Path(folder)):.0f} s, to the end")
+            return
         want = undisturbed(Path(folder), settings=WORKERS if options.workers or options.jobs else RUN)
         print(f"undisturbed: {want}", flush=True)
         if options.jobs:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from pipeline.ingest import files
 
 POINTERS = ("last.json", "best.json", "run.json")
 _sent: dict[Path, tuple[int, int]] = {}  # of this process: time (ns) and size of every file as it was sent
+_sending: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)  # no older version may overtake a newer one
 
 
 def local_copy(runs_dir: str) -> Path:
@@ -111,12 +114,13 @@ def push(run: Path, only: str | None = None, keep: Callable[[str], bool] = lambd
         return
     changed = [file for file in ([run / only] if only else _files(run)) if _sent.get(file) != _mark(file)]
     for file in sorted(changed, key=lambda file: (file.name in POINTERS, file.name == "run.json", str(file))):
-        mark = _mark(file)
-        try:
-            files.write(files.join(uri, file.relative_to(run).as_posix()), file.read_bytes())
-        except Exception as error:  # whatever the store's client raises
-            raise OSError(f"{uri}: {files.short(error)}") from None
-        _sent[file] = mark
+        with _sending[file]:
+            mark = _mark(file)
+            try:
+                files.write(files.join(uri, file.relative_to(run).as_posix()), file.read_bytes())
+            except Exception as error:  # whatever the store's client raises
+                raise OSError(f"{uri}: {files.short(error)}") from None
+            _sent[file] = mark
     if not only:
         here = {path.name for path in (run / "checkpoints").glob("step-*")}
         there = {file.name.split("/")[1] for file in files.tree(uri) if file.name.startswith("checkpoints/step-")}

@@ -80,8 +80,11 @@ class RunFolder:
             state["status"] = "interrupted"  # its process is gone: killed, or the machine went down
         return state
 
-    def update(self, **changes: Any) -> None:
+    def update(self, *, send: bool = True, **changes: Any) -> None:
+        """Change the run's facts; `send` them to the object store now, if the folder is a copy, or leave it to the next checkpoint."""
         write_json(self.path / "run.json", self.state() | changes)
+        if not send:
+            return
         with contextlib.suppress(OSError):  # the next checkpoint sends it, or says why not
             mirror.push(self.path, only="run.json")
 

@@ -26,6 +26,7 @@ __all__ = ["EndStatus", "Tracker", "default_uri", "read_points", "sync"]
 
 EndStatus = Literal["FINISHED", "FAILED", "KILLED"]
 METRICS_PER_CALL, PARAMS_PER_CALL, VALUE_CHARACTERS = 1000, 100, 6000  # MLflow's own limits
+HEAD_START_S = 30.0  # at most, before the first point: loading MLflow and making a database would slow the start of training
 LONGEST_PAUSE = 60.0  # s between attempts on a server that does not answer
 
 
@@ -90,6 +91,7 @@ class Tracker:
     def run_id(self, timeout: float = 60.0) -> str | None:
         """The MLflow run's id, waiting at most `timeout` s for the server; None if it does not answer or failed twice in a row."""
         deadline = time.monotonic() + timeout
+        self._wake.set()
         while not self._known.wait(min(0.1, max(0.0, deadline - time.monotonic()))):
             if self._failures >= 2 or time.monotonic() >= deadline:
                 return None
@@ -176,6 +178,7 @@ class Tracker:
             write_json(self.folder / "tracking.json", state)
 
     def _work(self) -> None:
+        self._wake.wait(HEAD_START_S)
         while not self._stop.is_set():
             self._wake.clear()
             closing = self._closing.is_set()

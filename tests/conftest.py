@@ -19,6 +19,14 @@ ROOT = Path(__file__).parent.parent
 EXIT_STATUS = pytest.StashKey[int]()
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """For `-n 2 --dist loadgroup`: a file stays in one process, which makes its fixtures once, and all end-to-end tests in one."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group("e2e" if item.get_closest_marker("e2e") else item.path.stem))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     session.config.stash[EXIT_STATUS] = int(exitstatus)
@@ -32,7 +40,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     and then one of them touches what Python has freed: a segmentation fault after the last test has passed. What a verb does
     at its end is tested where it runs as a process.
     """
-    if EXIT_STATUS in config.stash:
+    if EXIT_STATUS in config.stash and not hasattr(config, "workerinput"):  # pytest-xdist ends its processes itself
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(config.stash[EXIT_STATUS])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,40 @@ def test_a_local_run_is_left_alone(store: Path, tmp_path: Path) -> None:
     save(run, 2)
     mirror.pull(run)
     assert names(run / "checkpoints") == [2] and not store.exists()
+
+
+def test_training_goes_on_during_an_upload_and_the_next_save_waits(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, uploads = mirror.second_copy(f"{URI}/a", "one"), checkpoint.Uploads()
+    write, order, go_on = files.write, [], threading.Event()
+
+    def slow(uri: str, data: bytes) -> None:
+        assert go_on.wait(60)
+        order.append(uri.rpartition("/")[2])
+        write(uri, data)
+
+    monkeypatch.setattr(files, "write", slow)
+    checkpoint.save(run / "checkpoints", {"step": 2}, step=2)
+    uploads.begin(run, 2)
+    assert not order, "the caller has gone on, and nothing is sent yet"
+    waiting = threading.Thread(target=uploads.wait)
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive(), "the next save waits"
+    go_on.set()
+    waiting.join(60)
+    assert order == ["state.pt", "last.json"], "what points to a folder is sent after it"
+    assert names(store) == [2]
+
+
+def test_an_upload_that_fails_stops_the_next_save(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, uploads = mirror.second_copy(f"{URI}/a", "one"), checkpoint.Uploads()
+
+    def refuse(uri: str, data: bytes) -> None:
+        raise PermissionError("no rights")
+
+    monkeypatch.setattr(files, "write", refuse)
+    checkpoint.save(run / "checkpoints", {"step": 2}, step=2)
+    uploads.begin(run, 2)
+    with pytest.raises(checkpoint.DiskFull, match=r"step 2 could not be sent: .*no rights"):
+        uploads.wait()
+    uploads.wait()  # said once

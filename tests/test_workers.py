@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import json
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from methods.parts.norms import SyncBatchNorm, average_statistics, synchronized
 from methods.parts.views import Views
 from pipeline.config import TrainConfig, override, resolve
 from pipeline.recipes import load_recipe
+from pipeline.train import relay_actor
 from pipeline.train.display import Display
 from pipeline.train.guards import TrainingStopped
 from pipeline.train.loop import agreed, mean_over_workers
@@ -253,6 +257,30 @@ def test_a_group_begins_when_the_driver_has_made_way_and_not_too_often(line: Lin
     ray.get(line.relay.send.remote([("failed", {"error": ConfigError("data.path=x: gone")})]))
     with pytest.raises(ConfigError, match="gone"):
         line.listener.listen(False)
+
+
+def test_a_worker_that_cannot_be_imported_says_so_without_our_code(line: Line, tmp_path: Path) -> None:
+    """Ray Train would start it again for ever; here in a process that does not find the project, as on a node without it."""
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(relay_actor)
+    try:
+        (tmp_path / "enter").write_bytes(cloudpickle.dumps(relay_actor.enter))
+    finally:
+        cloudpickle.unregister_pickle_by_value(relay_actor)
+    code = (
+        "import json, pickle, sys, types\n"
+        "sys.modules['pipeline'] = None\n"
+        "enter = pickle.load(open('enter', 'rb'))\n"
+        "sys.modules['ray'] = types.SimpleNamespace(get=lambda said: print(json.dumps(said)))\n"
+        "relay = types.SimpleNamespace(send=types.SimpleNamespace(remote=lambda said: said))\n"
+        "enter({'relay': relay})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode and "ModuleNotFoundError" in done.stderr, "Ray Train too must see the failure"
+    line.relay.send.remote([tuple(said) for said in json.loads(done.stdout)])
+    with pytest.raises(TrainingStopped, match=r"cannot import this project \(ModuleNotFoundError: .*pipeline.*\); install"):
+        line.listener.listen(stop=False)
 
 
 def test_only_what_a_peer_broke_is_worth_another_start() -> None:

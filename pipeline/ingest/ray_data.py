@@ -49,15 +49,21 @@ def start_ray(num_cpus: int | None = None, extra_cpus: int = 0) -> None:
     before = {key: os.environ.get(key) for key in workers}
     os.environ.update(workers)  # a local Ray hands its environment to its workers, at no cost
     try:
-        ray.init(
-            "local",
-            num_cpus=(num_cpus or max(2, os.cpu_count() or 2)) + extra_cpus,
-            object_store_memory=int(min(2e9, 0.3 * memory)),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _temp_dir="/tmp/ray" if long else None,
-        )
+        for last in (False, False, True):
+            try:
+                ray.init(
+                    "local",
+                    num_cpus=(num_cpus or max(2, os.cpu_count() or 2)) + extra_cpus,
+                    object_store_memory=int(min(2e9, 0.3 * memory)),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    _temp_dir="/tmp/ray" if long else None,
+                )
+                break
+            except Exception as error:  # Ray gives its own agents 15 s to start, too little where other programs keep the cores
+                if last or "timed out during startup" not in str(error):
+                    raise
     finally:
         for key, value in before.items():
             if value is None:

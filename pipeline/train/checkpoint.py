@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,31 @@ def send(run: Path, step: int, keep_every: int | None = None) -> None:
         mirror.push(run, keep=lambda name: _kept(name, keep_every))
     except OSError as error:
         raise DiskFull(f"checkpoint of step {step} could not be sent: {error}") from None
+
+
+class Uploads:
+    """Sends checkpoints on a thread of its own, one at a time, so that training goes on meanwhile."""
+
+    def __init__(self) -> None:
+        self._last: Future[None] | None = None
+
+    def begin(self, run: Path, step: int, keep_every: int | None = None) -> None:
+        """Begin what `send` does; call `wait` before the run's checkpoints are changed again."""
+        if mirror.remote_of(run) is not None:
+            self.wait()
+            pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
+            self._last = pool.submit(send, run, step, keep_every)
+            pool.shutdown(wait=False)  # the thread ends with its work, and the process not before it
+
+    def wait(self) -> None:
+        """Until the last upload is complete.
+
+        Raises:
+            DiskFull: it failed, as in `send`.
+        """
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
 
 
 def _prune(checkpoints: Path, keep_every: int | None) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from methods.parts.contract import Method
+if TYPE_CHECKING:
+    from methods.parts.contract import Method
 
 
 class TrainingStopped(RuntimeError):

@@ -70,6 +70,7 @@ class Trainer:
     position: Position = field(default_factory=Position)
     saved_step: int | None = None
     last_knn: float | None = None
+    uploads: checkpoint.Uploads = field(default_factory=checkpoint.Uploads)
 
     def __post_init__(self) -> None:
         self.forward: nn.Module = self.method
@@ -241,9 +242,10 @@ class Trainer:
             return
         state = self.state()
         if rank() == 0:
+            self.uploads.wait()  # what is being sent must not be pruned
             checkpoint.save(self.folder.checkpoints, state, step=step, best=best, keep_every=self.config.train.keep_every)
-            self.folder.update(step=step, total_steps=self.resolved.facts.total_steps)
-            checkpoint.send(self.folder.path, step, self.config.train.keep_every)
+            self.folder.update(send=False, step=step, total_steps=self.resolved.facts.total_steps)
+            self.uploads.begin(self.folder.path, step, self.config.train.keep_every)
         self.saved_step = step
 
     def note_bad(self, slots: Iterable[BadSlot]) -> None:

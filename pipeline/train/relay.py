@@ -1,4 +1,4 @@
-"""The line between rank 0, wherever it runs, and the driver, who has the screen and the keyboard."""
+"""The line between rank 0, wherever it runs, and the driver, who has the screen and the keyboard: its two ends."""
 
 from __future__ import annotations
 
@@ -13,40 +13,9 @@ from pipeline.mirror import remote_of
 from pipeline.points import append_line, encode
 from pipeline.train.display import Pace, Screen
 from pipeline.train.guards import TrainingStopped
+from pipeline.train.relay_actor import Relay as Relay
 
 PAUSE = 0.25  # s between messages
-
-
-class Relay:
-    """The actor in the middle: what rank 0 has said since it was last asked, and what the driver wants."""
-
-    def __init__(self) -> None:
-        self.said: list[tuple[str, dict[str, Any]]] = []
-        self.stop = False
-        self.lives = 0  # worker groups that may begin
-
-    def send(self, said: list[tuple[str, dict[str, Any]]]) -> bool:
-        """From a worker. Returns whether the driver wants the run to stop."""
-        self.said += said
-        return self.stop
-
-    def may_begin(self, life: int) -> bool:
-        """From rank 0: has the driver made way for the worker group of this number?"""
-        return self.lives > life
-
-    def begun(self) -> int:
-        """How many worker groups there were."""
-        return self.lives
-
-    def take(self, stop: bool) -> list[tuple[str, dict[str, Any]]]:
-        """From the driver: everything said since the last call."""
-        self.stop = self.stop or stop
-        said, self.said = self.said, []
-        return said
-
-    def admit(self) -> None:
-        """From the driver: the next worker group may begin."""
-        self.lives += 1
 
 
 class Mute:
@@ -158,6 +127,11 @@ class Listener:
                 self.begin(what["step"])
             elif kind == "failed":
                 raise what["error"]
+            elif kind == "absent":
+                raise TrainingStopped(
+                    f"a worker on {what['node']} cannot import this project ({what['reason']}); "
+                    "install the packages of the driver's environment there (`manyviews doctor` compares them)"
+                )
             else:
                 getattr(self.screen, kind)(**what)
         if said:

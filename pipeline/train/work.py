@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
@@ -96,7 +97,13 @@ def work(
             trainer.save()
     if rank() == 0:
         keep_listed_bad(folder, trainer.position)
-    trainer.run(batches(ready, trainer.position.step, tasks))
+    try:
+        trainer.run(batches(ready, trainer.position.step, tasks))
+    except BaseException:
+        with contextlib.suppress(checkpoint.DiskFull):
+            trainer.uploads.wait()  # the checkpoint that the message speaks of
+        raise
+    trainer.uploads.wait()
     done = Done(trainer.position.step, trainer.position.step >= resolved.facts.total_steps)
     if not done.complete:
         return done

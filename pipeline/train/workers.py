@@ -20,11 +20,11 @@ from pipeline import mirror
 from pipeline.config import TrainConfig, divisors
 from pipeline.ingest.ray_data import joins_cluster
 from pipeline.runs import RunFolder
-from pipeline.train import checkpoint
+from pipeline.train import checkpoint, relay_actor
 from pipeline.train.display import Screen
 from pipeline.train.guards import TrainingStopped
 from pipeline.train.prepare import Prepared
-from pipeline.train.relay import Listener, Mute, Relay, Remote
+from pipeline.train.relay import Listener, Mute, Remote
 from pipeline.train.work import Done, work
 
 # logical CPUs of a worker: less than one without a GPU, because Ray Data hangs unless a whole one stays free somewhere
@@ -176,19 +176,20 @@ def _attempt(
     os.environ.update({key: value for key, value in SETTINGS.items() if key not in os.environ})
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     config = ready.config.train
     elastic = len(set(config.worker_range)) > 1
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    relay = ray.remote(Relay).options(num_cpus=0, scheduling_strategy=here).remote()
+    ray.cloudpickle.register_pickle_by_value(relay_actor)
+    relay = ray.remote(relay_actor.Relay).options(num_cpus=0, scheduling_strategy=here).remote()
     spare = ray.cluster_resources().get("CPU", 1) - workers * share["CPU"]
     tasks = None if joins_cluster() else max(1, round(spare / workers))
     settings = {"given": [given], "relay": relay, "tasks": tasks, "remote": mirror.remote_of(folder.path)}
     scratch = f".ray-{uuid.uuid4().hex[:8]}"
-    trainer = TorchTrainer(
-        _worker,
+    trainer = _trainer_class()(
+        relay_actor.enter,
         train_loop_config=settings,
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if "GPU" in share else "gloo", timeout_s=int(config.progress_timeout_s)),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu="GPU" in share, resources_per_worker=share),
@@ -225,6 +226,23 @@ def _attempt(
     raise _meaning(outcome[0])
 
 
+def _trainer_class() -> type[Any]:
+    """Ray Train's trainer without two helper processes that have nothing to do here, of some 3 CPU seconds each.
+
+    The one serves `datasets=`, which is not used; the other frees the workers' places when the driver has died, and a local
+    Ray has died with it. Nothing public leaves them out: where Ray's inner names change, they are started as before.
+    """
+    from ray.train.torch import TorchTrainer
+
+    spare = {"DatasetsCallback"} | (set() if joins_cluster() else {"PlacementGroupCleanerCallback"})
+
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            return [callback for callback in super()._create_default_callbacks() if type(callback).__name__ not in spare]
+
+    return Trainer
+
+
 def _check_progress(silence_s: float, config: TrainConfig, workers: int, share: dict[str, float]) -> None:
     import ray
 
@@ -241,7 +259,7 @@ def _check_progress(silence_s: float, config: TrainConfig, workers: int, share: 
 
 
 def _worker(settings: dict[str, Any]) -> Done | None:
-    """What Ray Train runs in every worker."""
+    """One worker's part of a run, in its own process under Ray Train."""
     import ray
     from ray.train import get_context
     from ray.train.torch import get_device

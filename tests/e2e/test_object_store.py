@@ -71,7 +71,7 @@ def in_store(client: Any, key: str) -> dict[str, Any]:
 
 
 def test_a_run_in_the_store_goes_on_without_its_local_copy(store: tuple[Any, dict[str, str]], tmp_path: Path) -> None:
-    """Two workers, because each has a local copy of its own beside the driver's."""
+    """Two workers, because each has a local copy of its own beside the driver's; then one, which goes on from what they sent."""
     client, environment = store
     name, where, workers = "run", "--runs-dir=s3://lake/runs", 2
     settings = [
@@ -92,6 +92,9 @@ def test_a_run_in_the_store_goes_on_without_its_local_copy(store: tuple[Any, dic
     first.send_signal(signal.SIGKILL)
     said = first.communicate()[0]
     shutil.rmtree(tmp_path / "cache")
+    config = client.get_object(Bucket="lake", Key=f"runs/{name}/config.yaml")["Body"].read().decode()
+    assert "  workers: 2\n" in config
+    client.put_object(Bucket="lake", Key=f"runs/{name}/config.yaml", Body=config.replace("  workers: 2\n", "  workers: 1\n").encode())
 
     second = start(["resume", name, where], environment, tmp_path / "other")
     said += second.communicate()[0]
