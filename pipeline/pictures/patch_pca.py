@@ -36,7 +36,7 @@ def patch_features(network: nn.Module, images: Tensor) -> Tensor:
         size = network.patch_embed.patch_size
         return network.tokens(images).patches.unflatten(1, [side // patch for side, patch in zip(images.shape[-2:], size, strict=True)])
     if hasattr(network, "forward_intermediates"):
-        maps: list[Tensor] = [m for m in network.forward_intermediates(images, intermediates_only=True) if m.ndim == 4]
+        maps: list[Tensor] = [m for m in network.forward_intermediates(images, intermediates_only=True) if m.ndim == 4]  # type: ignore[operator]
     else:
         maps = [network.forward_features(images)]  # type: ignore[operator]
     fine = [m for m in maps if min(m.shape[-2:]) >= LEAST]
