@@ -112,9 +112,7 @@ class DeepCluster(Method):
         """Cluster the memory: new centroids and labels for every head."""
         if progress.epoch == 0:
             return
-        for table in (self.memory, self.labels):
-            table.rows = table.rows.to(self.prototypes.device)
-        memory, labels = self.memory.rows, self.labels.rows
+        memory, labels = (table.rows_on(self.prototypes.device) for table in (self.memory, self.labels))
         seen = memory[:, 0].any(dim=1)
         self.empty.zero_()
         for h, centroids in enumerate(self.prototypes):
