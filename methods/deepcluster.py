@@ -139,7 +139,7 @@ class DeepCluster(Method):
             known = all_reduce_sum((labels != UNKNOWN).sum())  # over all workers: their mean must be that of the joined batch
             total = F.cross_entropy(scores.flatten(0, 2) / self.config.temperature, labels.flatten(), ignore_index=UNKNOWN, reduction="sum")
             metrics["label_accuracy"] = (scores.argmax(dim=-1) == labels).sum() * world_size() / known.clamp(min=1)
-            metrics["clusters_empty"] = self.empty
+            metrics["clusters_empty_epoch"] = self.empty
             return StepOutput(loss=total * world_size() / known.clamp(min=1), metrics=metrics, outputs=outputs)
 
     def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
