@@ -193,7 +193,7 @@ class CoKe(Method):
 
     def project(self, views: Views) -> tuple[list[Tensor], list[Tensor]]:
         """Unit projections and predictions of every crop: one backbone pass per resolution, one pass of each head over all crops."""
-        p = self.projector(torch.cat([self.backbone(stack) for stack in views.by_resolution()]))
+        p = self.projector(views.through(self.backbone))
         x, batch = l2_normalize(promote(p)), len(views.image_ids)
         y = x if self.predictor is None else l2_normalize(promote(self.predictor(p)))  # of the projections before their normalisation
         return list(x.split(batch)), list(y.split(batch))

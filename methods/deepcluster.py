@@ -150,8 +150,7 @@ class DeepCluster(Method):
 
     def project(self, views: Views) -> Tensor:
         """Unit projections of every crop `(V, B, D)`: one backbone pass per resolution, one pass of the projector over all crops."""
-        h = torch.cat([self.backbone(stack) for stack in views.by_resolution()])
-        z = l2_normalize(promote(self.projector(h)))
+        z = l2_normalize(promote(self.projector(views.through(self.backbone))))
         return z.view(-1, len(views.image_ids), z.shape[1])
 
     def evaluation_backbone(self) -> nn.Module:

@@ -59,7 +59,7 @@ from methods.parts.numerics import embedding_std, entropy, full_precision, l2_no
 from methods.parts.schedules import cosine, linear_by_epoch
 from methods.parts.soft_targets import cross_entropy_sum
 from methods.parts.views import CropGroup, Views, ViewsConfig
-from methods.parts.vit import crop_features, without_drop_path
+from methods.parts.vit import without_drop_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +138,9 @@ class DINO(Method):
         batch = len(views.image_ids)
         large = [i for name, crops in views.groups.items() if name != "local" for i in crops]
         with torch.no_grad():
-            h = torch.cat(crop_features(self.teacher.get_submodule("backbone"), views.without("local")))  # (G B, D)
+            h = views.without("local").through(self.teacher.get_submodule("backbone"))  # (G B, D)
             t = self.teacher.get_submodule("head")(h)  # (G B, K)
-        s = self.head(torch.cat(crop_features(self.backbone, views)))  # (V B, K), crop by crop
+        s = self.head(views.through(self.backbone))  # (V B, K), crop by crop
         with full_precision(s):
             q = self.targets(t, progress)
             codes = dict(zip(large, q.split(batch), strict=True))

@@ -135,8 +135,7 @@ class SwAV(Method):
 
     def project(self, views: Views) -> list[Tensor]:
         """Unit projections of every crop: one backbone pass per resolution, one pass of the projector over all crops."""
-        h = torch.cat([self.backbone(stack) for stack in views.by_resolution()])
-        z = l2_normalize(promote(self.projector(h)))
+        z = l2_normalize(promote(self.projector(views.through(self.backbone))))
         return list(z.split(len(views.image_ids)))
 
     @torch.no_grad()
