@@ -129,9 +129,13 @@ class SwAV(Method):
 
     def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
         if self.config.queue_length and progress.step >= self.queue_start:
-            for queue, z in zip(self.queues, outputs[0]["z"], strict=True):
+            for queue, z in zip(self.crop_queues(), outputs[0]["z"], strict=True):
                 queue.push(z)
         self.unused_steps.add_(1).masked_fill_(outputs[0]["used"], 0)
+
+    def crop_queues(self) -> list[FeatureQueue]:
+        """One for each global crop; none without a queue."""
+        return list(self.queues)  # type: ignore[arg-type]
 
     def project(self, views: Views) -> list[Tensor]:
         """Unit projections of every crop: one backbone pass per resolution, one pass of the projector over all crops."""
@@ -142,8 +146,9 @@ class SwAV(Method):
     def codes(self, crop: int, scores: Tensor) -> Tensor:
         """Balanced soft assignments of a global crop: `(B, K) -> (B, K)`, rows sum to 1."""
         batch = len(scores)
-        if queued := bool(self.queues) and bool(self.queues[crop].full):
-            scores = torch.cat([self.prototypes(self.queues[crop].share), scores])  # (L / W + B, K)
+        queues = self.crop_queues()
+        if queued := bool(queues) and bool(queues[crop].full):
+            scores = torch.cat([self.prototypes(queues[crop].share), scores])  # (L / W + B, K)
         codes = sinkhorn(scores, self.config.epsilon, self.config.sinkhorn_iterations)
         if queued:
             codes = codes[-batch:].clone()  # lets go of the queue's rows
@@ -171,8 +176,8 @@ class SwAV(Method):
             "prototypes_distinct": self.distinct,
             "embedding_std": embedding_std(z),
         }
-        if self.queues:
-            metrics["queue_fill"] = self.queues[0].fill
+        for queue in self.crop_queues()[:1]:
+            metrics["queue_fill"] = queue.fill
         return metrics
 
     def param_groups(self) -> list[ParamGroup]:
