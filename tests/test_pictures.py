@@ -13,6 +13,8 @@ from PIL import Image
 import manyviews
 from pipeline import pictures, registry
 from pipeline.config import RunConfig, override, to_yaml
+from pipeline.evaluate.protocols import Scores
+from pipeline.pictures import keeps
 from pipeline.pictures.subject import Subject
 from pipeline.recipes import load_recipe
 from pipeline.runs import create_run
@@ -54,7 +56,7 @@ def test_names_are_those_of_the_files_and_help_shows_them(capsys: pytest.Capture
     assert all(name in said for name in names)
 
 
-@pytest.mark.parametrize("name", ["views", "curves", "neighbours", "clusters", "cluster_sizes", "patch_pca"])
+@pytest.mark.parametrize("name", ["curves", "clusters"])
 def test_pictures_of_a_finished_run(runs: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / f"{name}.png"
     assert manyviews.main(["figure", name, "swav", "--runs-dir", str(runs), "--to", str(path)]) == 0
@@ -66,6 +68,14 @@ def test_pictures_of_a_finished_run(runs: Path, name: str, tmp_path: Path, capsy
 @pytest.mark.parametrize("name", ["attention", "patch_pca"])
 def test_pictures_of_a_run_without_an_export(runs: Path, name: str, tmp_path: Path) -> None:
     path = pictures.find(name).draw(Subject.of("msn", runs_dir=runs), tmp_path / "picture.png")
+    assert path.stat().st_size > 5000
+
+
+@pytest.mark.parametrize("run", ["swav", "msn"])
+def test_what_features_keep(runs: Path, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a ResNet and of a ViT, with a decoder that learns next to nothing."""
+    monkeypatch.setattr(keeps, "STEPS", 3)
+    path = pictures.find("keeps").draw(Subject.of(run, runs_dir=runs), tmp_path / "keeps.png")
     assert path.stat().st_size > 5000
 
 
@@ -112,7 +122,7 @@ def test_what_cannot_be_drawn_says_why(runs: Path, tmp_path: Path, capsys: pytes
 def test_a_finished_run_gets_what_it_has(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither what it has nothing for, nor what takes minutes."""
     subject = Subject.of("swav", runs_dir=runs)
-    monkeypatch.setitem(vars(subject), "scores", pytest.importorskip("pipeline.evaluate.protocols").Scores((), "no labels", "none"))
+    monkeypatch.setitem(vars(subject), "scores", Scores((), "no labels", "none"))
     drawn = {path.stem for path in pictures.draw_for_run(subject, tmp_path)}
     assert (
         {"views", "curves", "neighbours", "clusters", "cluster_sizes", "patch_pca"} == drawn == {path.stem for path in tmp_path.iterdir()}
