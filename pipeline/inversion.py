@@ -65,9 +65,8 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def sample(self, features: Tensor, each: int, seed: int = 0) -> Tensor:
-        """Images of features, on the CPU, within [0, 1]: `(S, B, D) -> (S, each, B, 3, size, size)`; all features meet the same noise."""
-        random = torch.Generator().manual_seed(seed)
-        noise = torch.randn(len(features), each, 1, NOISE, generator=random).expand(-1, -1, features.shape[1], -1)
+        """Images of features, on the CPU, within [0, 1]: `(S, B, D) -> (S, each, B, 3, size, size)`; a seed is one noise for all."""
+        noise = torch.randn(len(features), each, features.shape[1], NOISE, generator=torch.Generator().manual_seed(seed))
         h = features[:, None].expand(-1, each, -1, -1)
         made = self(h.flatten(0, 2).to(self.mean.device), noise.flatten(0, 2).to(self.mean.device))
         return made.clamp(0, 1).cpu().unflatten(0, h.shape[:3])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from methods.parts.backbones import BackboneConfig, build_backbone
 from pipeline import canvas, inversion
-from pipeline.pictures.keeps import Looks, draw, explained
+from pipeline.pictures.keeps import Looks, alike, draw, explained
 from tests.test_figures import LIME, RED, near, plain, read
 
 CPU = torch.device("cpu")
@@ -108,12 +108,15 @@ def test_shares_by_hand() -> None:
     assert explained(images, colours) == pytest.approx((1, 0), abs=0.05)
     assert explained(images, images.mean(dim=0).expand_as(images)) == pytest.approx((0, 0), abs=1e-5)
 
+    same = images.expand(5, *images.shape)
+    assert alike(same) == 1 and alike(torch.rand(5, 500, 3, 4, 4)) == pytest.approx(0, abs=0.02)
+
 
 def test_the_picture_has_a_row_for_each_image_and_a_block_for_each_backbone(tmp_path: Path) -> None:
     seen = np.full((2, 4, 8, 8, 3), np.nan)
     samples = {"trained": np.full((2, 4, 8, 8, 3), (0, 1, 0)), "untrained": np.full((2, 4, 8, 8, 3), (0, 0, 1.2))}
-    shares = {"trained": (0.5, -0.1), "untrained": (0.4, 0.1)}
-    picture = read(draw(np.stack([plain(8, 8, RED)] * 2), seen, samples, shares, tmp_path / "keeps.png"))
+    words = {"trained": ["kept: a", "b", "c"], "untrained": ["kept: d"]}
+    picture = read(draw(np.stack([plain(8, 8, RED)] * 2), seen, samples, words, tmp_path / "keeps.png"))
     assert near(picture, LIME).sum() == pytest.approx(near(picture, (0, 0, 255)).sum(), rel=0.02)
     assert near(picture, LIME).sum() == pytest.approx(4 * near(picture, RED).sum(), rel=0.05)
     assert near(picture, canvas.BLUE).any()

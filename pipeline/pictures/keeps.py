@@ -32,7 +32,7 @@ from pipeline.pictures.subject import Subject
 
 IMAGES, LOOKS = 4000, 2  # that a decoder learns from, and looks at each
 SHOWN, SAMPLES = 8, 4  # images in the picture, and samples of each
-STEPS = 1200  # of a decoder: about 25 CPU s on an idle core
+STEPS = 1500  # of a decoder
 SECONDS = 60.0  # wall time that each decoder has at most, and as much for its features
 MASKED = 0.5  # share of a ViT's patches that a look goes without
 BOX = (0.25, 0.5)  # of a box in the image's area
@@ -46,17 +46,22 @@ def keeps(subject: Subject, path: Path) -> Path:
     calibrated = calibrate_batchnorm(subject.untrained, found.images, mean=subject.config.data.mean, std=subject.config.data.std)
     side = min(held_out.shape[1], LARGEST)
     truth, shown = small(held_out, side), torch.from_numpy(np.linspace(0, len(held_out) - 1, min(SHOWN, len(held_out))).astype(int))
-    samples, shares, count = {}, {}, len(found.images)
+    samples, words, count = {}, {}, len(found.images)
     for name, network in (("trained", subject.backbone), ("untrained", calibrated)):
         features = Looks(subject, seed=0).of(network, found.images[:count], LOOKS, seconds=SECONDS)
         count = features.shape[1]  # both learn from as many
-        decoder = inversion.fit(features, small(found.images[:count], side), steps=STEPS, seconds=SECONDS, device=subject.device).decoder
+        fitted = inversion.fit(features, small(found.images[:count], side), steps=STEPS, seconds=SECONDS, device=subject.device)
         looks = Looks(subject, seed=1)
-        drawn = decoder.sample(looks.of(network, held_out, SAMPLES), each=8)  # (S, 8, B, 3, side, side)
-        shares[name] = explained(truth, drawn.flatten(0, 1).mean(dim=0))
+        drawn = fitted.decoder.sample(looks.of(network, held_out, SAMPLES), each=8)  # (S, 8, B, 3, side, side)
+        colours, shapes = explained(truth, drawn.flatten(0, 1).mean(dim=0))
+        words[name] = [
+            f"kept: {percent(colours)} of colours, {percent(shapes)} of shapes",
+            f"samples of a row: {percent(alike(drawn[:, 0]))} alike",
+        ]
+        words[name] += [f"decoder stopped at step {fitted.steps} of {STEPS}"] if fitted.steps < STEPS else []
         samples[name] = drawn[:, 0][:, shown].permute(1, 0, 3, 4, 2).numpy()
     seen = torch.stack(looks.seen)[:, shown].transpose(0, 1).numpy()
-    return draw(held_out[shown].numpy(), seen, samples, shares, path, source=source)
+    return draw(held_out[shown].numpy(), seen, samples, words, path, source=source)
 
 
 class Looks:
@@ -126,11 +131,21 @@ def explained(images: Tensor, means: Tensor) -> tuple[float, float]:
     return found[0], found[1]
 
 
+def alike(samples: Tensor) -> float:
+    """Share of the variance of samples `(S, B, ...)` that lies between images, not between samples of an image."""
+    within = samples.var(dim=0).mean()
+    return float(1 - within / samples.flatten(0, 1).var(dim=0).mean().clamp(min=1e-12))
+
+
+def percent(share: float) -> str:
+    return f"{100 * max(0.0, share):.0f} %"
+
+
 def draw(
     images: np.ndarray,
     seen: np.ndarray,
     samples: dict[str, np.ndarray],
-    shares: dict[str, tuple[float, float]],
+    words: dict[str, list[str]],
     path: Path,
     *,
     source: str = "held-out images",
@@ -141,23 +156,23 @@ def draw(
         images: uint8 `(B, H, W, 3)`.
         seen: `(B, S, H, W, 3)` in [0, 1], NaN where nothing was seen.
         samples: by the backbone's name, `(B, S, h, w, 3)` in [0, 1]; values outside are cut.
-        shares: by the backbone's name, what it keeps of mean colours and of the rest, each a fraction.
+        words: by the backbone's name, up to three lines about it.
         path: the PNG to write.
         source: what the images are.
     """
     count = seen.shape[1]
-    side, step, margin, gap, head = 0.72, 0.76, 0.2, 0.26, 1.32  # inches
+    side, step, margin, gap, head = 0.72, 0.76, 0.2, 0.26, 1.62  # inches
     lefts = [margin + step + gap + block * (count * step + gap) for block in range(1 + len(samples))]
     with picture_at(path, lefts[-1] + count * step + margin, head + len(images) * step + margin) as figure:
         write(figure, margin, 0.36, "What the features keep", size=13, weight="bold")
-        words = f"{source}; each column: another part of the image, and what a small decoder makes of its features; "
-        write(figure, margin, 0.6, words + "what a row has in common is kept, what differs is lost", size=8, color=GRAY)
-        write(figure, margin, head - 0.28, "image", size=8.5, weight="bold")
-        write(figure, lefts[0], head - 0.28, "parts that are seen", size=8.5, weight="bold")
-        for left, (name, (colour, shape)) in zip(lefts[1:], shares.items(), strict=True):
-            write(figure, left, head - 0.28, f"{name} backbone", size=8.5, weight="bold", color=BLUE if name == "trained" else INK)
-            kept = f"kept: {100 * max(0, colour):.0f} % of colours, {100 * max(0, shape):.0f} % of shapes"
-            write(figure, left, head - 0.11, kept, size=8, color=GRAY)
+        about = f"{source}; each column: another part of the image, and what a small decoder makes of its features; "
+        write(figure, margin, 0.6, about + "what a row has in common is kept, what differs is lost", size=8, color=GRAY)
+        write(figure, margin, 0.99, "image", size=8.5, weight="bold")
+        write(figure, lefts[0], 0.99, "parts that are seen", size=8.5, weight="bold")
+        for left, (name, lines) in zip(lefts[1:], words.items(), strict=True):
+            write(figure, left, 0.99, f"{name} backbone", size=8.5, weight="bold", color=BLUE if name == "trained" else INK)
+            for line, text in enumerate(lines):
+                write(figure, left, 1.16 + 0.16 * line, text, size=8, color=GRAY)
         for i, image in enumerate(images):
             top = head + i * step
             show(cell(figure, margin, top, side, side), image, side)
