@@ -91,14 +91,25 @@ class Fitted:
     loss: float  # mean of the last tenth of the steps
 
 
-def fit(features: Tensor, images: Tensor, *, steps: int, seconds: float, batch: int = 128, seed: int = 0, device: torch.device) -> Fitted:
+def fit(
+    features: Tensor,
+    images: Tensor,
+    *,
+    steps: int,
+    seconds: float,
+    device: torch.device,
+    precision: torch.dtype = torch.float32,
+    batch: int = 128,
+    seed: int = 0,
+) -> Fitted:
     """Train a decoder with AdamW, the learning rate on a cosine to 0.
 
     Args:
         features: `(V, N, D)`, of V looks at each of N images.
         images: what they are of, `(N, 3, size, size)` in [0, 1].
         steps: at most so many.
-        seconds: wall time after which training ends early, its learning rate at 0 all the same.
+        seconds: CPU time after which training ends early, its learning rate at 0 all the same.
+        precision: of the products.
     """
     looks, count, _ = features.shape
     with torch.random.fork_rng(devices=[]):
@@ -107,18 +118,19 @@ def fit(features: Tensor, images: Tensor, *, steps: int, seconds: float, batch: 
         wanted = ((images.flatten(1).to(device) - decoder.mean) @ decoder.basis.T).cpu()  # (N, C)
         optimizer = torch.optim.AdamW(decoder.parameters(), weight_decay=0.05)
         losses: list[float] = []
-        began, progress = time.monotonic(), 0.0
+        began, progress = time.process_time(), 0.0
         while progress < 1:
             for group in optimizer.param_groups:
                 group["lr"] = LR * min(1, (len(losses) + 1) / 50) * (1 + math.cos(math.pi * progress)) / 2
             rows = torch.randint(count, (batch,))
             h = features[torch.randint(looks, (batch,)), rows].to(device)
-            first, second = decoder.coefficients(h.repeat(2, 1), torch.randn(2 * batch, NOISE).to(device)).chunk(2)
+            with torch.autocast(device.type, precision, enabled=precision is not torch.float32):
+                first, second = decoder.coefficients(h.repeat(2, 1), torch.randn(2 * batch, NOISE).to(device)).chunk(2)
             loss = energy_score(wanted[rows].to(device), first, second, decoder.spread)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-            progress = max(len(losses) / steps, (time.monotonic() - began) / seconds)
+            progress = max(len(losses) / steps, (time.process_time() - began) / seconds)
     last = losses[-max(1, len(losses) // 10) :]
     return Fitted(decoder.eval(), len(losses), sum(last) / len(last))

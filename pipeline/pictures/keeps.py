@@ -26,14 +26,15 @@ from methods.parts.masking import num_kept, num_patches, random_keep
 from methods.parts.vit import ViT
 from pipeline import inversion
 from pipeline.canvas import BLUE, GRAY, INK, cell, picture_at, show, write
-from pipeline.evaluate.features import Triple, calibrate_batchnorm, extract
+from pipeline.evaluate.features import Triple, extract
 from pipeline.pictures import picture
 from pipeline.pictures.subject import Subject
+from pipeline.train.prepare import choose_device
 
 IMAGES, LOOKS = 4000, 2  # that a decoder learns from, and looks at each
 SHOWN, SAMPLES = 8, 4  # images in the picture, and samples of each
 STEPS = 1500  # of a decoder
-SECONDS = 60.0  # wall time that each decoder has at most, and as much for its features
+SECONDS = 60.0  # CPU time that each decoder has at most, and as much for its features
 MASKED = 0.5  # share of a ViT's patches that a look goes without
 BOX = (0.25, 0.5)  # of a box in the image's area
 LARGEST = 64  # pixels, of a decoded image
@@ -43,14 +44,15 @@ LARGEST = 64  # pixels, of a decoded image
 def keeps(subject: Subject, path: Path) -> Path:
     """What the features keep of an image: what a small decoder makes of features of its parts; about 2 minutes."""
     found, (held_out, source) = subject.training_images(IMAGES), subject.a_few_images(64)
-    calibrated = calibrate_batchnorm(subject.untrained, found.images, mean=subject.config.data.mean, std=subject.config.data.std)
-    side = min(held_out.shape[1], LARGEST)
+    side, (_, precision) = min(held_out.shape[1], LARGEST), choose_device(subject.config)
     truth, shown = small(held_out, side), torch.from_numpy(np.linspace(0, len(held_out) - 1, min(SHOWN, len(held_out))).astype(int))
-    samples, words, count = {}, {}, len(found.images)
-    for name, network in (("trained", subject.backbone), ("untrained", calibrated)):
+    samples, words, count, steps = {}, {}, len(found.images), STEPS
+    for name, network in (("trained", subject.backbone), ("untrained", subject.calibrated)):
         features = Looks(subject, seed=0).of(network, found.images[:count], LOOKS, seconds=SECONDS)
-        count = features.shape[1]  # both learn from as many
-        fitted = inversion.fit(features, small(found.images[:count], side), steps=STEPS, seconds=SECONDS, device=subject.device)
+        count = features.shape[1]
+        images, limits = small(found.images[:count], side), {"steps": steps, "seconds": SECONDS}
+        fitted = inversion.fit(features, images, device=subject.device, precision=precision, **limits)  # type: ignore[arg-type]
+        steps = fitted.steps  # the second learns no longer and from no more than the first
         looks = Looks(subject, seed=1)
         drawn = fitted.decoder.sample(looks.of(network, held_out, SAMPLES), each=8)  # (S, 8, B, 3, side, side)
         colours, shapes = explained(truth, drawn.flatten(0, 1).mean(dim=0))
@@ -78,11 +80,11 @@ class Looks:
 
     def of(self, network: nn.Module, images: Tensor, looks: int, *, seconds: float = float("inf")) -> Tensor:
         """Features of `looks` parts of each image, `(N, H, W, 3) -> (looks, n, D)`; n < N where these take too long."""
-        began, features = time.monotonic(), []
+        began, features = time.process_time(), []
         for batch in images.split(256):
             self.seen = []
             features.append(torch.stack([self.look(network, batch) for _ in range(looks)]))
-            if time.monotonic() - began > seconds:
+            if time.process_time() - began > seconds:
                 break
         return torch.cat(features, dim=1)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from methods.parts.vit import ViT
 from pipeline.canvas import GRAY, cell, picture_at, show, write
-from pipeline.evaluate.features import calibrate_batchnorm, extract
+from pipeline.evaluate.features import extract
 from pipeline.pictures import picture
 from pipeline.pictures.subject import Subject
 
@@ -22,9 +22,8 @@ def patch_pca(subject: Subject, path: Path) -> Path:
     data = subject.config.data
     settings = {"mean": data.mean, "std": data.std, "device": subject.device}
     images, source = subject.a_few_images()
-    calibrated = calibrate_batchnorm(subject.untrained, subject.training_images(256).images, **settings)  # type: ignore[arg-type]
     maps = {}
-    for name, network in (("untrained", calibrated), ("trained", subject.backbone)):
+    for name, network in (("untrained", subject.calibrated), ("trained", subject.backbone)):
         grid = extract(network, images, forward=lambda x, network=network: patch_features(network, x), **settings)  # type: ignore[arg-type,misc]
         maps[name] = grid.numpy()
     return draw(images.numpy(), maps, path, source=source)

@@ -13,16 +13,18 @@ from torch import Tensor, nn
 from methods.parts.backbones import build_backbone
 from methods.parts.contract import Method, RunFacts
 from methods.parts.errors import ConfigError
+from methods.parts.norms import has_batch_norm
 from pipeline import registry
 from pipeline.config import RunConfig, from_yaml
 from pipeline.evaluate.clusters import Clusters
+from pipeline.evaluate.features import calibrate_batchnorm
 from pipeline.evaluate.online import Online
 from pipeline.evaluate.protocols import MEMORY_LIMIT, Scores, final_scores
 from pipeline.evaluate.verb import config_of
 from pipeline.exports import SPEC
 from pipeline.ingest.manifest import Manifest
 from pipeline.ingest.sources import open_source
-from pipeline.ingest.stream import EvaluationImages, evaluation_images, start_ray
+from pipeline.ingest.stream import EvaluationImages, evaluation_images
 from pipeline.pictures import NothingToDraw
 from pipeline.runs import RunFolder, find_run
 from pipeline.train import checkpoint
@@ -103,9 +105,16 @@ class Subject:
         return build_backbone(self.config.backbone).to(self.device)
 
     @cached_property
+    def calibrated(self) -> nn.Module:
+        """The untrained backbone, its batch-norm statistics, if it has any, those of training images."""
+        if not has_batch_norm(self.untrained):
+            return self.untrained
+        images, data = self.training_images(256).images, self.config.data
+        return calibrate_batchnorm(self.untrained, images, mean=data.mean, std=data.std, device=self.device)
+
+    @cached_property
     def scores(self) -> Scores:
         """kNN beside its baselines."""
-        start_ray()
         return final_scores(self.config, self.manifest, self.backbone, self.untrained, self.device)
 
     @cached_property
@@ -116,7 +125,6 @@ class Subject:
         """
         if not self.method.has_clusters:
             raise NothingToDraw(f"run={self.name}: its method has no clusters; give a run of SwAV, CoKe, DINO, MSN or DeepCluster")
-        start_ray()
         return Online(self.config, self.manifest, self.device, torch.float32).clusters(self.method)
 
     def training_images(self, most: int, seed: int = 1) -> EvaluationImages:
