@@ -119,7 +119,8 @@ class Subject:
 
     @cached_property
     def clusters(self) -> Clusters:
-        """
+        """Where the method puts the training images that vote in the kNN; without labels, as many others.
+
         Raises:
             NothingToDraw: a method without clusters.
         """
