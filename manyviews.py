@@ -89,6 +89,17 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--images", type=int, default=6, metavar="N", help="how many images to show (default: 6)")
     add.add_argument("--to", type=Path, default=Path("views.png"), metavar="FILE", help="the picture (default: views.png)")
 
+    add = verb(
+        "figure",
+        figure,
+        "draw a picture of a run or a model, finished or not, again or of other images",
+        settings=COMMON,
+        epilog=_picture_list(),
+    )
+    add.add_argument("name", nargs="?", metavar="NAME", help="which picture")
+    add.add_argument("model", nargs="?", metavar="RUN_OR_MODEL", help="a run, an exported folder, or models:/NAME@best")
+    add.add_argument("--to", type=Path, metavar="FILE", help="the picture (default: NAME.png)")
+
     verb("methods", methods, "list the methods with their papers")
     verb("recipes", recipes, "list the recipes")
 
@@ -172,8 +183,7 @@ def evaluate(options: Any, settings: list[str]) -> int:
     from pipeline import registry
 
     model = _given(options, "model", "RUN_OR_MODEL")
-    uri = next((b for a, b in itertools.pairwise(settings) if a == "--track.uri"), None)
-    folder = registry.resolve_model(model, runs_dir=options.runs_dir, uri=uri)
+    folder = registry.resolve_model(model, runs_dir=options.runs_dir, uri=_tracking_uri(settings))
     from pipeline.evaluate import verb
 
     config = parse_settings(verb.config_of(folder), settings, f"manyviews evaluate {model}")
@@ -213,6 +223,20 @@ def views(options: Any, settings: list[str]) -> int:
         print(f"{name}: {group.describe()}")
     print(picture)
     _write_json(options, {"picture": str(picture)})
+    return 0
+
+
+def figure(options: Any, settings: list[str]) -> int:
+    from pipeline import pictures
+
+    picture, model = pictures.find(_given(options, "name", "NAME")), _given(options, "model", "RUN_OR_MODEL")
+    from pipeline.pictures.subject import Subject
+
+    subject = Subject.of(model, runs_dir=options.runs_dir, uri=_tracking_uri(settings))
+    subject.config = parse_settings(subject.config, settings, f"manyviews figure {picture.name} {model}")
+    path = picture.draw(subject, options.to or Path(f"{picture.name}.png"))
+    print(path)
+    _write_json(options, {"picture": str(path)})
     return 0
 
 
@@ -441,12 +465,26 @@ def _write_json(options: Any, value: Any) -> None:
         options.json.write_text(json.dumps(value, indent=2, default=str) + "\n")
 
 
+def _tracking_uri(settings: list[str]) -> str | None:
+    """`--track.uri` among settings that are not parsed yet."""
+    return next((b for a, b in itertools.pairwise(settings) if a == "--track.uri"), None)
+
+
 def _recipe_list() -> str:
     from pipeline.recipes import entries
 
-    found = entries()
-    width = max(len(e.name) for e in found)
-    return "recipes:\n" + "\n".join(f"  {e.name:{width}}  {e.summary}" for e in found) + "\n"
+    return _list("recipes", [(e.name, e.summary) for e in entries()])
+
+
+def _picture_list() -> str:
+    from pipeline.pictures import entries
+
+    return _list("pictures", [(e.name, e.summary) for e in entries()])
+
+
+def _list(title: str, rows: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    return f"{title}:\n" + "\n".join(f"  {name:{width}}  {summary}" for name, summary in rows) + "\n"
 
 
 class _Parser(argparse.ArgumentParser):

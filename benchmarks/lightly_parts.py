@@ -104,7 +104,7 @@ def lightly_parts(name: str, c: Any, backbone: nn.Module, device: torch.device, 
         criterion = losses.SwaVLoss(c.temperature, c.sinkhorn_iterations, c.epsilon)
 
         def swav(views: Views) -> Tensor:
-            h = torch.cat([net["backbone"](stack) for stack in views.by_resolution()])
+            h = views.through(net["backbone"])
             z = nn.functional.normalize(net["projector"](h))
             scores = net["prototypes"](z).split(len(views.image_ids))
             large = len(views.groups["global"])
@@ -122,7 +122,7 @@ def lightly_parts(name: str, c: Any, backbone: nn.Module, device: torch.device, 
         steps = 0
 
         def scores(network: nn.Module, views: Views) -> list[Tensor]:
-            h = torch.cat([network["backbone"](stack) for stack in views.by_resolution()])  # type: ignore[index]
+            h = views.through(network["backbone"])  # type: ignore[index]
             return list(network["projector"](h).chunk(len(h) // len(views.image_ids)))  # type: ignore[index]
 
         def dino(views: Views) -> Tensor:

@@ -193,7 +193,7 @@ class CoKe(Method):
 
     def project(self, views: Views) -> tuple[list[Tensor], list[Tensor]]:
         """Unit projections and predictions of every crop: one backbone pass per resolution, one pass of each head over all crops."""
-        p = self.projector(torch.cat([self.backbone(stack) for stack in views.by_resolution()]))
+        p = self.projector(views.through(self.backbone))
         x, batch = l2_normalize(promote(p)), len(views.image_ids)
         y = x if self.predictor is None else l2_normalize(promote(self.predictor(p)))  # of the projections before their normalisation
         return list(x.split(batch)), list(y.split(batch))
@@ -235,7 +235,7 @@ class CoKe(Method):
 
     @torch.no_grad()
     def health(self, new: Tensor, old: Tensor, features: Tensor, first: bool) -> Metrics:
-        """Meters. Sizes, in images, are those of the last whole epoch; of several heads each has its own, the rest is over all."""
+        """Meters. Sizes, in images, and the share of empty clusters are of the last whole epoch, for each head; the rest is over all."""
         duals, known = torch.cat([clusters.duals for clusters in self.heads()]), old >= 0
         metrics: Metrics = {
             "mean_dual": duals.mean(),
@@ -249,7 +249,7 @@ class CoKe(Method):
         for h, clusters in enumerate(self.heads()):
             sizes, head = clusters.sizes, f"_{h + 1}" if len(self.heads()) > 1 else ""
             metrics |= {f"smallest_cluster{head}": sizes.min(), f"largest_cluster{head}": sizes.max()}
-            metrics[f"empty_clusters{head}"] = torch.sum(sizes == 0)
+            metrics[f"clusters_empty_epoch{head}"] = (sizes == 0).double().mean()
         return metrics
 
     def id_tables(self) -> dict[str, IdTable]:

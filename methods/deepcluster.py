@@ -112,9 +112,7 @@ class DeepCluster(Method):
         """Cluster the memory: new centroids and labels for every head."""
         if progress.epoch == 0:
             return
-        for table in (self.memory, self.labels):
-            table.rows = table.rows.to(self.prototypes.device)
-        memory, labels = self.memory.rows, self.labels.rows
+        memory, labels = (table.rows_on(self.prototypes.device) for table in (self.memory, self.labels))
         seen = memory[:, 0].any(dim=1)
         self.empty.zero_()
         for h, centroids in enumerate(self.prototypes):
@@ -141,7 +139,7 @@ class DeepCluster(Method):
             known = all_reduce_sum((labels != UNKNOWN).sum())  # over all workers: their mean must be that of the joined batch
             total = F.cross_entropy(scores.flatten(0, 2) / self.config.temperature, labels.flatten(), ignore_index=UNKNOWN, reduction="sum")
             metrics["label_accuracy"] = (scores.argmax(dim=-1) == labels).sum() * world_size() / known.clamp(min=1)
-            metrics["clusters_empty"] = self.empty
+            metrics["clusters_empty_epoch"] = self.empty
             return StepOutput(loss=total * world_size() / known.clamp(min=1), metrics=metrics, outputs=outputs)
 
     def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
@@ -152,8 +150,7 @@ class DeepCluster(Method):
 
     def project(self, views: Views) -> Tensor:
         """Unit projections of every crop `(V, B, D)`: one backbone pass per resolution, one pass of the projector over all crops."""
-        h = torch.cat([self.backbone(stack) for stack in views.by_resolution()])
-        z = l2_normalize(promote(self.projector(h)))
+        z = l2_normalize(promote(self.projector(views.through(self.backbone))))
         return z.view(-1, len(views.image_ids), z.shape[1])
 
     def evaluation_backbone(self) -> nn.Module:

@@ -59,7 +59,7 @@ from methods.parts.numerics import embedding_std, entropy, full_precision, l2_no
 from methods.parts.schedules import cosine, linear_by_epoch
 from methods.parts.soft_targets import cross_entropy_sum
 from methods.parts.views import CropGroup, Views, ViewsConfig
-from methods.parts.vit import crop_features, without_drop_path
+from methods.parts.vit import without_drop_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +117,10 @@ class DINO(Method):
             unit_prototypes=config.unit_prototypes,
         )
         self.teacher = without_drop_path(ema.frozen_copy(self.student()))
-        self.center = Center(config.num_prototypes, config.center_momentum)
+        centers = config.teacher_targets == "centering"
+        self.center = Center(config.num_prototypes, config.center_momentum) if centers else None  # Sinkhorn has none
         self.frozen_steps = round(config.freeze_prototypes_epochs * facts.steps_per_epoch)
-        if config.teacher_targets == "sinkhorn":
+        if not centers:
             self.accumulation = "refuse"  # the targets need the whole batch at once
 
     @classmethod
@@ -137,9 +138,9 @@ class DINO(Method):
         batch = len(views.image_ids)
         large = [i for name, crops in views.groups.items() if name != "local" for i in crops]
         with torch.no_grad():
-            h = torch.cat(crop_features(self.teacher.get_submodule("backbone"), views.without("local")))  # (G B, D)
+            h = views.without("local").through(self.teacher.get_submodule("backbone"))  # (G B, D)
             t = self.teacher.get_submodule("head")(h)  # (G B, K)
-        s = self.head(torch.cat(crop_features(self.backbone, views)))  # (V B, K), crop by crop
+        s = self.head(views.through(self.backbone))  # (V B, K), crop by crop
         with full_precision(s):
             q = self.targets(t, progress)
             codes = dict(zip(large, q.split(batch), strict=True))
@@ -154,12 +155,12 @@ class DINO(Method):
 
     def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
         ema.update(self.teacher, self.student(), self.momentum(progress))
-        if self.config.teacher_targets == "centering":
+        if self.center is not None:
             self.center.update([part["mean"] for part in outputs])
 
     def targets(self, t: Tensor, progress: Progress) -> Tensor:
         """The teacher's soft targets of its crops: `(G B, K) -> (G B, K)`, rows sum to 1, no gradient."""
-        if self.config.teacher_targets == "sinkhorn":
+        if self.center is None:
             return sinkhorn(t, self.teacher_temperature(progress), self.config.sinkhorn_iterations)
         return self.center.targets(t, self.teacher_temperature(progress))
 
@@ -184,16 +185,16 @@ class DINO(Method):
         Collapse to one prototype: `teacher_mean_entropy` falls to 0. Collapse to uniform targets: `teacher_entropy` rises to 1.
         """
         own, k = entropy(q).mean(), self.config.num_prototypes
-        return {
+        metrics: Metrics = {
             "teacher_entropy": own / math.log(k),
             "teacher_mean_entropy": entropy(q.mean(dim=0)) / math.log(k),
             "kl": loss - own,  # mean of KL(q_g || p_v) over the pairs: every q_g stands in V - 1 of them
             "prototypes_used": (torch.bincount(q.argmax(dim=1), minlength=k) > 0).double().mean(),
-            "center_norm": self.center.value.norm(),
             "embedding_std": embedding_std(l2_normalize(promote(h))),
             "teacher_temperature": self.teacher_temperature(progress),
             "momentum": self.momentum(progress),
         }
+        return metrics if self.center is None else metrics | {"center_norm": self.center.value.norm()}
 
     def param_groups(self) -> list[ParamGroup]:
         """Biases and norms do not decay; tokens, position table and prototypes do; the prototypes wait."""
@@ -208,9 +209,9 @@ class DINO(Method):
         return self.teacher.get_submodule("backbone")
 
     def cluster_scores(self, images: Tensor) -> Tensor:
-        """The teacher's centred scores t - c."""
-        scores: Tensor = self.teacher(images) - self.center.value
-        return scores
+        """The teacher's scores, centred if its targets are: t - c."""
+        t: Tensor = self.teacher(images)
+        return t if self.center is None else t - self.center.value
 
     def chance_loss(self) -> tuple[float, str]:
         return math.log(self.config.num_prototypes), "ln K"

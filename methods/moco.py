@@ -46,7 +46,7 @@ from methods.parts.distributed import all_gather_rows, rank, world_size
 from methods.parts.errors import ConfigError, require
 from methods.parts.norms import grouped, has_batch_norm
 from methods.parts.numerics import embedding_std, full_precision, l2_normalize, promote
-from methods.parts.queue import Ring
+from methods.parts.queue import FeatureQueue
 from methods.parts.views import CropGroup, Views, ViewsConfig
 
 
@@ -99,7 +99,7 @@ class MoCo(Method):
         self.sync_batchnorm = groups == 1
         self.query = network if self.sync_batchnorm else grouped(network, groups)
         self.key = ema.frozen_copy(self.query)
-        self.queue = Ring(config.queue_length, config.projection_dim)
+        self.queue = FeatureQueue(config.queue_length, config.projection_dim)
 
     @classmethod
     def default_views(cls) -> ViewsConfig:

@@ -43,7 +43,7 @@ from methods.parts.errors import require
 from methods.parts.groups import without_vectors
 from methods.parts.heads import mlp
 from methods.parts.numerics import embedding_std, full_precision, l2_normalize, promote
-from methods.parts.queue import Ring
+from methods.parts.queue import FeatureQueue
 from methods.parts.views import CropGroup, Views, ViewsConfig
 
 LOOKUP_ROWS = 1024  # so many rows look for their neighbours at a time: 400 MB of cosines with 98,304 rows in the set
@@ -90,7 +90,7 @@ class NNCLR(Method):
         if config.projector_last_norm:
             self.projector.append(nn.BatchNorm1d(config.projection_dim))
         self.predictor = mlp(config.projection_dim, config.predictor_hidden, config.projection_dim)
-        self.support_set = Ring(config.support_set_size, config.projection_dim)
+        self.support_set = FeatureQueue(config.support_set_size, config.projection_dim)
         self.register_buffer("labels", torch.full((config.support_set_size,), -1, dtype=torch.int64))
 
     @classmethod

@@ -46,7 +46,7 @@ from methods.parts.distributed import gather_with_gradient, rank
 from methods.parts.errors import require
 from methods.parts.groups import without_vectors
 from methods.parts.numerics import embedding_std, full_precision, l2_normalize, promote
-from methods.parts.queue import Ring
+from methods.parts.queue import FeatureQueue
 from methods.parts.views import CropGroup, Views, ViewsConfig
 
 
@@ -91,7 +91,7 @@ class SimCLR(Method):
         self.network = nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
         if config.memory_size:
             self.slow_network = ema.frozen_copy(self.network)
-            self.memory = Ring(config.memory_size, config.projection_dim)
+            self.memory = FeatureQueue(config.memory_size, config.projection_dim)
 
     @classmethod
     def default_views(cls) -> ViewsConfig:

@@ -95,7 +95,7 @@ class SwAV(Method):
         self.backbone = backbone
         self.projector = mlp(num_features(backbone), config.projector_hidden, config.projection_dim, config.projector_layers)
         self.prototypes = nn.Linear(config.projection_dim, config.num_prototypes, bias=False)
-        self.queue = FeatureQueue(global_crops, length, config.projection_dim)
+        self.queues = nn.ModuleList(FeatureQueue(length, config.projection_dim) for _ in range(global_crops if length else 0))
         self.register_buffer("unused_steps", torch.zeros(config.num_prototypes, dtype=torch.int64))
         self.register_buffer("distinct", torch.ones(()))
         self.steps_per_epoch = facts.steps_per_epoch
@@ -129,23 +129,28 @@ class SwAV(Method):
 
     def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
         if self.config.queue_length and progress.step >= self.queue_start:
-            self.queue.push(outputs[0]["z"])
+            for queue, z in zip(self.crop_queues(), outputs[0]["z"], strict=True):
+                queue.push(z)
         self.unused_steps.add_(1).masked_fill_(outputs[0]["used"], 0)
+
+    def crop_queues(self) -> list[FeatureQueue]:
+        """One for each global crop; none without a queue."""
+        return list(self.queues)  # type: ignore[arg-type]
 
     def project(self, views: Views) -> list[Tensor]:
         """Unit projections of every crop: one backbone pass per resolution, one pass of the projector over all crops."""
-        h = torch.cat([self.backbone(stack) for stack in views.by_resolution()])
-        z = l2_normalize(promote(self.projector(h)))
+        z = l2_normalize(promote(self.projector(views.through(self.backbone))))
         return list(z.split(len(views.image_ids)))
 
     @torch.no_grad()
     def codes(self, crop: int, scores: Tensor) -> Tensor:
         """Balanced soft assignments of a global crop: `(B, K) -> (B, K)`, rows sum to 1."""
         batch = len(scores)
-        if self.queue.full:
-            scores = torch.cat([self.prototypes(self.queue.share(crop)), scores])  # (L / W + B, K)
+        queues = self.crop_queues()
+        if queued := bool(queues) and bool(queues[crop].full):
+            scores = torch.cat([self.prototypes(queues[crop].share), scores])  # (L / W + B, K)
         codes = sinkhorn(scores, self.config.epsilon, self.config.sinkhorn_iterations)
-        if self.queue.full:
+        if queued:
             codes = codes[-batch:].clone()  # lets go of the queue's rows
         if self.config.hard_codes:
             best = codes.argmax(dim=1, keepdim=True)
@@ -171,8 +176,8 @@ class SwAV(Method):
             "prototypes_distinct": self.distinct,
             "embedding_std": embedding_std(z),
         }
-        if self.config.queue_length:
-            metrics["queue_fill"] = self.queue.filled / self.config.queue_length
+        for queue in self.crop_queues()[:1]:
+            metrics["queue_fill"] = queue.fill
         return metrics
 
     def param_groups(self) -> list[ParamGroup]:

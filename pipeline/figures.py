@@ -23,6 +23,7 @@ TITLES = {
     "cluster_min": "smallest cluster, 1 = even share",
     "cluster_max": "largest cluster, 1 = even share",
     "clusters_empty": "share of clusters that are empty",
+    "clusters_empty_epoch": "share of clusters empty for an epoch",
     "assignment_entropy": "entropy of cluster sizes / ln K",
     "nmi": "NMI of clusters and labels",
     "images_per_s": "throughput, images/s",

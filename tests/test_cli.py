@@ -110,7 +110,10 @@ def test_unknown_recipe_run_verb_and_option(tmp_path: Path, capsys: pytest.Captu
 def test_help_imports_no_heavy_library() -> None:
     heavy = {"torch", "ray", "mlflow", "timm", "pandas"}
     code = f"import sys, manyviews\n{{call}}\nloaded = {heavy} & set(sys.modules)\nassert not loaded, loaded"
-    calls = ["manyviews.parser().format_help()", *(f"manyviews.main([{verb!r}, '--help'])" for verb in ("pretrain", "evaluate", "runs"))]
+    calls = [
+        "manyviews.parser().format_help()",
+        *(f"manyviews.main([{verb!r}, '--help'])" for verb in ("pretrain", "evaluate", "figure", "runs")),
+    ]
     for call in [*calls, "manyviews.main(['recipes'])"]:
         done = subprocess.run([sys.executable, "-c", code.replace("{call}", call)], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

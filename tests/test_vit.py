@@ -21,7 +21,6 @@ from methods.parts.views import Views
 from methods.parts.vit import (
     ViT,
     compile_blocks,
-    crop_features,
     freeze_patch_projection,
     new_mask_token,
     require_vit,
@@ -148,7 +147,7 @@ def test_one_forward_for_each_resolution_equals_one_for_each_crop() -> None:
     network.register_forward_hook(lambda module, inputs, output: calls.append(tuple(inputs[0].shape)))
     stacks = {"a": images(32, 6), "b": images(32, 3), "c": images(16, 12), "d": images(24, 0)}
     views = Views(stacks=stacks, counts={"a": 2, "b": 1, "c": 4, "d": 0}, image_ids=torch.arange(3), labels=torch.arange(3))
-    found = crop_features(network, views)
+    found = views.through(network).split(3)
     assert calls == [(9, 3, 32, 32), (12, 3, 16, 16)]
     assert len(found) == 7
     for own, crop in zip(found, views.crops, strict=True):

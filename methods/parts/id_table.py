@@ -46,9 +46,14 @@ class IdTable:
         """What this worker holds, `(stop - first, *shape)`."""
         return torch.full((self.stop - self.first, *self.shape), self.fill, dtype=self.dtype)
 
+    def rows_on(self, device: torch.device) -> Tensor:
+        """What this worker holds, moved there for good: changes of it are changes of the table."""
+        self.rows = self.rows.to(device)
+        return self.rows
+
     def read(self, ids: Tensor) -> Tensor:
         """The values `(B, *shape)` of this worker's images `(B,)`. Every worker must bring B ids."""
-        self.rows = self.rows.to(ids.device)
+        self.rows_on(ids.device)
         if not self.sharded or world_size() == 1:
             return self.rows[ids]
         asked = all_gather_rows(ids)
@@ -59,7 +64,7 @@ class IdTable:
 
     def write(self, ids: Tensor, values: Tensor) -> None:
         """Set the values `(G, *shape)` of images `(G,)`: the whole global batch, the same on every worker. An id comes at most once."""
-        self.rows = self.rows.to(ids.device)
+        self.rows_on(ids.device)
         if self.sharded:
             here = (ids >= self.first) & (ids < self.stop)
             ids, values = ids[here] - self.first, values[here]

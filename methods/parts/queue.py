@@ -1,4 +1,4 @@
-"""Queues of features of earlier batches: replicated on every worker, in the state dict, valid for any number of workers."""
+"""A queue of features of earlier batches: replicated on every worker, in the state dict, valid for any number of workers."""
 
 from __future__ import annotations
 
@@ -10,46 +10,10 @@ from methods.parts.numerics import l2_normalize
 
 
 class FeatureQueue(nn.Module):
-    """`crops` queues of `length` rows of width `dim`, newest first.
-
-    Args:
-        crops: how many parallel queues (SwAV: one per global crop).
-        length: rows of each queue, over all workers; 0 = no queue.
-        dim: D.
-    """
-
-    rows: Tensor
-    filled: Tensor
-
-    def __init__(self, crops: int, length: int, dim: int) -> None:
-        super().__init__()
-        self.register_buffer("rows", torch.zeros(crops, length, dim))
-        self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
-
-    @property
-    def full(self) -> bool:
-        length = self.rows.shape[1]
-        return length > 0 and int(self.filled) >= length
-
-    def share(self, crop: int) -> Tensor:
-        """This worker's part `(L / W, D)` of one queue: the parts of all workers, in rank order, are the queue."""
-        return self.rows[crop].tensor_split(world_size())[rank()]
-
-    @torch.no_grad()
-    def push(self, features: list[Tensor]) -> None:
-        """Put one batch `(B, D)` per crop, gathered from all workers in rank order, in front; the oldest rows fall out."""
-        length = self.rows.shape[1]
-        for crop, batch in enumerate(features):
-            new = all_gather_rows(batch.detach().to(self.rows.dtype))
-            self.rows[crop] = torch.cat([new, self.rows[crop]])[:length]
-        self.filled.fill_(min(length, int(self.filled) + len(new)))
-
-
-class Ring(nn.Module):
     """A first-in, first-out queue of `length` unit rows of width `dim`; a push overwrites the oldest rows in place.
 
     It begins with random unit rows, which are the first to go. A batch may have any size: row i of it goes to place
-    (pointer + i) mod length, and of a batch longer than the ring the last `length` rows stay. Push after the backward
+    (pointer + i) mod length, and of a batch longer than the queue the last `length` rows stay. Push after the backward
     pass: then the loss sees the rows as they were before its batch, and nothing needs a copy.
 
     Args:
@@ -86,6 +50,11 @@ class Ring(nn.Module):
         """Mean age of the rows that were written, in pushes: 1 = from the last one; 0 while there are none."""
         written = self.born >= 0
         return torch.where(written, self.pushes - self.born, 0).sum() / written.sum().clamp(min=1)
+
+    @property
+    def share(self) -> Tensor:
+        """This worker's part of the rows `(K / W, D)`: the parts of all workers, in rank order, are the queue."""
+        return self.rows.tensor_split(world_size())[rank()]
 
     @torch.no_grad()
     def push(self, features: Tensor) -> Tensor:

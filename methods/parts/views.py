@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -129,3 +129,7 @@ class Views:
             else:
                 runs.append([stack])
         return [run[0] if len(run) == 1 else torch.cat(run) for run in runs]
+
+    def through(self, network: Callable[[Tensor], Tensor]) -> Tensor:
+        """What a network makes of every crop, crop by crop, `(V * B, D)`: one forward for each run of crops of the same size."""
+        return torch.cat([network(stack) for stack in self.by_resolution()])

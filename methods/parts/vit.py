@@ -22,7 +22,6 @@ from torch.utils.checkpoint import checkpoint
 
 from methods.parts.errors import ConfigError
 from methods.parts.numerics import promote
-from methods.parts.views import Views
 
 # learned: bicubic with antialiasing to the size of the grid (timm, DINOv2's models with registers)
 # learned-offset: bicubic without, scale (h + 0.1) / M (DINO, iBOT, the other models of DINOv2)
@@ -289,14 +288,6 @@ def require_whole_patches(backbone: nn.Module, key: str, size: int) -> None:
 
 
 # ---------------------------------------------------------------------------- running them
-
-
-def crop_features(network: nn.Module, views: Views) -> list[Tensor]:
-    """Features of every crop, each `(B, D)`, in the declared order; one forward for each run of crops of the same size."""
-    features: list[Tensor] = []
-    for stack in views.by_resolution():
-        features += network(stack).chunk(len(stack) // len(views.image_ids))
-    return features
 
 
 def save_memory(network: nn.Module) -> None:

@@ -216,18 +216,25 @@ def _cut_item(
 
 
 def evaluation_images(manifest: Manifest, ids: np.ndarray, size: int, tasks: int | None = None) -> EvaluationImages:
-    """Decode and centre-crop images through Ray Data, in the order of `ids`; bad ones are left out and reported."""
-    import ray
+    """Decode and centre-crop images through Ray Data, in the order of `ids`; bad ones are left out and reported.
 
+    What one task would do is done here: a picture of a few images does not wait for Ray to start.
+    """
     ids = np.asarray(ids, dtype=np.int64)
     window = int(np.clip(EVALUATION_BYTES // (3 * size * size), 1, 512))
-    shared = ray.put((manifest, ids))
-    workers = tasks or default_tasks()
     images = np.empty((len(ids), size, size, 3), np.uint8)
     reasons = np.empty(len(ids), object)
-    crop = partial(_evaluate_item, shared=shared, size=size, window=window)
+    blocks: Iterable[dict[str, np.ndarray]]
+    if len(ids) <= window:
+        blocks = [_evaluation_block(manifest, ids, size)] if len(ids) else []
+    else:
+        import ray
+
+        start_ray()
+        crop = partial(_evaluate_item, shared=ray.put((manifest, ids)), size=size, window=window)
+        blocks = run(crop, 0, -(-len(ids) // window), tasks or default_tasks())
     first = 0
-    for block in run(crop, 0, -(-len(ids) // window), workers):
+    for block in blocks:
         last = first + len(block["reason"])
         images[first:last], reasons[first:last] = block["image"], block["reason"]
         first = last
@@ -243,6 +250,10 @@ def evaluation_images(manifest: Manifest, ids: np.ndarray, size: int, tasks: int
 def _evaluate_item(item: dict[str, np.ndarray], shared: Any, size: int, window: int) -> dict[str, np.ndarray]:
     manifest, ids = _get(shared)
     first = int(item["id"][0]) * window
-    images, reasons = decode_all(manifest.read(ids[first : first + window]))
+    return _evaluation_block(manifest, ids[first : first + window], size)
+
+
+def _evaluation_block(manifest: Manifest, ids: np.ndarray, size: int) -> dict[str, np.ndarray]:
+    images, reasons = decode_all(manifest.read(ids))
     crops = np.stack([evaluation_crop(image, size) for image in images])
     return {"image": crops, "reason": np.array(reasons, dtype=object)}

@@ -5,27 +5,19 @@ Recipes are found by reading the files of this folder, so listing them imports n
 
 from __future__ import annotations
 
-import ast
 import difflib
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from pipeline.marked import Marked, marked
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
 
 _functions: dict[str, Callable[[], RunConfig]] = {}
-
-
-@dataclass(frozen=True)
-class RecipeEntry:
-    """A recipe as its file declares it: name, first line of its docstring, and the file's module."""
-
-    name: str
-    summary: str
-    module: str
 
 
 def recipe(name: str) -> Callable[[Callable[[], RunConfig]], Callable[[], RunConfig]]:
@@ -38,20 +30,9 @@ def recipe(name: str) -> Callable[[Callable[[], RunConfig]], Callable[[], RunCon
     return add
 
 
-def entries() -> list[RecipeEntry]:
+def entries() -> list[Marked]:
     """Every recipe, without importing the files that hold them."""
-    found = []
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.name == "__init__.py":
-            continue
-        for node in ast.parse(path.read_text()).body:
-            if not isinstance(node, ast.FunctionDef):
-                continue
-            for mark in node.decorator_list:
-                if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id == "recipe":
-                    summary = (ast.get_docstring(node) or "").split("\n")[0]
-                    found.append(RecipeEntry(ast.literal_eval(mark.args[0]), summary, f"pipeline.recipes.{path.stem}"))
-    return found
+    return marked(Path(__file__).parent, __name__, "recipe")
 
 
 def load_recipe(name: str) -> RunConfig:

@@ -92,7 +92,7 @@ def test_every_method_trains_on_two_workers(method: str, trained: dict[str, tupl
     kind = registered()[method].method
     expected = [[2, 4], [4]] if kind.needs_passes else [[2, 4]]
     assert list(losses) in expected and all(math.isfinite(loss) for loss in losses.values())
-    pictures = {"views.png", "curves.png", "neighbours.png", "scores.png"}
+    pictures = {"views.png", "curves.png", "neighbours.png", "scores.png", "patch_pca.png"}
     clustered = {"clusters.png", "cluster_sizes.png"} if kind.cluster_scores is not Method.cluster_scores else set()
     of_vits = {"attention.png"} if load_recipe(SMALL[method]).backbone.name.startswith("vit_") else set()
     painted = {"reconstructions.png"} if kind.reconstruct is not Method.reconstruct else set()

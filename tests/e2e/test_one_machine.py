@@ -98,7 +98,7 @@ def test_a_run_leaves_a_table_pictures_points_and_a_model(finished: Path) -> Non
     assert set(said["scores"]) >= {"raw_l2", "raw_cosine", "untrained", "untrained_calibrated", "trained"}
     assert 1.5 / 19 < said["scores"]["trained"] <= 1, "better than guessing"
     run = finished / "first"
-    pictures = {"views.png", "curves.png", "neighbours.png", "scores.png", "clusters.png", "cluster_sizes.png"}
+    pictures = {"views.png", "curves.png", "neighbours.png", "scores.png", "clusters.png", "cluster_sizes.png", "patch_pca.png"}
     assert {p.name for p in run.glob("figures/*.png")} == pictures
     losses = [json.loads(line)["metrics"].get("loss") for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len([loss for loss in losses if loss is not None]) >= 3

@@ -18,9 +18,9 @@ from tests.parity.common import in_processes
 def codes_and_queue(rank: int, world: int, scores: np.ndarray, epsilons: list[float]) -> dict[str, Tensor]:
     """Codes of this worker's rows for each epsilon, the whole queue after one push, and this worker's share of it."""
     own = torch.from_numpy(scores).chunk(world)[rank]
-    queue = FeatureQueue(crops=1, length=len(scores), dim=scores.shape[1]).double()
-    queue.push([own])
-    return {str(e): sinkhorn(own, e, 3) for e in epsilons} | {"queue": queue.rows[0], "share": queue.share(0)}
+    queue = FeatureQueue(length=len(scores), dim=scores.shape[1]).double()
+    queue.push(own)
+    return {str(e): sinkhorn(own, e, 3) for e in epsilons} | {"queue": queue.rows, "share": queue.share}
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -32,9 +32,10 @@ def test_codes_and_queue_over_workers(world: int, tmp_path: Path) -> None:
     for epsilon in (0.05, 0.01):
         joined = np.concatenate([r[str(epsilon)] for r in results])
         np.testing.assert_allclose(joined, sinkhorn(torch.from_numpy(scores), epsilon, 3).numpy(), atol=1e-12)
+    unit = scores / np.linalg.norm(scores, axis=1, keepdims=True)
     for r in results:
-        np.testing.assert_array_equal(r["queue"], scores)
-    np.testing.assert_array_equal(np.concatenate([r["share"] for r in results]), scores)
+        np.testing.assert_allclose(r["queue"], unit, rtol=1e-14)
+    np.testing.assert_allclose(np.concatenate([r["share"] for r in results]), unit, rtol=1e-14)
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -177,14 +177,14 @@ def test_uniform_scores_give_ln_k() -> None:
 
 
 def test_queue_equals_the_original(golden) -> None:
-    """Six steps: the queue of three batches is used from the fourth on, filled after use, newest rows first."""
+    """Six steps: the queue of three batches is used from the fourth on, and filled after use."""
     values = golden("swav_loss")
     method = swav(prototypes=20, dim=16, batch=12, queue_length=36)
     for step in range(6):
         with torch.no_grad():
             method.prototypes.weight.copy_(torch.from_numpy(values["queue_proto_raw"][step]))
         method.before_step(progress(step))
-        assert method.queue.full == bool(values["queue_used"][step])
+        assert bool(method.queues[0].full) == bool(values["queue_used"][step])
         embeddings = torch.from_numpy(values["queue_emb_raw"][step])
         out = method(views(embeddings, 12, 2), progress(step))
         np.testing.assert_allclose(out.loss.item(), values["queue_loss"][step], atol=EXACT)
@@ -193,7 +193,11 @@ def test_queue_equals_the_original(golden) -> None:
             codes = method.codes(crop, method.prototypes(z))
             np.testing.assert_allclose(codes.detach().numpy(), values["queue_q"][step, crop], atol=EXACT)
         method.after_step([out.outputs], progress(step))
-        np.testing.assert_allclose(method.queue.rows.numpy(), values[f"queue_after_step{step}"], atol=EXACT)
+        for queue, want in zip(method.queues, values[f"queue_after_step{step}"], strict=True):
+            held = queue.rows.view(3, 12, -1).roll(-int(queue.pointer) // 12, 0).flip(0).flatten(0, 1)  # newest batch first
+            written = int(queue.filled)
+            np.testing.assert_allclose(held[:written].numpy(), want[:written], atol=EXACT)
+            assert written == min(36, 12 * (step + 1))
 
 
 def test_queue_waits_for_its_epoch_and_survives_a_restart() -> None:
@@ -201,11 +205,11 @@ def test_queue_waits_for_its_epoch_and_survives_a_restart() -> None:
     for step in range(12):
         out = method(views(torch.randn(10, 4, dtype=torch.float64), 5, 2), progress(step))
         method.after_step([out.outputs], progress(step))
-        assert int(method.queue.filled) == (0 if step < 10 else 5 * (step - 9))
+        assert int(method.queues[1].filled) == (0 if step < 10 else 5 * (step - 9))
     again = swav(prototypes=6, dim=4, batch=5, queue_length=10, queue_start_epoch=1)
     again.load_state_dict(method.state_dict())
     batch = views(torch.randn(10, 4, dtype=torch.float64), 5, 2)
-    assert again.queue.full
+    assert again.queues[0].full and again.queues[1].full
     assert torch.equal(again(batch, progress(12)).loss, method(batch, progress(12)).loss)
 
 

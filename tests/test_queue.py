@@ -1,4 +1,4 @@
-"""The ring of keys against a plain list, and batch norm in parts against each part by hand."""
+"""A queue of features against a plain list, and batch norm in parts against each part by hand."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ import torch
 from torch import nn
 
 from methods.parts.norms import GroupedBatchNorm, grouped, synchronized
-from methods.parts.queue import Ring
+from methods.parts.queue import FeatureQueue
 
 
 @pytest.mark.parametrize("sizes", [[4] * 7, [3, 5, 1, 10, 2, 7], [10, 10], [25, 4, 13, 11]])
 def test_rows_are_those_of_a_list_that_wraps(sizes: list[int]) -> None:
     """Batches that divide the ten rows, that do not, and that are longer."""
     torch.manual_seed(0)
-    ring = Ring(10, 3).double()
-    assert torch.allclose(ring.rows.norm(dim=1), torch.ones(10).double(), atol=1e-6)
-    want, born, written = list(ring.rows.clone()), [-1] * 10, 0
+    queue = FeatureQueue(10, 3).double()
+    assert torch.allclose(queue.rows.norm(dim=1), torch.ones(10).double(), atol=1e-6)
+    want, born, written = list(queue.rows.clone()), [-1] * 10, 0
     for push, size in enumerate(sizes):
         batch = torch.randn(size, 3, dtype=torch.float64) * 5
-        places = ring.push(batch)
+        places = queue.push(batch)
         for row in batch:
             want[written % 10], born[written % 10] = row / row.norm(), push
             written += 1
-        torch.testing.assert_close(ring.rows, torch.stack(want), rtol=1e-14, atol=1e-14)
-        assert int(ring.pointer) == written % 10 and int(ring.filled) == min(10, written)
+        torch.testing.assert_close(queue.rows, torch.stack(want), rtol=1e-14, atol=1e-14)
+        assert int(queue.pointer) == written % 10 and int(queue.filled) == min(10, written)
         assert places.tolist() == [(written - min(size, 10) + i) % 10 for i in range(min(size, 10))]
         ages = [push + 1 - b for b in born if b >= 0]
-        assert float(ring.age) == pytest.approx(sum(ages) / len(ages))
-        assert float(ring.fill) == pytest.approx(min(10, written) / 10) and bool(ring.full) == (written >= 10)
+        assert float(queue.age) == pytest.approx(sum(ages) / len(ages))
+        assert float(queue.fill) == pytest.approx(min(10, written) / 10) and bool(queue.full) == (written >= 10)
 
 
 def test_a_push_writes_in_place_and_goes_on_after_a_restart() -> None:
-    ring = Ring(6, 4)
-    address, before = ring.rows.data_ptr(), ring.rows.clone()
-    ring.push(torch.randn(4, 4, dtype=torch.float16))
-    assert ring.rows.data_ptr() == address and ring.rows.dtype == torch.float32
-    assert torch.equal(ring.rows[4:], before[4:])  # nothing else moves
-    again = Ring(6, 4)
-    again.load_state_dict(ring.state_dict())
-    for one in (ring, again):
+    queue = FeatureQueue(6, 4)
+    address, before = queue.rows.data_ptr(), queue.rows.clone()
+    queue.push(torch.randn(4, 4, dtype=torch.float16))
+    assert queue.rows.data_ptr() == address and queue.rows.dtype == torch.float32
+    assert torch.equal(queue.rows[4:], before[4:])  # nothing else moves
+    again = FeatureQueue(6, 4)
+    again.load_state_dict(queue.state_dict())
+    for one in (queue, again):
         one.push(torch.ones(4, 4))
-    assert all(torch.equal(a, b) for a, b in zip(ring.state_dict().values(), again.state_dict().values(), strict=True))
-    assert float(Ring(3, 2).age) == 0
+    assert all(torch.equal(a, b) for a, b in zip(queue.state_dict().values(), again.state_dict().values(), strict=True))
+    assert float(FeatureQueue(3, 2).age) == 0
 
 
 @pytest.mark.parametrize(("groups", "rows"), [(4, 8), (3, 10), (1, 6), (8, 4)])
