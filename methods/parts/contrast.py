@@ -24,9 +24,7 @@ def info_nce(logits: Tensor, positives: Tensor) -> Tensor:
     return F.cross_entropy(logits, positives)
 
 
-def info_nce_with_queue(
-    logits: Tensor, positives: Tensor, anchors: Tensor, rows: Tensor, temperature: float
-) -> tuple[Tensor, Metrics]:
+def info_nce_with_queue(logits: Tensor, positives: Tensor, anchors: Tensor, rows: Tensor, temperature: float) -> tuple[Tensor, Metrics]:
     """`info_nce` of `logits` with a queue's rows as further candidates, and its meters; the logits of the queue are never held.
 
     Args:

@@ -67,9 +67,7 @@ class Probes:
         self.config, self.manifest, self.device = config, manifest, device
         data = final_data(config, manifest)
         if data is None:
-            raise ConfigError(
-                f"data.path={config.data.path}: no labels of two classes, or nothing held out; give evaluate.path"
-            )
+            raise ConfigError(f"data.path={config.data.path}: no labels of two classes, or nothing held out; give evaluate.path")
         self.data: KNNData = data
         mean, std = config.data.mean, config.data.std
         calibrated = calibrate_batchnorm(untrained.to(device), data.bank.images, mean=mean, std=std, device=device)
