@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline import screens
 from pipeline.settings import configured, parse_settings
+from tuning import verbs as verbs_of_tuning
 
 # Idle threads of one process must not spin on cores that another one needs; read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -58,8 +59,8 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("recipe", nargs="?", metavar="RECIPE", help="a starting point; its settings can be changed below")
     add.add_argument("--run", metavar="NAME", help="name of the run (default: recipe, date and time)")
 
-    add = verb("resume", resume, "go on with an interrupted run: same plan, same settings, from its last checkpoint")
-    add.add_argument("run", metavar="RUN", help="name or folder of the run")
+    add = verb("resume", resume, "go on with an interrupted run or sweep: same plan, same settings, from its last checkpoints")
+    add.add_argument("run", metavar="RUN_OR_SWEEP", help="name or folder of the run or sweep")
 
     add = verb("continue", continue_run, "start a new phase from a run's full last state, with a new schedule", settings=COMMON)
     add.add_argument("from_run", nargs="?", metavar="RUN", help="name or folder of the finished run")
@@ -84,6 +85,13 @@ def parser() -> argparse.ArgumentParser:
 
     verb("methods", methods, "list the methods with their papers")
     verb("recipes", recipes, "list the recipes")
+
+    add = verb("tune", tune, "search over any settings of a recipe by Ray Tune", settings=COMMON, epilog=verbs_of_tuning.EXAMPLES)
+    verbs_of_tuning.add_options(add)
+
+    add = verb("report", verbs_of_tuning.report, "draw a sweep: a page with plots, a table and the best configuration")
+    add.add_argument("sweep", metavar="SWEEP", help="name or folder of the sweep")
+    add.add_argument("--to", type=Path, metavar="DIR", help="folder of the report (default: report/ in the sweep)")
 
     add = verb("runs", runs, "list runs, their state and how to go on; one run in detail")
     add.add_argument("run", nargs="?", metavar="RUN")
@@ -112,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.help and not (options.takes_settings and getattr(options, "recipe", None)):
             options.sub.print_help()
             return 0
+        options.argv = argv
         options.runs_given, options.runs_dir = options.runs_dir, _runs_dir(options.runs_dir)
         return int(options.do(options, [*settings, "--help"] if options.help else settings))
     except ConfigError as error:
@@ -145,6 +154,8 @@ def pretrain(options: Any, settings: list[str]) -> int:
 
 
 def resume(options: Any, settings: list[str]) -> int:
+    if (code := verbs_of_tuning.resume(options.run, options, screens.write_json, screens.console())) is not None:
+        return code
     from pipeline.train import launch
 
     return screens.conclude(launch.resume(options.run, runs_dir=options.runs_dir, console=screens.console()), options)
@@ -229,18 +240,24 @@ def recipes(options: Any, settings: list[str]) -> int:
     return 0
 
 
+def tune(options: Any, settings: list[str]) -> int:
+    recipe = _given(options, "recipe", "RECIPE")
+    return verbs_of_tuning.tune(options, settings, recipe, screens.write_json, screens.console())
+
+
 def runs(options: Any, settings: list[str]) -> int:
     from pipeline.runs import find_run, list_runs
 
     folders = [find_run(options.run, options.runs_dir)] if options.run else list_runs(options.runs_dir)
     states = [folder.state() | {"folder": str(folder.path)} for folder in folders]
+    sweeps = [] if options.run else verbs_of_tuning.listed(options.runs_dir)
     if options.run:
         screens.show_table(["", ""], [(key, value) for key, value in states[0].items()])
-    elif states:
-        screens.show_runs(states)
+    elif states or sweeps:
+        screens.show_runs(states, sweeps)
     else:
         print(f"no runs in {options.runs_dir}; start one with: manyviews pretrain swav-small")
-    screens.write_json(options, states)
+    screens.write_json(options, [*states, *sweeps])
     return 0
 
 

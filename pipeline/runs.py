@@ -103,16 +103,25 @@ class RunFolder:
         Raises:
             ConfigError: another process works on it.
         """
-        with open(self.path / ".lock", "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                holder = self.state()
-                raise ConfigError(
-                    f"run={self.name}: process {holder.get('pid')} on {holder.get('host')} is training it; stop that one first"
-                ) from None
+        holder = self.state()
+        with hold(self.path, f"run={self.name}: process {holder.get('pid')} on {holder.get('host')} is training it; stop that one first"):
             self.update(status="running", pid=os.getpid(), host=socket.gethostname())
             yield
+
+
+@contextlib.contextmanager
+def hold(folder: Path, refusal: str) -> Iterator[None]:
+    """Keep a folder's lock while inside.
+
+    Raises:
+        ConfigError: another process has it, in the words of `refusal`.
+    """
+    with open(folder / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(refusal) from None
+        yield
 
 
 def create_run(runs_dir: Path, name: str | None, recipe: str) -> RunFolder:

@@ -109,7 +109,8 @@ def parse_space(words: Iterable[str], config: RunConfig) -> list[Knob]:
     Raises:
         ConfigError: a key that is unknown, given twice or without a range, or a range that does not fit the setting.
     """
-    known, knobs = flatten(config), []
+    known = flatten(config)
+    knobs: list[Knob] = []
     for word in words:
         key, given, text = word.removeprefix("--").partition("=")
         key = key.replace("-", "_")
