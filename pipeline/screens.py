@@ -96,15 +96,26 @@ def show_table(columns: list[str], rows: list[tuple[Any, ...]]) -> None:
     console().print(table)
 
 
-def show_runs(states: list[dict[str, Any]]) -> None:
-    """A line for each run, as `RunFolder.state` tells of it."""
-    show_table(
-        ["run", "state", "step", "kNN held-out", "how to go on"],
-        [
-            (s["name"], s["status"], f"{s.get('step', 0)}/{s.get('total_steps', '?')}", percent(s.get("knn")), next_command(s))
-            for s in states
-        ],
-    )
+def show_runs(states: list[dict[str, Any]], sweeps: list[dict[str, Any]]) -> None:
+    """A line for each run, as `RunFolder.state` tells of it, and for each sweep."""
+    if states:
+        show_table(
+            ["run", "state", "step", "kNN held-out", "how to go on"],
+            [
+                (s["name"], s["status"], f"{s.get('step', 0)}/{s.get('total_steps', '?')}", percent(s.get("knn")), next_command(s))
+                for s in states
+            ],
+        )
+    if states and sweeps:
+        print()
+    if sweeps:
+        rows: list[tuple[Any, ...]] = []
+        for s in sweeps:
+            follows = f"manyviews {'report' if s['status'] == 'finished' else 'resume'} {s['name']}"
+            searched = ", ".join(key.rsplit(".", 1)[-1] for key in s["space"])
+            best = f"{percent(s['best_score'])} {s['score']}" if s["best_score"] is not None else ""
+            rows.append((s["name"], s["status"], f"{s['ended_trials']}/{s['trials']}", searched, best, follows))
+        show_table(["sweep", "state", "trials ended", "searches", "best", "how to go on"], rows)
 
 
 def percent(fraction: float | None) -> str:

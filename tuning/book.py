@@ -74,8 +74,8 @@ class Book(tune.Callback):
         self.sweep.trial(trial.config["number"]).run.update(status="failed", message=error)
         self.end(trial.config["number"], "failed")
 
-    def get_state(self) -> dict[str, Any]:
-        return {}
+    def __reduce__(self) -> Any:
+        return object, ()  # Ray Tune pickles what it is given, for a `restore` of its own, which a sweep does without
 
     # ------------------------------------------------------------------ MLflow
 

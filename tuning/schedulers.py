@@ -94,8 +94,11 @@ class Queue(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         self.ended(self.numbers[trial_id], result or {})
 
+    def __reduce__(self) -> Any:
+        return object, ()  # a sweep goes on from its folder, not from Ray Tune's snapshots
+
     def get_state(self) -> dict[str, Any]:
-        return {}  # a sweep goes on from its folder, not from Ray Tune's snapshots
+        return {}
 
     def save(self, checkpoint_path: str) -> None: ...
 
