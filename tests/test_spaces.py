@@ -18,7 +18,7 @@ def one(word: str, config: RunConfig = SWAV) -> Knob:
     return knob
 
 
-@pytest.mark.parametrize("recipe", ["swav-small", "coke-small", "msn-small", "dino-small", "moco-small", "byol-small", "nnclr-small"])
+@pytest.mark.parametrize("recipe", ["swav-small", "coke-small", "msn-small", "dino-small", "moco-v2-small", "byol-small", "nnclr-small"])
 def test_stated_ranges_give_values_that_an_override_accepts(recipe: str) -> None:
     config = load_recipe(recipe)
     for key, search in search_ranges(config).items():
@@ -40,7 +40,7 @@ def test_stated_ranges_give_values_that_an_override_accepts(recipe: str) -> None
         ("coke-small", {"method.constraint_ratio", "method.temperature"}),
         ("msn-small", {"method.mask_ratio", "method.target_temperature", "method.momentum"}),
         ("dino-small", {"method.teacher_temperature", "method.momentum"}),
-        ("moco-small", {"method.queue_length", "method.momentum"}),
+        ("moco-v2-small", {"method.queue_length", "method.momentum"}),
     ],
 )
 def test_what_people_search_states_a_range(recipe: str, keys: set[str]) -> None:

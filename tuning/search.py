@@ -35,6 +35,7 @@ from tuning.sweep import ENDED, LOSS_WORDS, SCORE_WORDS, Sweep, create, score_wo
 
 SEARCHES, SCHEDULERS = ("random", "grid", "optuna"), ("asha", "none", "pbt")
 LOCAL_SHARE = 0.25  # logical CPUs of a trial on one machine, whose cores its torch threads and the image tasks share by priority
+SLOT = "trials"  # a resource of a local Ray
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that failed has no score
@@ -282,7 +283,7 @@ def room(sweep: Sweep, config: RunConfig) -> None:
     workers, cores = config.train.worker_range[0], os.cpu_count() or 1
     cluster = joins_cluster()
     concurrent = facts["concurrent"] or (1 if workers else max(1, cores // 4))
-    start_ray(extra_cpus=math.ceil(LOCAL_SHARE * max(1, workers) * concurrent))
+    start_ray(extra_cpus=math.ceil(LOCAL_SHARE * max(1, workers) * concurrent), resources={SLOT: concurrent})
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = any(node.get("GPU", 0) for node in nodes)
     if facts["gpus"] and not gpus:
@@ -303,6 +304,8 @@ def room(sweep: Sweep, config: RunConfig) -> None:
             f"--concurrent {concurrent}: {concurrent * group} workers with {each} each, beside one whole free CPU for cutting images, "
             f"do not fit on the nodes there are ({there}); use fewer, or --gpus below 1"
         )
+    if not workers and ray.cluster_resources().get(SLOT, 0) >= concurrent:  # limits a population, all of whose trials are there at once
+        share[SLOT] = 1
     sweep.update(concurrent=concurrent, cluster=cluster, share=share)
 
 
