@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--to", type=Path, metavar="DIR", help="folder of the report (default: report/ in the sweep)")
 
     add = verb("runs", runs, "list runs, their state and how to go on; one run in detail")
-    add.add_argument("run", nargs="?", metavar="RUN")
+    add.add_argument("run", nargs="?", metavar="RUN_OR_SWEEP")
 
     add = verb("sync", sync, "send a run's points to MLflow that did not arrive while the server was down")
     add.add_argument("run", metavar="RUN")
@@ -248,6 +248,8 @@ def tune(options: Any, settings: list[str]) -> int:
 def runs(options: Any, settings: list[str]) -> int:
     from pipeline.runs import find_run, list_runs
 
+    if options.run and verbs_of_tuning.shown(options.run, options, screens.write_json, screens.console()):
+        return 0
     folders = [find_run(options.run, options.runs_dir)] if options.run else list_runs(options.runs_dir)
     states = [folder.state() | {"folder": str(folder.path)} for folder in folders]
     sweeps = [] if options.run else verbs_of_tuning.listed(options.runs_dir)

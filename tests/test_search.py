@@ -28,6 +28,7 @@ SPACE = ("method.temperature=log:0.05:0.5", "method.num_prototypes=choice:16,32,
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sweep is written down, but none is run."""
     monkeypatch.setattr(search, "fit", lambda made, console: 0)
+    monkeypatch.setattr(search, "room", lambda *asked: {"concurrent": 1, "cluster": False, "share": {"CPU": 0.25}})
 
 
 def begin(tmp_path: Path, *, config=SWAV, space=SPACE, name: str = "s", **asked) -> sweep.Sweep:

@@ -56,7 +56,7 @@ class Book(tune.Callback):
         if result.get("state") == "failed":
             of.update(error=result["error"])
         else:
-            self.before[number] = self.before.get(number, 0.0) + result["seconds"]
+            self.before[number] = self.before.get(number, 0.0) + result.get("seconds", 0.0)
             new = {key: result[key] for key in ("step", "images", "score", "start_seconds") if key in result}
             of.update(**new, seconds=round(self.before[number], 2))
         self.trackers[number].wake()

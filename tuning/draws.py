@@ -35,11 +35,16 @@ def explored(knobs: Sequence[Knob], values: Mapping[str, Any], random: np.random
         if random.random() < 0.25:
             new[knob.key] = knob.at(random.random())
         elif knob.scale == "choice":
-            place = knob.choices.index(values[knob.key]) + int(random.choice([-1, 1]))
+            place = knob.choices.index(as_value(values[knob.key])) + int(random.choice([-1, 1]))
             new[knob.key] = knob.choices[min(max(place, 0), len(knob.choices) - 1)]
         else:
             new[knob.key] = knob.at(min(1.0, max(0.0, knob.position(values[knob.key]) + 0.2 * float(random.choice([-1, 1])))))
     return new
+
+
+def as_value(value: Any) -> Any:
+    """A value as JSON gives it back, as a setting holds it."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def checker(config: RunConfig, num_training: int | None, num_ids: int | None) -> Check:

@@ -11,7 +11,7 @@ from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
 from ray.tune.search import Searcher
 
 from methods.parts.errors import ConfigError
-from tuning.draws import explored
+from tuning.draws import as_value, explored
 from tuning.spaces import Knob
 
 REDUCTION = 3  # of the trials at a rung, one in so many goes on
@@ -77,15 +77,22 @@ class Queue(Searcher):
     Args:
         more: the next trial, or None when there are enough.
         ended: told of every trial that ended: its number and last result.
+        stop: asked before each; True = no other begins.
     """
 
-    def __init__(self, waiting: list[Task], more: Callable[[], Task | None], ended: Callable[[int, dict[str, Any]], None]) -> None:
+    def __init__(
+        self,
+        waiting: list[Task],
+        more: Callable[[], Task | None],
+        ended: Callable[[int, dict[str, Any]], None],
+        stop: Callable[[], bool],
+    ) -> None:
         super().__init__(metric="score", mode="max")
-        self.waiting, self.more, self.ended = waiting, more, ended
+        self.waiting, self.more, self.ended, self.stop = waiting, more, ended, stop
         self.numbers: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> Any:
-        task = self.waiting.pop(0) if self.waiting else self.more()
+        task = None if self.stop() else self.waiting.pop(0) if self.waiting else self.more()
         if task is None:
             return Searcher.FINISHED
         self.numbers[trial_id] = task["number"]
@@ -125,7 +132,7 @@ class Optuna:
         self.open: dict[int, Any] = {}
         for facts in known:
             place = {
-                k.key: k.choices.index(_value(facts["values"][k.key])) if k.scale == "choice" else facts["values"][k.key] for k in knobs
+                k.key: k.choices.index(as_value(facts["values"][k.key])) if k.scale == "choice" else facts["values"][k.key] for k in knobs
             }
             score, done = facts["score"], facts["status"] == "finished"
             if score is not None:
@@ -159,7 +166,3 @@ class Optuna:
         else:
             trial.report(result["score"], result["step"])
             self.study.tell(trial, state=states.PRUNED)
-
-
-def _value(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

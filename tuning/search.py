@@ -108,15 +108,14 @@ def tune(config: RunConfig, asked: Asked, *, runs_dir: Path, name: str | None, c
         "seed": asked.seed,
         "seeds": asked.seeds,
         "workers": config.train.worker_range[1],
-        "concurrent": asked.concurrent or 0,
+        "asked_concurrent": asked.concurrent,
         "gpus": asked.gpus,
         "cores": os.cpu_count() or 1,
-        "cluster": False,
         "track_uri": track_uri(config, runs_dir),
         "mlflow_run": None,
         **plan,
     }
-    sweep = create(runs_dir, name, config, facts)
+    sweep = create(runs_dir, name, config, facts | room(config, asked.concurrent, asked.gpus, count))
     for number, values in enumerate(v for v in settings for _ in range(asked.seeds)):
         sweep.add(number, values, config.train.seed + number % asked.seeds, refusal(check, values))
     return sweep, fit(sweep, console)
@@ -230,9 +229,9 @@ def fit(sweep: Sweep, console: Console) -> int:
     """Run every trial that has not ended, then rank them and register the best. Returns the exit code."""
     with hold(sweep.path, f"sweep={sweep.name}: another process is at work on it; stop that one first"):
         (sweep.path / ".stop").unlink(missing_ok=True)
-        sweep.update(status="running", ended=None)
         status, unsent = "failed", 0
         facts, config = sweep.facts(), sweep.config()
+        sweep.update(status="running", ended=None, **room(config, facts["asked_concurrent"], facts["gpus"], facts["trials"]))
         parent = Tracker.open(
             sweep.path,
             uri=facts["track_uri"],
@@ -251,7 +250,6 @@ def fit(sweep: Sweep, console: Console) -> int:
         book = Book(sweep, parent, screen)
         model = None
         try:
-            room(sweep, config)
             introduce(sweep, console)
             with interruptible() as stop, stopping(sweep, stop), screen:
                 run_trials(sweep, config, book, stop)
@@ -268,8 +266,11 @@ def fit(sweep: Sweep, console: Console) -> int:
     return conclude(sweep, console, status, model, unsent)
 
 
-def room(sweep: Sweep, config: RunConfig) -> None:
+def room(config: RunConfig, asked: int | None, gpus_asked: float | None, trials: int) -> dict[str, Any]:
     """Start or join Ray and settle how many trials run at the same time, so that one whole CPU stays free for cutting images.
+
+    Returns:
+        `concurrent`, `cluster`, and the resources of a trial, or of each of its workers, as `share`.
 
     Raises:
         ConfigError: so many do not fit.
@@ -279,24 +280,22 @@ def room(sweep: Sweep, config: RunConfig) -> None:
     from pipeline.ingest.ray_data import joins_cluster
     from pipeline.train.workers import CPU_WORKER, GPU_WORKER, fits
 
-    facts = sweep.facts()
     workers, cores = config.train.worker_range[0], os.cpu_count() or 1
     cluster = joins_cluster()
-    concurrent = facts["concurrent"] or (1 if workers else max(1, cores // 4))
+    concurrent = asked or (1 if workers else max(1, cores // 4))
     start_ray(extra_cpus=math.ceil(LOCAL_SHARE * max(1, workers) * concurrent), resources={SLOT: concurrent})
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = any(node.get("GPU", 0) for node in nodes)
-    if facts["gpus"] and not gpus:
-        raise ConfigError(f"--gpus {facts['gpus']:g}: there is no GPU here; leave it out")
+    if gpus_asked and not gpus:
+        raise ConfigError(f"--gpus {gpus_asked:g}: there is no GPU here; leave it out")
     share = dict(GPU_WORKER if gpus else CPU_WORKER) if workers else {"CPU": 1.0 if cluster or gpus else LOCAL_SHARE}
     if gpus and not workers:
-        share["GPU"] = facts["gpus"] or 1.0
-    elif workers and facts["gpus"]:
-        raise ConfigError(f"--gpus {facts['gpus']:g}: each worker of train.workers={config.train.workers} takes a whole GPU; leave it out")
+        share["GPU"] = gpus_asked or 1.0
+    elif workers and gpus_asked:
+        raise ConfigError(f"--gpus {gpus_asked:g}: each worker of train.workers={config.train.workers} takes a whole GPU; leave it out")
     group = max(1, workers)
-    if not facts["concurrent"] and (cluster or gpus):
-        most = facts["trials"]
-        concurrent = max((n for n in range(1, most + 1) if fits(n * group, share, nodes)), default=1)
+    if not asked and (cluster or gpus):
+        concurrent = max((n for n in range(1, trials + 1) if fits(n * group, share, nodes)), default=1)
     if not fits(concurrent * group, share, nodes):
         there = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
         each = ", ".join(f"{amount:g} {key}" for key, amount in share.items())
@@ -306,7 +305,7 @@ def room(sweep: Sweep, config: RunConfig) -> None:
         )
     if not workers and ray.cluster_resources().get(SLOT, 0) >= concurrent:  # limits a population, all of whose trials are there at once
         share[SLOT] = 1
-    sweep.update(concurrent=concurrent, cluster=cluster, share=share)
+    return {"concurrent": concurrent, "cluster": cluster, "share": share}
 
 
 def run_trials(sweep: Sweep, config: RunConfig, book: Any, stop: threading.Event) -> None:
@@ -370,7 +369,7 @@ def run_trials(sweep: Sweep, config: RunConfig, book: Any, stop: threading.Event
         trainable,
         tune_config=ray_tune.TuneConfig(
             scheduler=scheduler,
-            search_alg=schedulers.Queue([] if stop.is_set() else waiting, more, optuna.tell if optuna else lambda number, result: None),
+            search_alg=schedulers.Queue(waiting, more, optuna.tell if optuna else lambda number, result: None, stop.is_set),
             num_samples=max(1, len(waiting)) if optuna is None else facts["trials"],
             max_concurrent_trials=facts["concurrent"] if limited else None,
             reuse_actors=not group,

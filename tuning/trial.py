@@ -68,6 +68,11 @@ def settings_of(task: Mapping[str, Any]) -> tuple[Sweep, RunFolder, RunConfig]:
     return sweep, folder, config
 
 
+def stopped(task: Mapping[str, Any]) -> bool:
+    """Whether the sweep has been asked to end."""
+    return (Path(task["sweep"]) / STOP).exists()
+
+
 def words(error: BaseException) -> str:
     """An error in one line."""
     plain = isinstance(error, ConfigError | TrainingStopped | checkpoint.DiskFull)
@@ -106,7 +111,7 @@ class Life:
             None,
             screen=self.screen,
             report=lambda step, metrics: append_line(self.folder.path, encode(step, metrics)),
-            stop=(sweep.path / STOP).exists,
+            stop=lambda: stopped(task),
             local_workers=task["concurrent"],
             pointer=pointer,
             kept=kept,
@@ -178,9 +183,11 @@ class InProcess(tune.Trainable):
 
     def step(self) -> Result:
         try:
-            if self.life is None:
-                self.life = Life(self.task, self.pointer, self.kept)
-            result = self.life.advance()
+            if self.life is None and stopped(self.task):
+                result: Result = {"state": "interrupted"}
+            else:
+                self.life = self.life or Life(self.task, self.pointer, self.kept)
+                result = self.life.advance()
         except Exception as error:
             folder = Sweep(Path(self.task["sweep"])).trial(self.task["number"]).run
             if self.life is not None:
@@ -218,6 +225,9 @@ def by_group(task: dict[str, Any]) -> None:
     """A trial by its own Ray Train group. What it measures is reported as soon as it is written."""
     begin, offset = time.monotonic(), 0
     last: Result = {}
+    if stopped(task):
+        tune.report({"state": "interrupted"})
+        return
     try:
         sweep, folder, config = settings_of(task)
         with folder.working():
@@ -245,7 +255,7 @@ def by_group(task: dict[str, Any]) -> None:
                 folder,
                 None,
                 screen=Quiet(facts.global_batch_size, 0),
-                stop=(sweep.path / STOP).exists,
+                stop=lambda: stopped(task),
                 news=news,
                 before=lambda step: None,
                 evaluate=False,

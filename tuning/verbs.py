@@ -72,7 +72,7 @@ def resume(reference: str, options: Any, write: Callable[[Any, Any], None], cons
 def report(options: Any, settings: list[str]) -> int:
     from methods.parts.errors import ConfigError
     from tuning import sweep
-    from tuning.report import report as make
+    from tuning.report import report as make  # type: ignore[import-not-found]
 
     found = sweep.find(options.sweep, Path(options.runs_dir))
     if found is None:
@@ -98,6 +98,21 @@ def listed(runs_dir: Path) -> list[dict[str, Any]]:
         ended = sum(trial["status"] in ENDED for trial in trials)
         rows.append(facts | {"ended_trials": ended, "best_score": best[0][1] if best else None, "folder": str(found.path)})
     return rows
+
+
+def shown(reference: str, options: Any, write: Callable[[Any, Any], None], console: Any) -> bool:
+    """Print the ranking of a sweep of that name; False if there is none."""
+    from tuning import sweep
+
+    found = sweep.find(reference, Path(options.runs_dir))
+    if found is None:
+        return False
+    from tuning.screen import conclusion
+
+    where = "" if options.runs_given == "runs" else f" --runs-dir {options.runs_given}"
+    conclusion(console, found.facts(), [trial.facts() for trial in found.trials()], where, None)
+    write(options, summary(found))
+    return True
 
 
 def _local(options: Any) -> Path:
