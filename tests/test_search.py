@@ -181,7 +181,7 @@ def test_asha_goes_on_where_an_earlier_process_stopped() -> None:
     assert asked(3, 10, 0.55) == "STOP"
     assert asked(4, 10, 0.9) == "CONTINUE"
     assert asked(1, 10, 0.1) == "CONTINUE", "its rung was decided in the first life"
-    assert asked(5, 90, 0.0) == "STOP", "below the cutoff of its last rung"
+    assert asked(5, 10, 0.65) == "STOP", "between the second and the third of five: not in the best third"
 
 
 def test_rankme_is_the_number_of_directions_in_use() -> None:

@@ -65,6 +65,10 @@ class Population(PopulationBasedTraining):
         super().__init__("step", "score", "max", perturbation_interval=every, custom_explore_fn=lambda config: config, log_config=False)
         self.knobs, self.random = knobs, np.random.default_rng(seed)
 
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        # Ray refuses any search algorithm beside PBT, since its values would be overwritten; ours only hands out the population
+        super().on_trial_add(SimpleNamespace(search_alg=None), trial)
+
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         values = explored(self.knobs, trial_to_clone.config["values"], self.random)
         came = [*trial.config["from"], trial_to_clone.config["number"]]
