@@ -62,7 +62,10 @@ class Population(PopulationBasedTraining):
     """PBT (Jaderberg et al. 2017, arXiv:1711.09846): a trial in the lowest quarter goes on from one in the highest, with other values."""
 
     def __init__(self, every: int, knobs: Sequence[Knob], seed: int) -> None:
-        super().__init__("step", "score", "max", perturbation_interval=every, custom_explore_fn=lambda config: config, log_config=False)
+        # all wait for each other at every exchange: who takes over from whom does not depend on whose machine is faster
+        super().__init__(
+            "step", "score", "max", perturbation_interval=every, custom_explore_fn=lambda config: config, log_config=False, synch=True
+        )
         self.knobs, self.random = knobs, np.random.default_rng(seed)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:

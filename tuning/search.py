@@ -443,7 +443,7 @@ def introduce(sweep: Sweep, console: Console) -> None:
     say("trials", f"{facts['trials']} by {facts['search']} search{seeds}{kept}; {facts['concurrent']} at a time, {where}")
     rungs = ", ".join(map(str, facts["rungs"][:6])) + (" ..." if len(facts["rungs"]) > 6 else "")
     words = {"asha": f"asha cuts at steps {rungs}: the best third goes on", "pbt": f"pbt exchanges at steps {rungs}", "none": "none is cut"}
-    cut = words[facts["scheduler"]] if rungs else "none is cut: a trial is too short"
+    cut = words[facts["scheduler"]] if rungs or facts["scheduler"] == "none" else "none is cut: a trial is too short"
     say("plan", f"at most {facts['total_steps']} steps each, measured every {facts['measure_every']}; {cut}")
     say("score", facts["score_words"])
 

@@ -1,4 +1,4 @@
-"""Searches for real: ASHA cuts, a failing trial, PBT's exploit, a killed driver, a group of workers, one process for many trials."""
+"""Searches for real: ASHA cuts, failing trials, PBT, a killed driver, one process for many trials. Groups of workers: test_jobs.py."""
 
 from __future__ import annotations
 
@@ -164,26 +164,3 @@ def test_a_killed_search_goes_on_and_leaves_no_run_open(tmp_path: Path) -> None:
     assert {name: run.info.status for name, run in found.items()} == dict.fromkeys(
         ["killed", "killed/trial-000", "killed/trial-001"], "FINISHED"
     )
-
-
-def test_a_trial_by_a_group_of_two_workers(tmp_path: Path) -> None:
-    import ray
-
-    from pipeline.ingest.stream import start_ray
-
-    ray.shutdown()
-    start_ray(extra_cpus=1)
-    space = [
-        "--space",
-        "method.temperature=choice:0.1",
-        "--search",
-        "grid",
-        "--train.workers=2",
-        "--train.threads=1",
-        "--track.no-register",
-    ]
-    here("tune", *TINY, *space, f"--runs-dir={tmp_path}", "--name=group")
-    (trial,) = results(tmp_path / "group")
-    assert (trial["status"], trial["step"]) == ("finished", 12), trial
-    assert (tmp_path / "group" / "trial-000" / "model" / "backbone.safetensors").is_file()
-    assert not list((tmp_path / "group" / "trial-000").glob(".ray-*"))
