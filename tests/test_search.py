@@ -214,3 +214,28 @@ def test_the_best_setting_as_a_command_line() -> None:
     config = parse_settings(SWAV, line.split(), "manyviews pretrain")
     assert (config.method.temperature, config.views["local"].scale, config.backbone.name) == (0.2, (0.1, 0.3), "resnet34")
     assert config.method.hard_codes and dataclasses.is_dataclass(config)
+
+
+def test_optuna_is_told_how_trials_end_and_goes_on_from_what_is_known() -> None:
+    pytest.importorskip("optuna", reason="an extra: pip install -e '.[tuning]'")
+    from tuning.schedulers import Optuna
+
+    knobs = parse_space([*SPACE[:1], "method.num_prototypes=log:16:256", "views.local.scale=choice:[0.1,0.3],[0.2,0.5]"], SWAV)
+
+    def asked(known: list[dict], count: int) -> tuple[list[dict], list[str]]:
+        made, found = Optuna(knobs, 0, known), []
+        for number in range(len(known), count):
+            found.append(made.ask(number))
+            state = ["finished", "running", "failed"][number % 3]
+            made.tell(number, {"state": state} | ({} if state == "failed" else {"score": found[-1]["method.temperature"], "step": 50}))
+        return found, [trial.state.name for trial in made.study.trials]
+
+    first, states = asked([], 6)
+    assert asked([], 6)[0] == first, "the same seed, the same trials"
+    assert states == ["COMPLETE", "PRUNED", "FAIL"] * 2
+    assert all(16 <= v["method.num_prototypes"] <= 256 and v["views.local.scale"] in ((0.1, 0.3), (0.2, 0.5)) for v in first)
+    known = [
+        {"values": v | {"views.local.scale": list(v["views.local.scale"])}, "score": 0.5, "step": 9, "status": "stopped"} for v in first
+    ]
+    again, states = asked(known, 8)
+    assert states == ["PRUNED"] * 6 + ["COMPLETE", "PRUNED"] and not any(v in first for v in again)
