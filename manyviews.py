@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import itertools
-import json
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from pipeline.config import RunConfig
-    from pipeline.evaluate.probes import ProbeScores
-    from pipeline.evaluate.protocols import Scores
-    from pipeline.train.launch import Outcome
+from pipeline import screens
+from pipeline.settings import configured, parse_settings
+from tuning import verbs as verbs_of_tuning
 
 # Idle threads of one process must not spin on cores that another one needs; read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -65,8 +59,8 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("recipe", nargs="?", metavar="RECIPE", help="a starting point; its settings can be changed below")
     add.add_argument("--run", metavar="NAME", help="name of the run (default: recipe, date and time)")
 
-    add = verb("resume", resume, "go on with an interrupted run: same plan, same settings, from its last checkpoint")
-    add.add_argument("run", metavar="RUN", help="name or folder of the run")
+    add = verb("resume", resume, "go on with an interrupted run or sweep: same plan, same settings, from its last checkpoints")
+    add.add_argument("run", metavar="RUN_OR_SWEEP", help="name or folder of the run or sweep")
 
     add = verb("continue", continue_run, "start a new phase from a run's full last state, with a new schedule", settings=COMMON)
     add.add_argument("from_run", nargs="?", metavar="RUN", help="name or folder of the finished run")
@@ -103,8 +97,15 @@ def parser() -> argparse.ArgumentParser:
     verb("methods", methods, "list the methods with their papers")
     verb("recipes", recipes, "list the recipes")
 
+    add = verb("tune", tune, "search over any settings of a recipe by Ray Tune", settings=COMMON, epilog=verbs_of_tuning.EXAMPLES)
+    verbs_of_tuning.add_options(add)
+
+    add = verb("report", verbs_of_tuning.report, "draw a sweep: a page with plots, a table and the best configuration")
+    add.add_argument("sweep", metavar="SWEEP", help="name or folder of the sweep")
+    add.add_argument("--to", type=Path, metavar="DIR", help="folder of the report (default: report/ in the sweep)")
+
     add = verb("runs", runs, "list runs, their state and how to go on; one run in detail")
-    add.add_argument("run", nargs="?", metavar="RUN")
+    add.add_argument("run", nargs="?", metavar="RUN_OR_SWEEP")
 
     add = verb("sync", sync, "send a run's points to MLflow that did not arrive while the server was down")
     add.add_argument("run", metavar="RUN")
@@ -130,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.help and not (options.takes_settings and getattr(options, "recipe", None)):
             options.sub.print_help()
             return 0
+        options.argv = argv
         options.runs_given, options.runs_dir = options.runs_dir, _runs_dir(options.runs_dir)
         return int(options.do(options, [*settings, "--help"] if options.help else settings))
     except ConfigError as error:
@@ -159,13 +161,15 @@ def pretrain(options: Any, settings: list[str]) -> int:
     config = configured(_given(options, "recipe", "RECIPE"), settings)
     from pipeline.train import launch
 
-    return conclude(launch.pretrain(config, runs_dir=options.runs_dir, run=options.run, console=_console()), options)
+    return screens.conclude(launch.pretrain(config, runs_dir=options.runs_dir, run=options.run, console=screens.console()), options)
 
 
 def resume(options: Any, settings: list[str]) -> int:
+    if (code := verbs_of_tuning.resume(options.run, options, screens.write_json, screens.console())) is not None:
+        return code
     from pipeline.train import launch
 
-    return conclude(launch.resume(options.run, runs_dir=options.runs_dir, console=_console()), options)
+    return screens.conclude(launch.resume(options.run, runs_dir=options.runs_dir, console=screens.console()), options)
 
 
 def continue_run(options: Any, settings: list[str]) -> int:
@@ -176,7 +180,9 @@ def continue_run(options: Any, settings: list[str]) -> int:
     config = parse_settings(from_yaml(earlier.config_text()), settings, f"manyviews continue {earlier.name}")
     from pipeline.train import launch
 
-    return conclude(launch.continue_run(earlier, config, runs_dir=options.runs_dir, run=options.run, console=_console()), options)
+    return screens.conclude(
+        launch.continue_run(earlier, config, runs_dir=options.runs_dir, run=options.run, console=screens.console()), options
+    )
 
 
 def evaluate(options: Any, settings: list[str]) -> int:
@@ -189,11 +195,11 @@ def evaluate(options: Any, settings: list[str]) -> int:
     config = parse_settings(verb.config_of(folder), settings, f"manyviews evaluate {model}")
     scores, probes = verb.evaluate(folder, config, options.protocol)
     if scores is not None:
-        show_scores(scores)
+        screens.show_scores(scores)
     for probe in probes:
-        show_probe(probe)
+        screens.show_probe(probe)
     found = {"model": model} | (scores.to_dict() if scores is not None else {})
-    _write_json(options, found | {probe.name: probe.to_dict() for probe in probes})
+    screens.write_json(options, found | {probe.name: probe.to_dict() for probe in probes})
     return 0
 
 
@@ -205,10 +211,10 @@ def embed(options: Any, settings: list[str]) -> int:
 
     folder = registry.resolve_model(options.model, runs_dir=options.runs_dir, uri=options.uri)
     report = run(folder, DataConfig(path=options.data_path), options.to)
-    _console().print(f"{report.rows:,} embeddings in {options.to} ({report.images_per_s:,.0f} images/s)", highlight=False)
+    screens.console().print(f"{report.rows:,} embeddings in {options.to} ({report.images_per_s:,.0f} images/s)", highlight=False)
     if report.bad:
-        _console().print(f"{report.bad} images could not be decoded; {options.to / BAD} lists them", highlight=False)
-    _write_json(options, {"rows": report.rows, "bad": report.bad, "seconds": report.seconds, "to": str(options.to)})
+        screens.console().print(f"{report.bad} images could not be decoded; {options.to / BAD} lists them", highlight=False)
+    screens.write_json(options, {"rows": report.rows, "bad": report.bad, "seconds": report.seconds, "to": str(options.to)})
     return 0
 
 
@@ -222,7 +228,7 @@ def views(options: Any, settings: list[str]) -> int:
     for name, group in config.views.items():
         print(f"{name}: {group.describe()}")
     print(picture)
-    _write_json(options, {"picture": str(picture)})
+    screens.write_json(options, {"picture": str(picture)})
     return 0
 
 
@@ -236,7 +242,7 @@ def figure(options: Any, settings: list[str]) -> int:
     subject.config = parse_settings(subject.config, settings, f"manyviews figure {picture.name} {model}")
     path = picture.draw(subject, options.to or Path(f"{picture.name}.png"))
     print(path)
-    _write_json(options, {"picture": str(path)})
+    screens.write_json(options, {"picture": str(path)})
     return 0
 
 
@@ -244,35 +250,40 @@ def methods(options: Any, settings: list[str]) -> int:
     from methods.parts.contract import registered
 
     rows = [(e.name, e.method.paper, (sys.modules[e.method.__module__].__doc__ or "").split("\n")[0]) for e in registered().values()]
-    _table(["method", "paper", "what it does"], rows)
-    _write_json(options, [{"name": n, "paper": p, "summary": s} for n, p, s in rows])
+    screens.show_table(["method", "paper", "what it does"], rows)
+    screens.write_json(options, [{"name": n, "paper": p, "summary": s} for n, p, s in rows])
     return 0
 
 
 def recipes(options: Any, settings: list[str]) -> int:
     from pipeline.recipes import entries
 
-    _table(["recipe", "what it is"], [(e.name, e.summary) for e in entries()])
+    screens.show_table(["recipe", "what it is"], [(e.name, e.summary) for e in entries()])
     print("\nmanyviews pretrain RECIPE --help shows every setting; pipeline/recipes/ holds the files")
-    _write_json(options, [{"name": e.name, "summary": e.summary} for e in entries()])
+    screens.write_json(options, [{"name": e.name, "summary": e.summary} for e in entries()])
     return 0
+
+
+def tune(options: Any, settings: list[str]) -> int:
+    recipe = _given(options, "recipe", "RECIPE")
+    return verbs_of_tuning.tune(options, settings, recipe, screens.write_json, screens.console())
 
 
 def runs(options: Any, settings: list[str]) -> int:
     from pipeline.runs import find_run, list_runs
 
+    if options.run and verbs_of_tuning.shown(options.run, options, screens.write_json, screens.console()):
+        return 0
     folders = [find_run(options.run, options.runs_dir)] if options.run else list_runs(options.runs_dir)
     states = [folder.state() | {"folder": str(folder.path)} for folder in folders]
+    sweeps = [] if options.run else verbs_of_tuning.listed(options.runs_dir)
     if options.run:
-        _table(["", ""], [(key, value) for key, value in states[0].items()])
-    elif states:
-        _table(
-            ["run", "state", "step", "kNN held-out", "how to go on"],
-            [(s["name"], s["status"], f"{s.get('step', 0)}/{s.get('total_steps', '?')}", _percent(s.get("knn")), _next(s)) for s in states],
-        )
+        screens.show_table(["", ""], [(key, value) for key, value in states[0].items()])
+    elif states or sweeps:
+        screens.show_runs(states, sweeps)
     else:
         print(f"no runs in {options.runs_dir}; start one with: manyviews pretrain swav-small")
-    _write_json(options, states)
+    screens.write_json(options, [*states, *sweeps])
     return 0
 
 
@@ -281,7 +292,7 @@ def sync(options: Any, settings: list[str]) -> int:
 
     sent, model = finish.sync(options.run, runs_dir=options.runs_dir)
     print(f"{sent} points sent to MLflow" + (f"; registered as {model.uri}" if model else ""))
-    _write_json(options, {"run": options.run, "sent": sent, "registered": model.uri if model else None})
+    screens.write_json(options, {"run": options.run, "sent": sent, "registered": model.uri if model else None})
     return 0
 
 
@@ -290,164 +301,9 @@ def doctor(options: Any, settings: list[str]) -> int:
     from pipeline.doctor import diagnose, render
 
     checks = diagnose(data=config.data, runs_dir=options.runs_dir, uri=config.track.uri, config=config)
-    _console().print(render(checks))
-    _write_json(options, [vars(check) for check in checks])
+    screens.console().print(render(checks))
+    screens.write_json(options, [vars(check) for check in checks])
     return 1 if any(check.ok == "fail" for check in checks) else 0
-
-
-# ---------------------------------------------------------------------------- settings
-
-
-def configured(recipe: str, settings: list[str]) -> RunConfig:
-    """A recipe with settings from the command line."""
-    from pipeline.config import override
-    from pipeline.recipes import load_recipe
-
-    config = parse_settings(load_recipe(recipe), settings, f"manyviews pretrain {recipe}")
-    server = os.environ.get("MLFLOW_TRACKING_URI")  # as MLflow's own tools do; it becomes a setting of the run, for resume and sync
-    return override(config, {"track.uri": server}) if server and config.track.uri is None else config
-
-
-def parse_settings(config: RunConfig, settings: list[str], prog: str) -> RunConfig:
-    """Settings given as `--group.key value` over a config.
-
-    Raises:
-        ConfigError: an unknown key, with the nearest names, or a value that does not fit, as one sentence.
-    """
-    import tyro
-
-    from methods.parts.errors import ConfigError
-    from pipeline.config import RunConfig, flatten, length_given, unknown_key
-
-    if "--help" in settings:
-        about = f"Every setting of {config.recipe or 'this run'}, with its type and default."
-        tyro.cli(RunConfig, default=config, args=["--help"], prog=prog, description=about)  # exits
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            parsed, unknown = tyro.cli(RunConfig, default=config, args=settings, prog=prog, return_unknown_args=True)
-    except SystemExit:
-        raise ConfigError(_sentence(said.getvalue())) from None
-    if unknown:
-        raise unknown_key(unknown[0].removeprefix("--").replace("-", "_").split("=")[0], flatten(config))
-    given = {s.removeprefix("--").replace("-", "_").split("=")[0] for s in settings if s.startswith("--")}
-    return length_given(parsed, given)
-
-
-def _sentence(boxed: str) -> str:
-    """tyro's message without its box and its footer."""
-    lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in boxed.splitlines() if not re.match(r"^[╭╰]", line)]
-    kept = []
-    for line in lines:
-        if re.match(r"^─+$", line) or line.startswith(("For full help", "Got errors")):
-            break
-        kept.append(line)
-    text = re.sub(r"\s+", " ", " ".join(kept)).strip()
-    match = re.match(r"Error parsing (--)?(\S+): (.*)", text)
-    if not match:
-        return text
-    where, what = match[2], match[3]
-    return what if what.startswith(where.split(".")[0] + ".") else f"{where}: {what}"
-
-
-# ---------------------------------------------------------------------------- words on the screen
-
-
-def conclude(outcome: Outcome, options: Any) -> int:
-    """Say how a run ended and what can be done next."""
-    console, name = _console(), outcome.folder.name
-    where = "" if options.runs_given == "runs" else f" --runs-dir {options.runs_given}"
-    _write_json(options, outcome.to_dict())
-    if outcome.status == "interrupted":
-        console.print(f"{outcome.message}\ngo on with: manyviews resume {name}{where}", highlight=False, soft_wrap=True)
-        return 1
-    if outcome.status != "finished":
-        print(f"error: {outcome.message}", file=sys.stderr)
-        return 1
-    if outcome.scores is not None:
-        show_scores(outcome.scores)
-    pictures = sorted(outcome.folder.figures.glob("*.png"))
-    for picture in pictures:
-        console.print(f"picture   {picture}", highlight=False, soft_wrap=True)
-    console.print(f"weights   {outcome.folder.model / 'backbone.safetensors'} (timm names)", highlight=False, soft_wrap=True)
-    if outcome.model is not None:
-        best = ", alias best" if outcome.model.alias_best else ""
-        console.print(f"model     {outcome.model.uri} (version {outcome.model.version}{best})", highlight=False, soft_wrap=True)
-    console.print(
-        "\n[bold]next[/bold]\n"
-        f"  manyviews embed {name} --data.path YOUR_IMAGES --to features/{where}   features of your images, as Parquet\n"
-        f"  manyviews pretrain {outcome.recipe} --data.path YOUR_IMAGES   the same on your own images\n"
-        f"  mlflow ui --backend-store-uri {outcome.tracking_uri}   curves, pictures and models in the browser",
-        highlight=False,
-        soft_wrap=True,
-    )
-    return 0
-
-
-def show_scores(scores: Scores) -> None:
-    from rich.table import Table
-
-    console = _console()
-    if not scores.rows:
-        console.print(scores.protocol, highlight=False, soft_wrap=True)
-        return
-    table = Table(title=None, show_edge=False, pad_edge=False)
-    table.add_column("")
-    table.add_column(f"kNN top-1, {scores.split} images", justify="right")
-    for row in scores.rows:
-        style = "bold" if row.key == "trained" else ""
-        table.add_row(row.label, f"{100 * row.accuracy:.1f} %", style=style)
-    console.print()
-    console.print(table)
-    gain = f"{scores.gain:+.1f} points above the best of raw pixels (L2) and the untrained backbone"
-    console.print(gain, highlight=False, soft_wrap=True)
-    console.print(f"[dim]{scores.protocol}[/dim]\n", highlight=False, soft_wrap=True)
-
-
-def show_probe(scores: ProbeScores) -> None:
-    from rich.table import Table
-
-    table = Table(title=None, show_edge=False, pad_edge=False)
-    table.add_column("")
-    table.add_column(f"{scores.name} top-1, {scores.split} images", justify="right")
-    for row in scores.rows:
-        spread = "" if row.spread is None else f" ± {100 * row.spread:.1f}"
-        table.add_row(row.label, f"{100 * row.accuracy:.1f}{spread} %", style="bold" if row.key.startswith("trained") else "")
-    console = _console()
-    console.print()
-    console.print(table)
-    console.print(f"[dim]{scores.protocol}[/dim]\n", highlight=False, soft_wrap=True)
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console()
-
-
-def _table(columns: list[str], rows: list[tuple[Any, ...]]) -> None:
-    from rich.table import Table
-
-    table = Table(show_edge=False, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*map(str, row))
-    _console().print(table)
-
-
-def _percent(fraction: float | None) -> str:
-    return "" if fraction is None else f"{100 * fraction:.1f} %"
-
-
-def _next(state: dict[str, Any]) -> str:
-    name = state["name"]
-    return {
-        "finished": f"manyviews evaluate {name}",
-        "interrupted": f"manyviews resume {name}",
-        "failed": f"manyviews resume {name}  ({state.get('message', '')[:60]})",
-        "created": f"manyviews resume {name}",
-    }.get(state["status"], "")
 
 
 def _given(options: Any, name: str, shown: str) -> str:
@@ -457,12 +313,6 @@ def _given(options: Any, name: str, shown: str) -> str:
     if value is None or value.startswith("-"):
         raise ConfigError(f"{shown}: missing; see manyviews {options.verb} --help")
     return value
-
-
-def _write_json(options: Any, value: Any) -> None:
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(value, indent=2, default=str) + "\n")
 
 
 def _tracking_uri(settings: list[str]) -> str | None:

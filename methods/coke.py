@@ -67,7 +67,7 @@ class CoKeConfig(MethodConfig):
     # K of each head; several are better than one, and better when they differ
     num_clusters: tuple[int, ...] = (3000, 4000, 5000)
     # r': least size of a cluster as a fraction of N / K; 0 = plain online k-means, 1 = balanced
-    lower_bound: float = searchable(0.4, SearchRange(0.0, 1.0, "linear", reason="low: empty clusters; high: labels that keep changing"))
+    constraint_ratio: float = searchable(0.4, SearchRange(0.0, 1.0, "linear", reason="low: empty clusters; high: restless labels"))
     # eta, the paper's is 20 for K >= 3000. None = K min(3 / steps_per_epoch, 0.05): an empty cluster's dual rises by 3 r' in an
     # epoch, beside cosines in [-1, 1], and by 0.05 r' at most in a step, or whole batches would fall into one cluster in turn
     dual_learning_rate: float | None = None
@@ -92,7 +92,7 @@ class CoKeConfig(MethodConfig):
         eta = self.dual_learning_rate
         require(eta is None or eta > 0, "method.dual_learning_rate", eta, "use a positive number, or leave it out")
         require(self.temperature > 0, "method.temperature", self.temperature, "use a positive number, e.g. 0.1")
-        for name in ("lower_bound", "predictor_weight", "label_weight"):
+        for name in ("constraint_ratio", "predictor_weight", "label_weight"):
             require(0 <= getattr(self, name) <= 1, f"method.{name}", getattr(self, name), "use a number from 0 to 1")
         require(self.projection_dim >= 2, "method.projection_dim", self.projection_dim, "use 2 or more")
         for name in ("projector_layers", "projector_hidden", "predictor_hidden", "averaging_start_epoch", "averaging_labels"):
@@ -121,7 +121,7 @@ class CoKe(Method):
         self.predictor = mlp(d, config.predictor_hidden, d) if config.predictor_weight else None
         steps, eta = facts.steps_per_epoch, config.dual_learning_rate
         self.clusters = nn.ModuleList(
-            OnlineClusters(k, d, config.lower_bound, eta or default_dual_learning_rate(k, steps)) for k in config.num_clusters
+            OnlineClusters(k, d, config.constraint_ratio, eta or default_dual_learning_rate(k, steps)) for k in config.num_clusters
         )
         self.register_buffer("begun", torch.zeros((), dtype=torch.bool))  # whether a first pass is done; a continued run has it behind it
         self.labels = IdTable(ids, (heads,), dtype=torch.int32, fill=-1, sharded=config.shard_tables)
@@ -281,7 +281,7 @@ class CoKe(Method):
         if facts.num_images is not None and max(c.num_clusters) * 2 > facts.num_images:
             yield f"method.num_clusters={c.num_clusters} for {facts.num_images} images; use {max(2, facts.num_images // 100)} or fewer"
         for k in c.num_clusters:
-            rise = (c.dual_learning_rate or 0) * c.lower_bound / k  # of an empty cluster's dual in a step
+            rise = (c.dual_learning_rate or 0) * c.constraint_ratio / k  # of an empty cluster's dual in a step
             if rise > 0.1 or 0 < rise * steps < 0.1:
                 near = f"use {default_dual_learning_rate(k, steps):.2g}, or leave it out"
                 yield f"method.dual_learning_rate={c.dual_learning_rate:g}: {'high' if rise > 0.1 else 'low'} for {k} clusters; {near}"
@@ -299,9 +299,9 @@ class OnlineClusters(nn.Module):
     counts: Tensor  # (K,) n, images of this epoch so far
     sizes: Tensor  # (K,) images of the last whole epoch
 
-    def __init__(self, num_clusters: int, dim: int, lower_bound: float, dual_learning_rate: float) -> None:
+    def __init__(self, num_clusters: int, dim: int, constraint_ratio: float, dual_learning_rate: float) -> None:
         super().__init__()
-        self.lower_bound, self.dual_learning_rate = lower_bound, dual_learning_rate
+        self.constraint_ratio, self.dual_learning_rate = constraint_ratio, dual_learning_rate
         centers = l2_normalize(torch.randn(num_clusters, dim))
         self.register_buffer("previous", centers)
         self.register_buffer("current", centers.clone())
@@ -319,8 +319,8 @@ class OnlineClusters(nn.Module):
         """Duals, then centres, from a whole batch `(B, D)` and its labels `(B,)`. Clusters without an image keep their centre."""
         k = len(self.duals)
         batch = labels.bincount(minlength=k)  # b
-        self.duals -= self.dual_learning_rate * (batch.to(self.duals.dtype) / len(labels) - self.lower_bound / k)
-        if self.lower_bound < 1:
+        self.duals -= self.dual_learning_rate * (batch.to(self.duals.dtype) / len(labels) - self.constraint_ratio / k)
+        if self.constraint_ratio < 1:
             self.duals.clamp_(min=0)
         after = self.counts + batch
         centers = (self.counts[:, None] * self.current + sums(features, labels, k)) / after.clamp(min=1)[:, None]

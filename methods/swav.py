@@ -58,7 +58,8 @@ class SwAVConfig(MethodConfig):
     projector_layers: int = 2
     projector_hidden: int = 2048
     projection_dim: int = 128  # D
-    queue_length: int = 0  # rows per global crop, over all workers; 0 = no queue
+    # rows per global crop, over all workers; 0 = no queue
+    queue_length: int = searchable(0, SearchRange(scale="choice", choices=(0, 256, 1024, 3840), reason="a multiple of the batch"))
     queue_start_epoch: float = 15  # epochs before the queue begins to fill
     freeze_prototypes_epochs: float = 1.0  # prototypes get no gradient for so long; more than the run has: never
     hard_codes: bool = False  # codes rounded to their largest entry; worse in the paper, a remedy where soft codes stay uniform

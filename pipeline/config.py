@@ -18,6 +18,7 @@ import yaml
 from methods.parts.backbones import BackboneConfig
 from methods.parts.contract import MethodConfig, RunFacts, find, to_dict
 from methods.parts.errors import ConfigError, require
+from methods.parts.search_range import SearchRange, searchable
 from methods.parts.views import ViewsConfig
 
 Triple = tuple[float, float, float]
@@ -55,17 +56,17 @@ class OptimConfig:
     """Optimizer and its schedules. Learning rates are per step: linear warm-up, then cosine, or steps."""
 
     name: Literal["larc", "lars", "lars-classic", "sgd", "adamw"] = "larc"
-    base_lr: float = 0.6
+    base_lr: float = searchable(0.6, SearchRange(around=4, scale="log", reason="four times less and more than the recipe's"))
     lr_rule: Literal["none", "linear", "sqrt"] = "none"  # none: base_lr is the rate; else times (batch / 256) or its root
     idle_epochs: float = 0.0  # the rate is 0 for so long before the warm-up begins (CoKe: 1)
-    warmup_epochs: float = 0.0
+    warmup_epochs: float = searchable(0.0, SearchRange(scale="choice", choices=(0, 0.5, 1, 5, 10), reason="longer for larger rates"))
     warmup_reaches_base: bool = True  # the last step of the warm-up has the base rate; False: the step after it (CoKe)
     warmup_start_lr: float = 0.0  # scaled by lr_rule like base_lr
     final_lr: float = 0.0  # scaled likewise
     schedule: Literal["cosine", "steps"] = "cosine"
     horizon: float = 1.0  # the cosines of rate and weight decay end at so many times the run (MSN: 1.25, so it stops at 80 %)
     milestones: tuple[float, ...] = (0.6, 0.8)  # schedule steps: at these fractions of the run the rate falls to a tenth
-    weight_decay: float = 1e-6
+    weight_decay: float = searchable(1e-6, SearchRange(around=10, scale="log", reason="ten times less and more than the recipe's"))
     final_weight_decay: float | None = None  # a cosine from weight_decay to it over the whole run (DINO, MSN); None = constant
     momentum: float = 0.9  # SGD, LARC, both LARS
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW
@@ -91,7 +92,8 @@ class OptimConfig:
 class TrainConfig:
     """How long, how large, how exact."""
 
-    global_batch_size: int = 256  # images per optimizer step over all workers
+    # images per optimizer step over all workers
+    global_batch_size: int = searchable(256, SearchRange(scale="choice", choices=(64, 128, 256, 512), reason="rate by optim.lr_rule"))
     accumulation_steps: int = 1  # micro-batches per optimizer step
     epochs: float = 100  # passes over the training images
     steps: int | None = None  # optimizer steps; given, it overrides epochs
@@ -140,6 +142,8 @@ class EvaluateConfig:
 
     path: str | None = None  # test images; None = the source's own test split, else the held-out images
     knn_every: int | None = None  # steps between online kNN figures; None = about ten in a run
+    # what a search ranks runs by, measured like the online kNN: top-1 by kNN or by a linear probe, or without labels RankMe
+    score: Literal["knn", "linear", "rankme"] | None = None
     knn_k: int = 20
     knn_temperature: float = 0.07
     knn_bank: int = 10_000  # at most this many labelled training images vote in the final kNN

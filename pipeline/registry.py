@@ -31,6 +31,7 @@ __all__ = [
     "read_export",
     "register",
     "resolve_model",
+    "set_alias",
 ]
 
 SCORE_TAG = "knn_held_out"
@@ -94,6 +95,16 @@ def register(
     with _answers(uri):
         version = _add_version(folder, spec, name, uri, run_id, all_tags, experiment)
         return Registered(name, int(version.version), f"models:/{name}/{version.version}", _promote(uri, version))
+
+
+def set_alias(model: Registered, alias: str, uri: str) -> None:
+    """Point an alias of the model's name at this version, e.g. `champion`.
+
+    Raises:
+        ConfigError: the registry does not answer.
+    """
+    with _answers(uri):
+        mlflow_client(uri).set_registered_model_alias(model.name, alias, model.version)
 
 
 def _add_version(folder: Path, spec: ExportSpec, name: str, uri: str, run_id: str | None, tags: dict[str, str], experiment: str) -> Any:

@@ -80,11 +80,13 @@ class RunFolder:
             state["status"] = "interrupted"  # its process is gone: killed, or the machine went down
         return state
 
-    def update(self, *, send: bool = True, **changes: Any) -> None:
-        """Change the run's facts; `send` them to the object store now, if the folder is a copy, or leave it to the next checkpoint."""
+    def keep(self, **changes: Any) -> None:
+        """Change the run's facts here; if the folder is a copy, the next checkpoint sends them to the object store."""
         write_json(self.path / "run.json", self.state() | changes)
-        if not send:
-            return
+
+    def update(self, **changes: Any) -> None:
+        """Change the run's facts, and send them to the object store at once."""
+        self.keep(**changes)
         with contextlib.suppress(OSError):  # the next checkpoint sends it, or says why not
             mirror.push(self.path, only="run.json")
 
@@ -106,16 +108,25 @@ class RunFolder:
         Raises:
             ConfigError: another process works on it.
         """
-        with open(self.path / ".lock", "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                holder = self.state()
-                raise ConfigError(
-                    f"run={self.name}: process {holder.get('pid')} on {holder.get('host')} is training it; stop that one first"
-                ) from None
+        holder = self.state()
+        with hold(self.path, f"run={self.name}: process {holder.get('pid')} on {holder.get('host')} is training it; stop that one first"):
             self.update(status="running", pid=os.getpid(), host=socket.gethostname())
             yield
+
+
+@contextlib.contextmanager
+def hold(folder: Path, refusal: str) -> Iterator[None]:
+    """Keep a folder's lock while inside.
+
+    Raises:
+        ConfigError: another process has it, in the words of `refusal`.
+    """
+    with open(folder / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(refusal) from None
+        yield
 
 
 def create_run(runs_dir: Path, name: str | None, recipe: str) -> RunFolder:

@@ -167,8 +167,8 @@ def test_clusters_are_measured_where_knn_is_and_without_it(tmp_path: Path) -> No
     def measure(method: Toy) -> Clusters:
         return assign(method, black, unknown, mean=(0, 0, 0), std=(1, 1, 1), device=torch.device("cpu"))
 
-    for folder, knn in (("with", lambda backbone: 0.5), ("without", None)):
-        made, points = trainer(tmp_path / folder, config(), Clustered(), online_knn=knn, online_clusters=measure)
+    for folder, knn in (("with", lambda backbone: {"knn": 0.5}), ("without", None)):
+        made, points = trainer(tmp_path / folder, config(), Clustered(), online=knn, online_clusters=measure)
         object.__setattr__(made.resolved, "knn_every", 4)
         made.run(batches(range(6)))
         assert [step for step, metrics in points if "cluster_max" in metrics] == [0, 4, 6]

@@ -90,7 +90,7 @@ def test_a_phase_that_ends_amid_an_epoch_leaves_no_counts_to_the_next() -> None:
 
 
 def test_meters_are_those_of_the_last_whole_epoch() -> None:
-    method = coke(2, 8, 8, num_clusters=(3,), lower_bound=0.0, train_first_epoch=False)
+    method = coke(2, 8, 8, num_clusters=(3,), constraint_ratio=0.0, train_first_epoch=False)
     (clusters,) = method.heads()
     clusters.current.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, -1.0]]))
     rows = torch.tensor([[3.0, 0.1]] * 5 + [[-2.0, 0.1]] * 3, dtype=torch.float64)
@@ -133,7 +133,7 @@ def test_the_rule_for_the_dual_learning_rate_follows_clusters_and_length() -> No
     ("settings", "message"),
     [
         ({"num_clusters": ()}, r"method\.num_clusters=\(\): give one or more"),
-        ({"lower_bound": 1.2}, r"method\.lower_bound=1\.2: use a number from 0 to 1"),
+        ({"constraint_ratio": 1.2}, r"method\.constraint_ratio=1\.2: use a number from 0 to 1"),
         ({"dual_learning_rate": 0.0}, r"method\.dual_learning_rate=0\.0: use a positive"),
         ({"averaging_start_epoch": 0}, r"method\.averaging_start_epoch=0: use 1 or more"),
     ],

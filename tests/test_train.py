@@ -172,7 +172,7 @@ def test_stop_leaves_a_whole_checkpoint_from_which_the_rest_is_bit_equal(tmp_pat
 def test_best_by_knn_is_kept_beside_last_and_every_nth(tmp_path: Path) -> None:
     accuracies = iter([0.1, 0.3, 0.9, 0.5])
     run = config(keep_every=2)
-    made, points = trainer(tmp_path, run, online_knn=lambda backbone: next(accuracies))
+    made, points = trainer(tmp_path, run, online=lambda backbone: {"knn": next(accuracies)})
     object.__setattr__(made.resolved, "knn_every", 2)
     made.run(batches(range(6)))
     assert checkpoint.pointed_to(made.folder.checkpoints, "best").name == "step-00000004"

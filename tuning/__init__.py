@@ -1,1 +1,4 @@
-"""Searches over any method's settings. So far: which settings are worth searching, and over what range (`spaces.py`)."""
+"""Searches over any method's settings by Ray Tune.
+
+spaces.py what can be searched -> draws.py which values are tried -> search.py a sweep from its beginning to its end.
+sweep.py its folder; trial.py what a trial does; schedulers.py who is next and who is cut; book.py states and MLflow."""

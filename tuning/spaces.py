@@ -1,14 +1,188 @@
-"""What can be searched: the ranges that methods state beside their settings, by dotted name."""
+"""What can be searched, over what range, and how a number in [0, 1) becomes a value: `method.temperature=log:0.05:0.5`."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
 
 from methods.parts.contract import SearchRange
-from pipeline.config import RunConfig
+from methods.parts.errors import ConfigError, require
+from pipeline.config import RunConfig, flatten, unknown_key
+
+SYNTAX = "use KEY=log:0.05:0.5, linear:0:1, int:2:8 or choice:100,300"
 
 
 def search_ranges(config: RunConfig) -> dict[str, SearchRange]:
-    """`{"method.temperature": SearchRange(...), ...}`: the range of every setting of the config's method that states one."""
-    ranges = {f"method.{f.name}": f.metadata.get("search") for f in fields(config.method)}
-    return {name: search for name, search in ranges.items() if search is not None}
+    """`{"method.temperature": SearchRange(...), ...}`: the range of every setting of this config that states one."""
+    found: dict[str, SearchRange] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                walk(f"{prefix}.{name}" if prefix else name, inner)
+        elif dataclasses.is_dataclass(value):
+            for f in dataclasses.fields(value):
+                name = f"{prefix}.{f.name}" if prefix else f.name
+                if "search" in f.metadata:
+                    found[name] = f.metadata["search"]
+                walk(name, getattr(value, f.name))
+
+    walk("", config)
+    return found
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One searched setting. `log`, `linear` and `int` have `low` and `high`, both possible; `choice` has `choices`."""
+
+    key: str
+    scale: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[Any, ...] = ()
+    whole: bool = False  # the setting is a whole number
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        require(self.scale in ("log", "linear", "int", "choice"), self.key, self.scale, f"no such scale; {SYNTAX}")
+        if self.scale == "choice":
+            require(bool(self.choices), self.key, self.text, f"needs values; {SYNTAX}")
+            return
+        require(self.low is not None and self.high is not None and self.low < self.high, self.key, self.text, "use low < high")
+        if self.scale == "log":
+            require(self.low > 0, self.key, self.text, "a log scale begins above 0; use linear")  # type: ignore[operator]
+
+    @property
+    def text(self) -> str:
+        """As it is written on the command line."""
+        if self.scale == "choice":
+            plain = [list(c) if isinstance(c, tuple) else c for c in self.choices]
+            return "choice:" + yaml.safe_dump(plain, default_flow_style=True, width=10_000).strip()[1:-1].replace(", ", ",")
+        return f"{self.scale}:{self.low:g}:{self.high:g}"
+
+    def at(self, u: float) -> Any:
+        """The value at position `u` in [0, 1] of the range."""
+        if self.scale == "choice":
+            return self.choices[min(int(u * len(self.choices)), len(self.choices) - 1)]
+        low, high = float(self.low or 0), float(self.high or 0)
+        if self.scale == "int":
+            return min(int(low + u * (high - low + 1)), int(high))
+        value = low * (high / low) ** u if self.scale == "log" else low + u * (high - low)
+        return round(value) if self.whole else float(f"{value:.4g}")
+
+    def position(self, value: Any) -> float:
+        """Where in [0, 1] a value lies; of a choice, the middle of its share."""
+        if self.scale == "choice":
+            return (self.choices.index(value) + 0.5) / len(self.choices)
+        low, high = float(self.low or 0), float(self.high or 0)
+        if self.scale == "int":
+            return (value - low + 0.5) / (high - low + 1)
+        u = math.log(value / low) / math.log(high / low) if self.scale == "log" else (value - low) / (high - low)
+        return min(1.0, max(0.0, u))
+
+    def grid(self, points: int) -> list[Any]:
+        """Every choice, or so many values evenly over the range, its ends among them; without repeats."""
+        if self.scale == "choice":
+            return list(self.choices)
+        if self.scale == "int":
+            span = int(self.high or 0) - int(self.low or 0)
+            return sorted({int(self.low or 0) + round(i * span / max(1, points - 1)) for i in range(points)})
+        return list(dict.fromkeys(self.at(i / max(1, points - 1)) for i in range(points)))
+
+    def corners(self) -> list[Any]:
+        """The values that could be out of range if any could."""
+        return list(self.choices) if self.scale == "choice" else list(dict.fromkeys([self.at(0.0), self.at(1.0)]))
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {"scale": self.scale, "low": self.low, "high": self.high, "choices": list(self.choices)}
+        return values | {"text": self.text, "reason": self.reason}
+
+
+def parse_space(words: Iterable[str], config: RunConfig) -> list[Knob]:
+    """`KEY=RANGE` or a bare `KEY`, whose range stands beside the setting, as knobs.
+
+    Raises:
+        ConfigError: a key that is unknown, given twice or without a range, or a range that does not fit the setting.
+    """
+    known = flatten(config)
+    knobs: list[Knob] = []
+    for word in words:
+        key, given, text = word.removeprefix("--").partition("=")
+        key = key.replace("-", "_")
+        if key not in known:
+            raise unknown_key(key, known)
+        if key in {knob.key for knob in knobs}:
+            raise ConfigError(f"--space {key}: given twice; give one range")
+        knobs.append(_parsed(key, text, known[key]) if given else _stated(key, known[key], search_ranges(config)))
+    if not knobs:
+        raise ConfigError("--space: missing; name what to search, e.g. --space method.temperature=log:0.05:0.5")
+    return knobs
+
+
+def _stated(key: str, current: Any, ranges: dict[str, SearchRange]) -> Knob:
+    if key not in ranges:
+        near = ", ".join(sorted(ranges))
+        raise ConfigError(f"--space {key}: no range stands beside this setting; {SYNTAX} (with a range of their own: {near})")
+    stated = ranges[key]
+    low, high = stated.low, stated.high
+    if stated.around is not None:
+        require(current > 0, f"--space {key}", current, f"no range around this value; {SYNTAX}")
+        low, high = float(f"{current / stated.around:.4g}"), float(f"{current * stated.around:.4g}")
+    choices = tuple(_fitting(key, choice, current) for choice in stated.choices)
+    return Knob(key, stated.scale, low, high, choices, _is_whole(current), stated.reason)
+
+
+def _parsed(key: str, text: str, current: Any) -> Knob:
+    scale, _, rest = text.partition(":")
+    if scale == "choice":
+        try:
+            values = yaml.safe_load(f"[{rest}]")
+        except yaml.YAMLError:
+            raise ConfigError(f"--space {key}={text}: not a list of values; {SYNTAX}") from None
+        return Knob(key, scale, choices=tuple(_fitting(key, _number(value), current) for value in values))
+    if isinstance(current, bool | str | tuple):
+        raise ConfigError(f"--space {key}={text}: this setting is no number; use {key}=choice:A,B")
+    try:
+        low, high = (float(part) for part in rest.split(":"))
+    except ValueError:
+        raise ConfigError(f"--space {key}={text}: not a range; {SYNTAX}") from None
+    if scale == "int" and (low != int(low) or high != int(high)):
+        raise ConfigError(f"--space {key}={text}: the ends are not whole numbers; use linear, or whole ends")
+    return Knob(key, scale, low, high, whole=_is_whole(current))
+
+
+def _is_whole(current: Any) -> bool:
+    return isinstance(current, int) and not isinstance(current, bool)
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 1e-4 as a word."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _fitting(key: str, value: Any, current: Any) -> Any:
+    """A choice as the setting holds it; its range is checked by the config."""
+    if isinstance(value, list | tuple):
+        value = tuple(_number(v) for v in value)
+    wrong = f"--space {key}: {value} is not of the kind of {current!r}; give values like it"
+    if value is None or current is None:
+        return value
+    if isinstance(current, bool) != isinstance(value, bool) or isinstance(current, tuple) != isinstance(value, tuple):
+        raise ConfigError(wrong)
+    if isinstance(current, float) and isinstance(value, int):
+        return float(value)
+    if isinstance(current, int) and isinstance(value, float) and value == int(value):
+        return int(value)
+    if isinstance(current, str) != isinstance(value, str) or (isinstance(current, int) and isinstance(value, float)):
+        raise ConfigError(wrong)
+    return value

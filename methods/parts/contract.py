@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from methods.parts.errors import ConfigError
 from methods.parts.id_table import IdTable
+from methods.parts.search_range import SearchRange as SearchRange
+from methods.parts.search_range import searchable as searchable
 from methods.parts.views import Views, ViewsConfig
 
 Metrics = dict[str, "Tensor | float"]
@@ -23,22 +25,6 @@ Masks = list[Tensor]
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
     """Base of every method's settings. Subclasses are frozen and check their ranges in `__post_init__`."""
-
-
-@dataclass(frozen=True)
-class SearchRange:
-    """A sensible range of a setting for a hyperparameter search; plain values, translated by `tuning/spaces.py`."""
-
-    low: float | None = None
-    high: float | None = None
-    scale: Literal["log", "linear", "choice"] = "log"
-    choices: tuple[Any, ...] = ()
-    reason: str = ""
-
-
-def searchable(default: Any, search: SearchRange) -> Any:
-    """A dataclass field with its search range beside it."""
-    return field(default=default, metadata={"search": search})
 
 
 @dataclass(frozen=True, kw_only=True)

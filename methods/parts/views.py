@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from methods.parts.errors import ConfigError, require
+from methods.parts.search_range import SearchRange, searchable
 
 Range = tuple[float, float]
 
@@ -18,17 +19,21 @@ Range = tuple[float, float]
 class CropGroup:
     """Crops that share one recipe of augmentation, in the order crop, flip, jitter, grayscale, blur, solarize."""
 
-    count: int = 2  # crops of this kind per image
+    # crops of this kind per image
+    count: int = searchable(2, SearchRange(scale="choice", choices=(2, 4, 6), reason="more small crops help, at a cost"))
     size: int = 224  # side of a finished crop, pixels
-    scale: Range = (0.08, 1.0)  # area of the box as a fraction of the image's area
+    # area of the box as a fraction of the image's area
+    scale: tuple[float, float] = searchable(
+        (0.08, 1.0), SearchRange(scale="choice", choices=((0.08, 1.0), (0.2, 1.0), (0.4, 1.0)), reason="small pictures want larger crops")
+    )
     ratio: Range = (3 / 4, 4 / 3)  # width / height of the box, drawn log-uniformly
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     flip: float = 0.5  # probability of a horizontal flip
     jitter: tuple[float, float, float, float] = (0.8, 0.8, 0.8, 0.2)  # brightness, contrast, saturation, hue
     jitter_probability: float = 0.8
-    grayscale: float = 0.2  # probability
+    grayscale: float = searchable(0.2, SearchRange(0.0, 0.5, "linear", reason="0 where colour matters"))  # probability
     grayscale_first: bool = False  # before the jitter (MoCo v1)
-    blur: float = 0.5  # probability
+    blur: float = searchable(0.5, SearchRange(0.0, 1.0, "linear", reason="0 on small pictures"))  # probability
     blur_sigma: Range = (0.1, 2.0)  # standard deviation in pixels, drawn uniformly
     blur_taps: int | None = None  # odd width of the kernel, pixels (SimCLR and BYOL at 224: 23); None = four of the largest sigma each way
     solarize: float = 0.0  # probability

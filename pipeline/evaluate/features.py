@@ -77,6 +77,19 @@ def calibrate_batchnorm(
     return calibrated.eval()
 
 
+def effective_rank(features: Tensor) -> float:
+    """RankMe: exp of the entropy of the singular values of features `(N, D)`, between 1 and min(N, D).
+
+    Garrido et al. 2022, arXiv:2210.02885. Large where no direction is wasted, which a good representation needs but which
+    does not make it one; comparable between runs on the same images with backbones of the same width only.
+    """
+    rows = features.double()
+    gram = rows.T @ rows if len(rows) >= rows.shape[1] else rows @ rows.T
+    values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    shares = values / values.sum().clamp_min(1e-300) + 1e-7  # epsilon of the paper
+    return float(torch.exp(-(shares * shares.log()).sum()))
+
+
 def raw_pixels(images: Tensor) -> Tensor:
     """The images as plain vectors in [0, 1]: `(N, H * W * 3)`, float32. A backbone must beat them."""
     return images.flatten(1).float() / 255

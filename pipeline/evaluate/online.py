@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from methods.parts.contract import Method
+from methods.parts.errors import ConfigError
 from pipeline.config import RunConfig
 from pipeline.evaluate.clusters import Clusters, assign
-from pipeline.evaluate.features import Precision, extract
+from pipeline.evaluate.features import Precision, effective_rank, extract
 from pipeline.evaluate.knn import knn_accuracy
+from pipeline.evaluate.probes import linear_accuracy
 from pipeline.evaluate.protocols import MEMORY_LIMIT, KNNData
 from pipeline.ingest.manifest import Manifest
 from pipeline.ingest.stream import BadSlot, EvaluationImages, evaluation_images
@@ -26,6 +29,7 @@ class Online:
 
     Args:
         found_bad: told of the images that could not be decoded.
+        kept: where the images stay for others with the same data; None = they go with this object.
     """
 
     def __init__(
@@ -35,8 +39,10 @@ class Online:
         device: torch.device,
         dtype: torch.dtype,
         found_bad: Callable[[list[BadSlot]], None] = lambda bad: None,
+        kept: dict[Any, Any] | None = None,
     ) -> None:
         self.config, self.manifest, self.device, self.found_bad = config, manifest, device, found_bad
+        self.kept = {} if kept is None else kept
         self.precision: Precision = "bf16" if dtype is torch.bfloat16 else "float32"
 
     @cached_property
@@ -46,15 +52,42 @@ class Online:
         voting, asked = (self.manifest.labels[ids] for ids in (self.manifest.training_ids(fraction), self.manifest.held_out_ids(fraction)))
         return bool((asked >= 0).any()) and len(np.unique(voting[voting >= 0])) >= 2
 
-    def knn(self, backbone: nn.Module) -> float:
-        """Top-1 of a backbone on held-out images."""
-        data, settings = self.knn_data, self.config.evaluate
+    @property
+    def measures(self) -> bool:
+        """Whether there is anything to measure of a backbone.
+
+        Raises:
+            ConfigError: `evaluate.score` needs labels, and there are none.
+        """
+        wanted = self.config.evaluate.score
+        if wanted in ("knn", "linear") and not self.has_knn:
+            raise ConfigError(
+                f"evaluate.score={wanted}: {self.config.data.path} has no labels of two classes, or nothing is held out; use rankme"
+            )
+        return self.has_knn or wanted is not None
+
+    def measure(self, backbone: nn.Module) -> dict[str, float]:
+        """`knn`, top-1 of a backbone on held-out images, where there are labels; and `score`, if one is asked for."""
+        settings, found = self.config.evaluate, {}
+        if self.has_knn:
+            data = self.knn_data
+            bank, queries = self.features(backbone, data.bank), self.features(backbone, data.queries)
+            truth, asked = data.bank.labels, data.queries.labels
+            found["knn"] = knn_accuracy(bank, truth, queries, asked, settings.knn_k, settings.knn_temperature)
+            if settings.score == "knn":
+                found["score"] = found["knn"]
+            elif settings.score == "linear":
+                found["score"], _ = linear_accuracy(bank.numpy(), truth.numpy(), queries.numpy(), asked.numpy())
+        if settings.score == "rankme":
+            rows = bank if self.has_knn else self.features(backbone, self.clustered_images)
+            found["rankme"] = effective_rank(rows)
+            found["score"] = found["rankme"] / min(rows.shape)
+        return found
+
+    def features(self, backbone: nn.Module, part: EvaluationImages) -> Tensor:
+        """Features `(N, D)` of images kept here."""
         mean, std = self.config.data.mean, self.config.data.std
-        bank, queries = (
-            extract(backbone, part.images, mean=mean, std=std, device=self.device, precision=self.precision)
-            for part in (data.bank, data.queries)
-        )
-        return knn_accuracy(bank, data.bank.labels, queries, data.queries.labels, settings.knn_k, settings.knn_temperature)
+        return extract(backbone, part.images, mean=mean, std=std, device=self.device, precision=self.precision)
 
     def clusters(self, method: Method) -> Clusters:
         """Where a method puts the training images that vote in the kNN; without labels, as many others."""
@@ -64,8 +97,11 @@ class Online:
 
     @cached_property
     def knn_data(self) -> KNNData:
-        data = KNNData.load(self.config, self.manifest, self.config.evaluate.online_bank)
+        settings = self.config.evaluate
+        key = ("knn", self.config.data, self.config.evaluation_size, settings.online_bank, settings.knn_queries)
+        data = self.kept.get(key) or KNNData.load(self.config, self.manifest, settings.online_bank)
         assert data is not None
+        self.kept[key] = data
         self.found_bad([*data.bank.bad, *data.queries.bad])
         return data
 
@@ -76,6 +112,8 @@ class Online:
         size = self.config.evaluation_size
         most = min(self.config.evaluate.online_bank, max(1, MEMORY_LIMIT // (size * size * 3)))
         ids = np.random.default_rng(0).permutation(self.manifest.training_ids(self.config.data.held_out))[:most]
-        found = evaluation_images(self.manifest, np.sort(ids), size)
+        key = ("clusters", self.config.data, size, most)
+        found: EvaluationImages = self.kept.get(key) or evaluation_images(self.manifest, np.sort(ids), size)
+        self.kept[key] = found
         self.found_bad(found.bad)
         return found

@@ -24,12 +24,13 @@ TASK_NICENESS = 10
 ROOT = Path(__file__).resolve().parents[2]  # the checkout, or site-packages
 
 
-def start_ray(num_cpus: int | None = None, extra_cpus: int = 0) -> None:
+def start_ray(num_cpus: int | None = None, extra_cpus: int = 0, resources: dict[str, float] | None = None) -> None:
     """Start Ray in this process, quietly, or join the cluster that RAY_ADDRESS names. Does nothing if Ray runs.
 
     Args:
         num_cpus: logical CPUs of a local Ray; None = the machine's, at least 2.
         extra_cpus: more of them, for training workers, which take a part of one each.
+        resources: others by name that a local Ray shall have.
 
     Raises:
         ConfigError: no cluster can be joined at RAY_ADDRESS.
@@ -54,6 +55,7 @@ def start_ray(num_cpus: int | None = None, extra_cpus: int = 0) -> None:
                 ray.init(
                     "local",
                     num_cpus=(num_cpus or max(2, os.cpu_count() or 2)) + extra_cpus,
+                    resources=resources,
                     object_store_memory=int(min(2e9, 0.3 * memory)),
                     include_dashboard=False,
                     log_to_driver=False,

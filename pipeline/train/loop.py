@@ -38,7 +38,7 @@ class Position:
     """What a checkpoint holds beside the method and the optimizer."""
 
     step: int = 0  # completed optimizer steps
-    best_knn: float = -1.0
+    best_knn: float = -1.0  # or the best `score`, where one is measured
     best_step: int = -1
     bad: dict[int, str] = field(default_factory=dict)  # id of every image that could not be decoded -> reason
 
@@ -48,7 +48,8 @@ class Trainer:
     """One worker of a run; the only one, unless there is a process group. Rank 0 measures, reports and saves for all.
 
     Args:
-        online_knn: maps the evaluation backbone to top-1 on held-out training images, or None without labels and on other ranks.
+        online: maps the evaluation backbone to what is measured of it, such as `knn`, top-1 on held-out training images; None where
+            nothing can be measured, and on other ranks. `score`, or else `knn`, chooses the best checkpoint.
         online_clusters: maps the method to where it puts some training images, or None if it has no clusters and on other ranks.
         report: takes `(step, metrics)`; the sink decides where they go.
         stop: asked after every step; True on any worker ends the run with a whole checkpoint.
@@ -64,13 +65,14 @@ class Trainer:
     display: Screen
     report: Report
     images: int  # of the whole source
-    online_knn: Callable[[torch.nn.Module], float] | None = None
+    online: Callable[[torch.nn.Module], Mapping[str, float]] | None = None
     online_clusters: Callable[[Method], Clusters] | None = None
     stop: Callable[[], bool] = lambda: False
     position: Position = field(default_factory=Position)
     saved_step: int | None = None
     last_knn: float | None = None
     uploads: checkpoint.Uploads = field(default_factory=checkpoint.Uploads)
+    measured: Mapping[str, float] = field(default_factory=dict)  # last
 
     def __post_init__(self) -> None:
         self.forward: nn.Module = self.method
@@ -82,16 +84,28 @@ class Trainer:
         """Train until the last step, or until `stop`.
 
         Raises:
+            TrainingStopped, checkpoint.DiskFull: as in `stretches`.
+        """
+        for _ in self.stretches(batches):
+            pass
+
+    def stretches(self, batches: Iterator[Batch]) -> Iterator[Mapping[str, float]]:
+        """Train as `run` does, and pause wherever something is measured, with what was found; before the first step too.
+
+        A caller that does not go on closes the generator; the batches are its own to close.
+
+        Raises:
             TrainingStopped: a loss that is no number, or too many images that cannot be decoded.
             checkpoint.DiskFull: a checkpoint could not be written.
         """
         total, every = self.resolved.facts.total_steps, self.resolved.checkpoint_every
         guards = Guards(self.method, patience_steps=min(2 * self.resolved.facts.steps_per_epoch, total // 2))
         outputs: list[StepOutput] = []  # since the last point
-        measures = bool(all_reduce_max(torch.tensor(int(bool(self.online_knn or self.online_clusters)))))
+        measures = bool(all_reduce_max(torch.tensor(int(bool(self.online or self.online_clusters)))))
         if self.position.step == 0:
-            self.measure_knn()
+            self.measure()
             self.measure_clusters(guards)
+            yield self.measured
         self.method.train()
         for batch in batches:
             outputs.append(self.step(batch))
@@ -107,11 +121,13 @@ class Trainer:
                     self.display.say(f"[yellow]warning:[/yellow] {warning}")
                 if save or measure:
                     average_statistics(self.method)
-                improved = measure and bool(all_reduce_max(torch.tensor(int(self.measure_knn()))))
+                improved = measure and bool(all_reduce_max(torch.tensor(int(self.measure()))))
                 if measure:
                     self.measure_clusters(guards)
                 if save or improved:
                     self.save(best=improved)
+                if measure and not stopping:
+                    yield self.measured
             else:
                 self.display.update(step)
             if stopping:
@@ -189,20 +205,21 @@ class Trainer:
         self.report(step, metrics)
         return metrics
 
-    def measure_knn(self) -> bool:
-        """Online kNN of the evaluation backbone. True if it is the best so far, on rank 0."""
-        if self.online_knn is None:
+    def measure(self) -> bool:
+        """Online kNN of the evaluation backbone, and the like. True if it is the best so far, on rank 0."""
+        if self.online is None:
             return False
-        accuracy = self.online_knn(self.method.evaluation_backbone())
+        self.measured = self.online(self.method.evaluation_backbone())
         self.method.train()
         step = self.position.step
-        self.last_knn = accuracy
-        self.display.update(step, knn=accuracy)
-        self.folder.update(knn=accuracy)
-        self.report(step, {"knn": accuracy})
-        if accuracy <= self.position.best_knn or step == 0:
+        self.last_knn = self.measured.get("knn")
+        self.display.update(step, knn=self.last_knn)
+        self.folder.update(**{key: self.measured[key] for key in ("knn", "score") if key in self.measured})
+        self.report(step, self.measured)
+        score = self.measured.get("score", self.last_knn)
+        if score is None or score <= self.position.best_knn or step == 0:
             return False
-        self.position.best_knn, self.position.best_step = accuracy, step
+        self.position.best_knn, self.position.best_step = score, step
         return True
 
     def measure_clusters(self, guards: Guards) -> None:
@@ -244,7 +261,7 @@ class Trainer:
         if rank() == 0:
             self.uploads.wait()  # what is being sent must not be pruned
             checkpoint.save(self.folder.checkpoints, state, step=step, best=best, keep_every=self.config.train.keep_every)
-            self.folder.update(send=False, step=step, total_steps=self.resolved.facts.total_steps)
+            self.folder.keep(step=step, total_steps=self.resolved.facts.total_steps)
             self.uploads.begin(self.folder.path, step, self.config.train.keep_every)
         self.saved_step = step
 

@@ -31,17 +31,18 @@ class Prepared:
     method: Method
 
 
-def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = None) -> Prepared:
+def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = None, manifest: Manifest | None = None) -> Prepared:
     """Open the data, resolve the numbers and build the method.
 
     Args:
         start_from: fills the new backbone with weights.
+        manifest: the data, where it is open already.
 
     Raises:
         ConfigError: anything that cannot work.
     """
     config = with_absolute_paths(config)
-    manifest = open_source(config.data)
+    manifest = manifest or open_source(config.data)
     if config.evaluate.path is not None:
         open_source(dataclasses.replace(config.data, path=config.evaluate.path))
     training = manifest.num_training(config.data.held_out)

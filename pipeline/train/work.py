@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,21 +52,71 @@ def work(
     device: torch.device | None = None,
     local_workers: int = 1,
     tasks: int | None = None,
+    evaluate: bool = True,
 ) -> Done:
     """Train to the end, or until `stop`; then, on rank 0, evaluate, draw and export.
 
     Args:
-        state: what to start from where the run has no checkpoint yet; None = the weights that `ready` holds.
-        device: None = this process's best.
-        local_workers: workers on this machine, which share its cores.
         tasks: images are cut by so many tasks at a time for this worker; None = one per CPU of the cluster.
+        evaluate: False = only export at the end, as a trial of a search does: the test split is not read.
+
+    The others are those of `assemble`.
 
     Raises:
         TrainingStopped: a loss that is no number, or too many bad images.
         checkpoint.DiskFull: a checkpoint could not be written.
     """
+    trainer, online = assemble(ready, folder, state, screen=screen, report=report, stop=stop, device=device, local_workers=local_workers)
+    try:
+        trainer.run(batches(ready, trainer.position.step, tasks))
+    except BaseException:
+        with contextlib.suppress(checkpoint.DiskFull):
+            trainer.uploads.wait()  # the checkpoint that the message speaks of
+        raise
+    trainer.uploads.wait()
+    done = Done(trainer.position.step, trainer.position.step >= ready.resolved.facts.total_steps)
+    if not done.complete:
+        return done
+    final = trainer.state()
+    if rank() > 0:
+        return done
+    folder.update(state_sha256=checkpoint.state_hash(final))
+    method = trainer.method
+    if not evaluate:
+        exported(ready, folder, method.evaluation_backbone(), done.step, trainer.last_knn)
+        return done
+    screen.say("evaluating ...")
+    clusters = online.clusters(method) if method.has_clusters else None
+    return evaluated(done, ready, folder, method.evaluation_backbone(), report, trainer.last_knn, clusters, trainer.device)
+
+
+def assemble(
+    ready: Prepared,
+    folder: RunFolder,
+    state: checkpoint.State | None,
+    *,
+    screen: Screen,
+    report: Report,
+    stop: Callable[[], bool],
+    device: torch.device | None = None,
+    local_workers: int = 1,
+    pointer: Path | None = None,
+    kept: dict[Any, Any] | None = None,
+) -> tuple[Trainer, Online]:
+    """A trainer at the step from which the run goes on, and what measures its backbone.
+
+    Args:
+        state: what to start from where the run has no checkpoint yet; None = the weights that `ready` holds.
+        device: None = this process's best.
+        local_workers: workers on this machine, which share its cores.
+        pointer: a checkpoint, of another run perhaps, from which to go on whatever the run has itself.
+        kept: images of earlier runs in this process, for the next.
+
+    Raises:
+        ConfigError: `evaluate.score` cannot be measured, or another thread count than a deterministic run began with.
+    """
     config, resolved = ready.config, ready.resolved
-    own = checkpoint.pointed_to(folder.checkpoints)
+    own = pointer or checkpoint.pointed_to(folder.checkpoints)
     state = checkpoint.load(own) if own else state
     chosen, precision = choose_device(config)
     device = device or chosen
@@ -87,33 +139,18 @@ def work(
         images=len(ready.manifest) if resolved.facts.num_images else resolved.facts.total_steps * resolved.facts.global_batch_size,
         stop=stop,
     )
-    online = Online(config, ready.manifest, device, precision, trainer.note_bad)
+    online = Online(config, ready.manifest, device, precision, trainer.note_bad, kept)
     if rank() == 0:
-        trainer.online_knn = online.knn if online.has_knn else None
+        trainer.online = online.measure if online.measures else None
         trainer.online_clusters = online.clusters if method.has_clusters else None
     if state is not None:
         trainer.restore(state)
-        if own is None:  # a continued run owns its beginning
+        if own is None or pointer is not None:  # a continued run owns its beginning, and so does one that takes over another's state
+            trainer.saved_step = None
             trainer.save()
     if rank() == 0:
         keep_listed_bad(folder, trainer.position)
-    try:
-        trainer.run(batches(ready, trainer.position.step, tasks))
-    except BaseException:
-        with contextlib.suppress(checkpoint.DiskFull):
-            trainer.uploads.wait()  # the checkpoint that the message speaks of
-        raise
-    trainer.uploads.wait()
-    done = Done(trainer.position.step, trainer.position.step >= resolved.facts.total_steps)
-    if not done.complete:
-        return done
-    final = trainer.state()
-    if rank() > 0:
-        return done
-    folder.update(state_sha256=checkpoint.state_hash(final))
-    screen.say("evaluating ...")
-    clusters = online.clusters(method) if method.has_clusters else None
-    return evaluated(done, ready, folder, method.evaluation_backbone(), report, trainer.last_knn, clusters, device)
+    return trainer, online
 
 
 def batches(ready: Prepared, start: int, tasks: int | None = None) -> Iterator[Batch]:
@@ -150,19 +187,28 @@ def evaluated(
     write_json(folder.path / "evaluation.json", scores.to_dict())
     pictures = run_figures(ready, folder, backbone, scores, clusters, device)
     report(done.step, scores.metrics())
-    facts = {
+    exported(ready, folder, backbone, done.step, last_knn, scores.tags())
+    checkpoint.send(folder.path, done.step, config.train.keep_every)
+    return dataclasses.replace(done, scores=scores, pictures=[picture.name for picture in pictures])
+
+
+def exported(
+    ready: Prepared, folder: RunFolder, backbone: nn.Module, step: int, last_knn: float | None, tags: Mapping[str, str] | None = None
+) -> None:
+    """The backbone as a model that `evaluate`, `embed` and the registry take."""
+    config = ready.config
+    facts: dict[str, Any] = {
         "method": find(config.method).name,
         "recipe": config.recipe,
         "run": folder.name,
         "data_fingerprint": ready.manifest.fingerprint,
-        "steps": done.step,
+        "steps": step,
         "knn_held_out": last_knn,
-    } | scores.tags()
+    }
+    facts |= tags or {}
     registry.export(
         backbone, config.backbone, folder.model, size=config.evaluation_size, mean=config.data.mean, std=config.data.std, facts=facts
     )
-    checkpoint.send(folder.path, done.step, config.train.keep_every)
-    return dataclasses.replace(done, scores=scores, pictures=[picture.name for picture in pictures])
 
 
 def keep_listed_bad(folder: RunFolder, position: Position) -> None:

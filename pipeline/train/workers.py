@@ -55,6 +55,7 @@ def train_with_workers(
     stop: Callable[[], bool],
     news: Callable[[], None],
     before: Callable[[int], None],
+    evaluate: bool = True,
 ) -> Done:
     """Train on as many workers as are asked for and fit; go on after losses.
 
@@ -62,6 +63,7 @@ def train_with_workers(
         stop: asked a few times a second; True ends the run with a whole checkpoint.
         news: called when points may have been written.
         before: called with the step from which every attempt starts.
+        evaluate: as in `work`.
 
     Raises:
         ConfigError: so many workers do not fit.
@@ -76,7 +78,7 @@ def train_with_workers(
         workers, share = place(config, ready.config.data.lanes, say=screen.say)
         mirror.pull(folder.path)  # what the last workers saved
         try:
-            return _attempt(ready, folder, given, workers, share, screen=screen, stop=stop, news=news, before=before)
+            return _attempt(ready, folder, given, workers, share, screen=screen, stop=stop, news=news, before=before, evaluate=evaluate)
         except WorkersLost as loss:
             losses.append(last_step(folder))
             if losses.count(losses[-1]) > config.max_restarts:
@@ -171,6 +173,7 @@ def _attempt(
     stop: Callable[[], bool],
     news: Callable[[], None],
     before: Callable[[int], None],
+    evaluate: bool,
 ) -> Done:
     """One Ray Train run. With a fixed number of workers it restarts the group after a loss; a range ends it, to choose anew."""
     os.environ.update({key: value for key, value in SETTINGS.items() if key not in os.environ})
@@ -186,7 +189,7 @@ def _attempt(
     relay = ray.remote(relay_actor.Relay).options(num_cpus=0, scheduling_strategy=here).remote()
     spare = ray.cluster_resources().get("CPU", 1) - workers * share["CPU"]
     tasks = None if joins_cluster() else max(1, round(spare / workers))
-    settings = {"given": [given], "relay": relay, "tasks": tasks, "remote": mirror.remote_of(folder.path)}
+    settings = {"given": [given], "relay": relay, "tasks": tasks, "remote": mirror.remote_of(folder.path), "evaluate": evaluate}
     scratch = f".ray-{uuid.uuid4().hex[:8]}"
     trainer = _trainer_class()(
         relay_actor.enter,
@@ -270,6 +273,7 @@ def _worker(settings: dict[str, Any]) -> Done | None:
         if settings["remote"]:
             folder = RunFolder(mirror.second_copy(settings["remote"], f"worker-{context.get_local_rank()}"))
         common = {"device": get_device(), "local_workers": context.get_local_world_size(), "tasks": settings["tasks"]}
+        common["evaluate"] = settings.get("evaluate", True)
         if context.get_world_rank() > 0:
             work(ready, folder, state, screen=Mute(), report=lambda step, metrics: None, stop=lambda: False, **common)
             return None

@@ -91,7 +91,7 @@ def test_three_epochs_equal_the_original(golden, dtype: torch.dtype, close: dict
     values = golden("coke_trace_single_r04")
     bound, rate, temperature, beta, _, _, images, batch, _ = (float(v) for v in values["cfg"])
     images, batch = int(images), int(batch)
-    settings = {"lower_bound": bound, "dual_learning_rate": rate, "temperature": temperature, "predictor_weight": beta}
+    settings = {"constraint_ratio": bound, "dual_learning_rate": rate, "temperature": temperature, "predictor_weight": beta}
     method = coke(8, images, batch, dtype, num_clusters=(int(values["K"][0]),), **settings)
     (clusters,) = method.heads()
     clusters.previous.copy_(torch.from_numpy(values["center_init0"].T))
@@ -177,8 +177,8 @@ class Literal:
                         total -= beta * share * (target * log_p).sum() / batch / len(self.pre)
             for j in range(k):
                 count = sum(label == j for label in new)
-                self.rho[h][j] = rho[j] - c.dual_learning_rate * (count / batch - c.lower_bound / k)
-                if c.lower_bound < 1:
+                self.rho[h][j] = rho[j] - c.dual_learning_rate * (count / batch - c.constraint_ratio / k)
+                if c.constraint_ratio < 1:
                     self.rho[h][j] = max(self.rho[h][j], 0)
                 if count:
                     mean = (self.n[h][j] * cur[j] + sum(f[i] for i in range(batch) if new[i] == j)) / (self.n[h][j] + count)
@@ -215,13 +215,13 @@ class Literal:
     [
         (1, 0, {}),
         (1, 0, {"num_clusters": (4, 6, 9), "predictor_weight": 0.3}),
-        (1, 0, {"lower_bound": 0.0}),
-        (1, 0, {"lower_bound": 1.0}),
+        (1, 0, {"constraint_ratio": 0.0}),
+        (1, 0, {"constraint_ratio": 1.0}),
         (2, 0, {"predictor_weight": 0.5, "temperature": 0.05}),
         (2, 3, {"predictor_weight": 0.5, "temperature": 0.05, "num_clusters": (4, 7)}),
         (1, 0, {"predictor_weight": 0.0}),
         (1, 0, {"averaging_start_epoch": 2, "averaging_labels": 2}),
-        (1, 0, {"averaging_start_epoch": 1, "averaging_labels": 3, "num_clusters": (4, 7), "lower_bound": 1.0}),
+        (1, 0, {"averaging_start_epoch": 1, "averaging_labels": 3, "num_clusters": (4, 7), "constraint_ratio": 1.0}),
         (2, 1, {"averaging_start_epoch": 2, "averaging_labels": 5, "predictor_weight": 0.5}),
         (1, 0, {"labels_from": "current"}),
         (1, 0, {"centers_from": "current"}),

@@ -1,0 +1,142 @@
+"""What a person sees of a sweep: a live table on a terminal, elsewhere a line for every trial that ends; then the ranking."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from tuning.sweep import ranked, settings_ranked
+
+STYLES = {"running": "bold", "finished": "green", "stopped": "dim", "failed": "red", "interrupted": "yellow", "waiting": "dim"}
+MOST_ROWS = 20
+
+
+class Screen:
+    """Trials as they go.
+
+    Args:
+        trials: what is known of every trial so far, as in `trial.json`.
+    """
+
+    def __init__(self, console: Console, trials: Sequence[dict[str, Any]], total_steps: int, count: int) -> None:
+        self.console, self.total, self.count = console, total_steps, count
+        self.trials = {facts["number"]: facts for facts in trials}
+        self.began = time.monotonic()
+        self.live = Live(self.table(), console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> Screen:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.live:
+            self.live.stop()
+
+    def update(self, facts: dict[str, Any]) -> None:
+        self.trials[facts["number"]] = facts
+        if self.live:
+            self.live.update(self.table())
+
+    def ended(self, facts: dict[str, Any]) -> None:
+        self.update(facts)
+        if self.live is None:
+            done = sum(f["status"] not in ("waiting", "running") for f in self.trials.values())
+            reason = f"  {facts['error']}" if facts["error"] else ""
+            line = f"trial {facts['number']:03d}  {values_words(facts['values'])}  {score_words(facts)}  {facts['status']}"
+            minutes = (time.monotonic() - self.began) / 60
+            self.say(f"{line} at step {facts['step']}/{self.total}{reason}  [{done}/{self.count} ended, {minutes:.1f} min]")
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def table(self) -> Table:
+        shown = [f for f in self.trials.values() if f["status"] == "running"]
+        shown += [f for f in ranked(list(self.trials.values())) if f["status"] not in ("running", "waiting")]
+        waiting = self.count - len(shown)
+        left = f"; {waiting} wait" if waiting > 0 else ""
+        return ranking(shown[:MOST_ROWS], f"{len(shown)} of {self.count} trials{left}", self.total)
+
+
+def ranking(trials: Sequence[dict[str, Any]], title: str, total: int) -> Table:
+    """One line for each trial, in the order given."""
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    keys = list(trials[0]["values"]) if trials else []
+    table.add_column("trial", justify="right")
+    for key in keys:
+        table.add_column(key.rsplit(".", 1)[-1], justify="right")
+    for column in ("seed", "score", "step"):
+        table.add_column(column, justify="right")
+    table.add_column("state")
+    for facts in trials:
+        values = [value_word(facts["values"].get(key)) for key in keys]
+        state = facts["status"] + (f": {facts['error']}" if facts["error"] else "")
+        style = STYLES.get(facts["status"], "")
+        step = f"{facts['step']}/{total}"
+        table.add_row(f"{facts['number']:03d}", *values, str(facts["seed"]), score_words(facts), step, state, style=style)
+    return table
+
+
+def score_words(facts: Mapping[str, Any]) -> str:
+    return "-" if facts["score"] is None else f"{100 * facts['score']:.1f} %"
+
+
+def value_word(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "(" + ", ".join(map(value_word, value)) + ")"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def values_words(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key.rsplit('.', 1)[-1]} {value_word(value)}" for key, value in values.items())
+
+
+def settings_line(values: Mapping[str, Any]) -> str:
+    """Values as `--key value ...` on a command line."""
+    parts = []
+    for key, value in values.items():
+        flag = "--" + key.replace("_", "-")
+        if isinstance(value, bool):
+            parts.append(flag if value else f"{'.'.join(flag.split('.')[:-1])}.no-{flag.split('.')[-1]}")
+        else:
+            inner = value if isinstance(value, list | tuple) else [value]
+            parts.append(" ".join([flag, *(shlex.quote(value_word(v)) for v in inner)]))
+    return " ".join(parts)
+
+
+def conclusion(console: Console, facts: dict[str, Any], trials: Sequence[dict[str, Any]], where: str, model: str | None) -> None:
+    """The ranking, the best setting with its lead, and what can be done next."""
+    say = lambda text: console.print(text, highlight=False, soft_wrap=True, markup=False)  # noqa: E731
+    counts = {status: sum(t["status"] == status for t in trials) for status in STYLES}
+    summary = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    seconds = sum(t["seconds"] for t in trials)
+    console.print()
+    title = f"{len(trials)} trials: {summary}; {seconds / 60:.1f} min of training"
+    console.print(ranking(ranked(trials)[:MOST_ROWS], title, facts["total_steps"]))
+    say(f"\nscore: {facts['score_words']}")
+    best = settings_ranked(trials)
+    if not best:
+        say("no trial has finished, so there is no best setting")
+        return
+    values, mean, spread, group = best[0]
+    n = f", mean of {len(group)} seeds, standard deviation {100 * (spread or 0):.1f}" if spread is not None else ""
+    say(f"\nbest: {values_words(values)}  ({100 * mean:.1f} %{n})")
+    if len(best) > 1:
+        lead = f"{100 * (mean - best[1][1]):.1f} points above the second: {values_words(best[1][0])}"
+        alone = "" if spread is not None else "; one seed each: --seeds 3 says whether the lead is larger than chance"
+        say(f"      {lead}{alone}")
+    if model:
+        say(f"model: {model}, alias champion")
+    name, top = facts["name"], max(group, key=lambda t: t["score"])
+    say(
+        "\nnext\n"
+        f"  manyviews report {name}{where}   plots, a table and the best configuration as a page\n"
+        f"  manyviews evaluate {name}/trial-{top['number']:03d}{where}   the best trial on the test images\n"
+        f"  manyviews pretrain {facts['recipe']} {settings_line(values)}{where}   train with the best setting"
+    )

@@ -1,0 +1,125 @@
+"""The verbs `tune` and `report`: their options and help, without anything heavy until they run."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = """examples:
+  manyviews tune swav-small --space method.temperature=log:0.05:0.5 method.num_prototypes=choice:32,64,128
+  manyviews tune coke-small --space method.constraint_ratio          the range that stands beside the setting
+  manyviews tune msn-small --space method.mask_ratio=linear:0:0.7 --train.steps 150
+  manyviews tune swav-small --space optim.base_lr --seeds 3          every setting with three seeds
+
+ranges: KEY=log:LOW:HIGH  KEY=linear:LOW:HIGH  KEY=int:LOW:HIGH  KEY=choice:A,B,C  or a bare KEY, where the setting states one
+        (any setting by its dotted name: manyviews tune RECIPE --help; lists as choice:[0.05,0.3],[0.1,0.5])
+
+A trial is as long as the recipe says, or as --train.steps or --train.epochs say. ASHA lets the best third of the trials go
+on from each of its steps, so twelve trials cost about as much as five. Learning rates, queues and the like follow the
+searched values by the recipe's rules. `manyviews resume SWEEP` goes on with an interrupted sweep.
+"""
+
+
+def add_options(add: argparse.ArgumentParser) -> None:
+    """The options of `tune`."""
+    add.add_argument("recipe", nargs="?", metavar="RECIPE", help="a starting point; its settings can be changed below")
+    add.add_argument("--space", nargs="+", action="extend", default=[], metavar="KEY=RANGE", help="what to search, see below")
+    add.add_argument("--trials", type=int, metavar="N", help="settings to try (default: 12; a grid: all)")
+    add.add_argument("--search", default="random", metavar="NAME", help="random, grid or optuna (default: random)")
+    add.add_argument("--scheduler", default="asha", metavar="NAME", help="asha, none or pbt (default: asha)")
+    words = "what ranks the trials: knn or linear on held-out training images, or without labels rankme (default: knn)"
+    add.add_argument("--score", default="knn", metavar="NAME", help=words)
+    add.add_argument("--seeds", type=int, default=1, metavar="N", help="trials of each setting, each with another seed (default: 1)")
+    add.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws: the same seed draws the same trials (default: 0)")
+    add.add_argument("--points", type=int, default=4, metavar="N", help="values of each range in a grid (default: 4)")
+    add.add_argument("--grace", type=int, metavar="STEPS", help="steps before asha cuts, or between pbt's exchanges (default: by rule)")
+    add.add_argument("--concurrent", type=int, metavar="N", help="trials at the same time (default: one for four cores, or as many as fit)")
+    add.add_argument("--gpus", type=float, metavar="SHARE", help="part of a GPU for each trial, e.g. 0.5 (default: 1 where there are GPUs)")
+    add.add_argument("--name", metavar="SWEEP", help="name of the sweep (default: tune, recipe, date and time)")
+
+
+def tune(options: Any, settings: list[str], recipe: str, write: Callable[[Any, Any], None], console: Any) -> int:
+    from pipeline.settings import configured
+    from tuning import search
+
+    config = configured(recipe, settings)
+    command = " ".join(["manyviews", *map(shlex.quote, getattr(options, "argv", sys.argv[1:]))])
+    names = ("trials", "search", "scheduler", "score", "seeds", "seed", "grace", "points", "concurrent", "gpus")
+    asked = search.Asked(tuple(options.space), **{name: getattr(options, name) for name in names}, command=command)
+    made, code = search.tune(config, asked, runs_dir=_local(options), name=options.name, console=console)
+    write(options, summary(made))
+    return code
+
+
+def resume(reference: str, options: Any, write: Callable[[Any, Any], None], console: Any) -> int | None:
+    """Go on with a sweep of that name; None if there is none."""
+    from tuning import sweep
+
+    found = sweep.find(reference, Path(options.runs_dir))
+    if found is None:
+        return None
+    from tuning import search
+
+    code = search.resume(found, console)
+    write(options, summary(found))
+    return code
+
+
+def report(options: Any, settings: list[str]) -> int:
+    from methods.parts.errors import ConfigError
+    from tuning import sweep
+    from tuning.report import report as make  # type: ignore[import-not-found]
+
+    found = sweep.find(options.sweep, Path(options.runs_dir))
+    if found is None:
+        raise ConfigError(f"sweep={options.sweep}: no such sweep in {options.runs_dir}; `manyviews runs` lists what there is")
+    print(make(found.path, to=options.to))
+    return 0
+
+
+def summary(made: Any) -> dict[str, Any]:
+    """A sweep for `--json`."""
+    facts: dict[str, Any] = made.facts()
+    return facts | {"folder": str(made.path), "results": [trial.facts() for trial in made.trials()]}
+
+
+def listed(runs_dir: Path) -> list[dict[str, Any]]:
+    """Every sweep in the words of `runs`."""
+    from tuning.sweep import ENDED, settings_ranked, sweeps
+
+    rows = []
+    for found in sweeps(runs_dir):
+        facts, trials = found.facts(), [trial.facts() for trial in found.trials()]
+        best = settings_ranked(trials)
+        ended = sum(trial["status"] in ENDED for trial in trials)
+        rows.append(facts | {"ended_trials": ended, "best_score": best[0][1] if best else None, "folder": str(found.path)})
+    return rows
+
+
+def shown(reference: str, options: Any, write: Callable[[Any, Any], None], console: Any) -> bool:
+    """Print the ranking of a sweep of that name; False if there is none."""
+    from tuning import sweep
+
+    found = sweep.find(reference, Path(options.runs_dir))
+    if found is None:
+        return False
+    from tuning.screen import conclusion
+
+    where = "" if options.runs_given == "runs" else f" --runs-dir {options.runs_given}"
+    conclusion(console, found.facts(), [trial.facts() for trial in found.trials()], where, None)
+    write(options, summary(found))
+    return True
+
+
+def _local(options: Any) -> Path:
+    from methods.parts.errors import ConfigError
+
+    if "://" in options.runs_given:
+        raise ConfigError(
+            f"runs_dir={options.runs_given}: a sweep needs a folder that every node sees, not an object store; give a shared one"
+        )
+    return Path(options.runs_dir)
