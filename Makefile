@@ -59,7 +59,7 @@ bench: $(STAMP) ## the measurements behind every published figure
 	@for file in $(wildcard benchmarks/*.py); do echo "  $$file  $$(sed -n '1s/"""//gp' $$file)"; done
 
 study: $(STAMP) ## the papers' findings as studies
-	@echo "This version has no studies yet; the verbs it has: $(BIN)/manyviews --help"
+	@for name in byol-target coke-bound; do $(BIN)/manyviews study $$name || exit 1; done
 
 chaos: $(STAMP) ## kill a run again and again, resume it, and compare with a run that was left alone
 	@$(BIN)/python benchmarks/chaos.py

@@ -100,9 +100,13 @@ def parser() -> argparse.ArgumentParser:
     add = verb("tune", tune, "search over any settings of a recipe by Ray Tune", settings=COMMON, epilog=verbs_of_tuning.EXAMPLES)
     verbs_of_tuning.add_options(add)
 
-    add = verb("report", verbs_of_tuning.report, "draw a sweep: a page with plots, a table and the best configuration")
+    add = verb("report", report, "draw a sweep: a page with plots, a table and the best configuration")
     add.add_argument("sweep", metavar="SWEEP", help="name or folder of the sweep")
     add.add_argument("--to", type=Path, metavar="DIR", help="folder of the report (default: report/ in the sweep)")
+
+    add = verb("study", study, "try a paper's finding on small data: several arms and seeds, a table and a picture", settings=COMMON)
+    add.add_argument("name", nargs="?", metavar="NAME", help="which study; without a name, what there is")
+    add.add_argument("--seeds", type=int, metavar="N", help="runs of each arm (default: the study's own number)")
 
     add = verb("runs", runs, "list runs, their state and how to go on; one run in detail")
     add.add_argument("run", nargs="?", metavar="RUN_OR_SWEEP")
@@ -267,6 +271,14 @@ def recipes(options: Any, settings: list[str]) -> int:
 def tune(options: Any, settings: list[str]) -> int:
     recipe = _given(options, "recipe", "RECIPE")
     return verbs_of_tuning.tune(options, settings, recipe, screens.write_json, screens.console())
+
+
+def report(options: Any, settings: list[str]) -> int:
+    return verbs_of_tuning.report(options, screens.write_json, screens.console())
+
+
+def study(options: Any, settings: list[str]) -> int:
+    return verbs_of_tuning.study(options, settings, screens.write_json, screens.console())
 
 
 def runs(options: Any, settings: list[str]) -> int:

@@ -44,8 +44,12 @@ def parse_settings(config: RunConfig, settings: list[str], prog: str) -> RunConf
         raise ConfigError(_sentence(said.getvalue())) from None
     if unknown:
         raise unknown_key(unknown[0].removeprefix("--").replace("-", "_").split("=")[0], flatten(config))
-    given = {s.removeprefix("--").replace("-", "_").split("=")[0] for s in settings if s.startswith("--")}
-    return length_given(parsed, given)
+    return length_given(parsed, keys(settings))
+
+
+def keys(settings: list[str]) -> set[str]:
+    """Dotted names of the settings given as `--group.key value`."""
+    return {s.removeprefix("--").replace("-", "_").split("=")[0] for s in settings if s.startswith("--")}
 
 
 def _sentence(boxed: str) -> str:

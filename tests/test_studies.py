@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from methods.coke import CoKeConfig
 from methods.parts.errors import ConfigError
 from pipeline.config import RunConfig, flatten, resolve, to_yaml
 from pipeline.runs import RunFolder, write_json
@@ -23,8 +22,6 @@ from tuning.studies import BYOL, STUDIES, Results, Study
 
 @pytest.mark.parametrize("planned", STUDIES.values(), ids=STUDIES)
 def test_the_arms_of_a_study_are_configurations_that_differ_in_what_they_say(planned: Study) -> None:
-    if planned.name == "coke-bound" and "constraint_ratio" not in {f.name for f in fields(CoKeConfig)}:
-        pytest.skip("CoKe's bound is still called lower_bound")
     flat = [flatten(planned.config(arm, 1)) for arm in planned.arms]
     searched = {key for arm in planned.arms for key in arm.settings}
     for first, other in itertools.pairwise(flat):

@@ -1,8 +1,9 @@
-"""The verbs `tune` and `report`: their options and help, without anything heavy until they run."""
+"""The verbs `tune`, `report` and `study`: their options and help, without anything heavy until they run."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -69,15 +70,39 @@ def resume(reference: str, options: Any, write: Callable[[Any, Any], None], cons
     return code
 
 
-def report(options: Any, settings: list[str]) -> int:
+def report(options: Any, write: Callable[[Any, Any], None], console: Any) -> int:
     from methods.parts.errors import ConfigError
+    from tuning import report as of_sweeps
     from tuning import sweep
-    from tuning.report import report as make  # type: ignore[import-not-found]
 
     found = sweep.find(options.sweep, Path(options.runs_dir))
     if found is None:
         raise ConfigError(f"sweep={options.sweep}: no such sweep in {options.runs_dir}; `manyviews runs` lists what there is")
-    print(make(found.path, to=options.to))
+    page = of_sweeps.report(found.path, to=options.to)
+    console.print(of_sweeps.summary(found.path))
+    console.print(f"report    {page}", highlight=False, soft_wrap=True)
+    write(options, summary(found) | {"report": str(page)})
+    return 0
+
+
+def study(options: Any, settings: list[str], write: Callable[[Any, Any], None], console: Any) -> int:
+    from pipeline.config import flatten
+    from pipeline.recipes import load_recipe
+    from pipeline.settings import keys, parse_settings
+    from tuning import studies
+
+    if options.name is None or options.name.startswith("-"):
+        for found in studies.STUDIES.values():
+            console.print(f"[bold]{found.name}[/bold]  {found.question} ({found.paper})", highlight=False, soft_wrap=True)
+        return 0
+    planned = studies.find_study(options.name)
+    parsed = flatten(parse_settings(load_recipe(planned.recipe), settings, f"manyviews study {planned.name}"))
+    asked = keys(settings)
+    lengths = {"train.steps", "train.epochs"}  # the one makes the other None
+    given = {key: parsed[key] for key in asked | (lengths if asked & lengths else set())}
+    page = studies.study(planned.name, runs_dir=_local(options), console=console, settings=given, seeds=options.seeds)
+    console.print(f"study     {page}", highlight=False, soft_wrap=True)
+    write(options, json.loads((page.parent / "study.json").read_text()))
     return 0
 
 
