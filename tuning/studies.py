@@ -127,7 +127,7 @@ COKE = Study(
     figures=(
         Figure(key="smallest_cluster", words="smallest cluster, images"),
         Figure(key="largest_cluster", words="largest cluster, images"),
-        Figure(key="empty_clusters", words="empty clusters"),
+        Figure(key="clusters_empty_epoch", words="empty clusters", percent=True),
         Figure(key="label_agreement", words="share that keeps its label"),
         KNN,
     ),
