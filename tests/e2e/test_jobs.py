@@ -246,24 +246,16 @@ def test_a_job_stopped_in_the_middle_is_resumed_by_another(head: Head, tmp_path:
 
 
 def test_a_search_as_a_job_whose_trials_are_groups_of_two_workers(head: Head, tmp_path: Path) -> None:
-    """One after the other and cut for real: a group that went on would leave no room for the next."""
-    search = [
-        "--space",
-        "optim.base_lr=choice:4e-3,1e-9",
-        "method.temperature=choice:0.1,0.2",
-        "--search=grid",
-        "--grace=4",
-        "--name=groups",
-    ]
+    """One after the other; the second learns nothing and is cut: its group is killed, and the job ends all the same."""
+    search = ["--space", "optim.base_lr=choice:6e-3,1e-9", "--search=grid", "--grace=4", "--concurrent=1", "--name=groups"]
     settings = ["--train.steps=12", "--evaluate.knn-every=4", "--train.workers=2", "--train.threads=1", f"--runs-dir={tmp_path}"]
-    log = head.run("tune", *TINY, *settings, *search)
+    # Ray's own warning about the number of processes may be in the log: each group brings four beside its workers
+    status, log = head.finish(head.submit(shlex.join(["python", "manyviews.py", "tune", *TINY, *settings, *search])), timeout_s=480)
+    assert status == "SUCCEEDED", log
     trials = [json.loads(path.read_text()) for path in sorted((tmp_path / "groups").glob("trial-*/trial.json"))]
-    assert len(trials) == 4 and {t["status"] for t in trials} <= {"finished", "stopped"}, log
-    assert {t["step"] for t in trials if t["status"] == "finished"} == {12}
-    assert any(t["status"] == "stopped" and t["step"] == 4 for t in trials), [(t["score"], t["step"]) for t in trials]
-    assert "alias champion" in log and "4/4 ended" in log
-    left = [p.cmdline() for p in head.processes() if "RayTrainWorker" in " ".join(p.cmdline())]
-    assert not left
+    assert [(t["status"], t["step"]) for t in trials] == [("finished", 12), ("stopped", 4)], log
+    assert "alias champion" in log and "[2/2 ended" in log
+    wait_until(lambda: not [p for p in head.processes() if "RayTrainWorker" in " ".join(p.cmdline())], 30, lambda: "a group lives on")
 
 
 def test_a_wrong_setting_fails_the_job_with_one_sentence(head: Head) -> None:
