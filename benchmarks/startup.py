@@ -86,7 +86,7 @@ def wait(process: subprocess.Popen[bytes], processes: Processes, run: Path, beyo
     """Seconds until a point beyond this step is written."""
     began = time.monotonic()
     while not any(point["step"] > beyond for point in steps(run)):
-        if process.poll() is not None or time.monotonic() - began > 300:
+        if process.poll() is not None or time.monotonic() - began > 600:
             processes.end()
             raise SystemExit(f"no step beyond {beyond}; exit code {process.poll()}")
         processes.look()
