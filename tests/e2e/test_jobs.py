@@ -247,13 +247,13 @@ def test_a_job_stopped_in_the_middle_is_resumed_by_another(head: Head, tmp_path:
 
 def test_a_search_as_a_job_whose_trials_are_groups_of_two_workers(head: Head, tmp_path: Path) -> None:
     """One after the other; the second learns nothing and is cut: its group is killed, and the job ends all the same."""
-    search = ["--space", "optim.base_lr=choice:6e-3,1e-9", "--search=grid", "--grace=4", "--concurrent=1", "--name=groups"]
+    search = ["--space", "optim.base_lr=choice:6e-3,1e-9", "--search=grid", "--grace=8", "--concurrent=1", "--name=groups"]
     settings = ["--train.steps=12", "--evaluate.knn-every=4", "--train.workers=2", "--train.threads=1", f"--runs-dir={tmp_path}"]
     # Ray's own warning about the number of processes may be in the log: each group brings four beside its workers
     status, log = head.finish(head.submit(shlex.join(["python", "manyviews.py", "tune", *TINY, *settings, *search])), timeout_s=480)
     assert status == "SUCCEEDED", log
     trials = [json.loads(path.read_text()) for path in sorted((tmp_path / "groups").glob("trial-*/trial.json"))]
-    assert [(t["status"], t["step"]) for t in trials] == [("finished", 12), ("stopped", 4)], log
+    assert [(t["status"], t["step"]) for t in trials] == [("finished", 12), ("stopped", 8)], log
     assert "alias champion" in log and "[2/2 ended" in log
     wait_until(lambda: not [p for p in head.processes() if "RayTrainWorker" in " ".join(p.cmdline())], 30, lambda: "a group lives on")
 

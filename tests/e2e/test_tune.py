@@ -49,7 +49,7 @@ def mlflow_runs(runs: Path) -> dict[str, Any]:
 def asha(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Four trials, half of them with a learning rate of nearly 0; and what was printed."""
     runs = tmp_path_factory.mktemp("tune")
-    space = ["--space", "optim.base_lr=choice:4e-3,1e-9", "method.num_prototypes=choice:16,32", "--search", "grid", "--grace", "4"]
+    space = ["--space", "optim.base_lr=choice:4e-3,1e-9", "method.num_prototypes=choice:16,32", "--search", "grid", "--grace", "8"]
     done = here("tune", *TINY, *space, f"--runs-dir={runs}", "--name=first", f"--json={runs / 'first.json'}")
     return runs, done.stdout
 
@@ -57,9 +57,9 @@ def asha(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 def test_asha_cuts_the_worse_trials_and_ranks_the_others(asha: tuple[Path, str]) -> None:
     runs, said = asha
     facts, trials = json.loads((runs / "first" / "sweep.json").read_text()), results(runs / "first")
-    assert (facts["status"], facts["rungs"], facts["trials"]) == ("finished", [4], 4)
+    assert (facts["status"], facts["rungs"], facts["trials"]) == ("finished", [8], 4)
     stopped = [t for t in trials if t["status"] == "stopped"]
-    assert stopped and all(t["step"] == 4 and t["score"] is not None for t in stopped)
+    assert stopped and all(t["step"] == 8 and t["score"] is not None for t in stopped)
     assert {t["status"] for t in trials} == {"finished", "stopped"}
     for trial in trials:
         points = read_points(runs / "first" / f"trial-{trial['number']:03d}")
@@ -106,7 +106,7 @@ def test_a_trial_is_an_ordinary_run_that_goes_on_after_a_cut(asha: tuple[Path, s
     runs, _ = asha
     cut = next(t for t in results(runs / "first") if t["status"] == "stopped")
     done = here("resume", f"first/trial-{cut['number']:03d}", f"--runs-dir={runs}")
-    assert "from step 4" in done.stdout and "step 12/12" in done.stdout
+    assert "from step 8" in done.stdout and "step 12/12" in done.stdout
     listed = here("runs", f"--runs-dir={runs}").stdout
     assert "first" in listed and "4/4" in listed and "report" in listed
 
