@@ -19,12 +19,10 @@ ROOT = Path(__file__).parent.parent
 EXIT_STATUS = pytest.StashKey[int]()
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """For `-n 2 --dist loadgroup`: a file stays in one process, which makes its fixtures once, and all end-to-end tests in one."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group("e2e" if item.get_closest_marker("e2e") else item.path.stem))
+    if item.config.pluginmanager.hasplugin("xdist"):  # it reads the marks of the whole collection, before hooks of ours could
+        item.add_marker(pytest.mark.xdist_group("e2e" if item.get_closest_marker("e2e") else item.path.stem))
 
 
 @pytest.hookimpl(trylast=True)
