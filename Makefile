@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 # two processes: one for the end-to-end tests in their order, one for all others; the former leave a core idle half of the time
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n 2
 STAMP  := $(VENV)/.manyviews-installed
 
 export OMP_WAIT_POLICY ?= PASSIVE

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +20,18 @@ ROOT = Path(__file__).parent.parent
 EXIT_STATUS = pytest.StashKey[int]()
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """For `-n 2 --dist loadgroup`: a file stays in one process, which makes its fixtures once, and all end-to-end tests in one."""
-    if item.config.pluginmanager.hasplugin("xdist"):  # it reads the marks of the whole collection, before hooks of ours could
-        item.add_marker(pytest.mark.xdist_group("e2e" if item.get_closest_marker("e2e") else item.path.stem))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For `-n 2`: a file stays in one process, which makes its fixtures once, and all end-to-end tests in one, in their order."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "e2e" if "/e2e/" in file else file
+
+    config.option.loadscopereorder = False  # the longest scope is the first as it is
+    return ByFile(config, log)
 
 
 @pytest.hookimpl(trylast=True)
