@@ -15,9 +15,9 @@ from pipeline.config import override
 from pipeline.evaluate.features import effective_rank
 from pipeline.recipes import load_recipe
 from pipeline.runs import RunFolder
-from tuning import draws, plan, search, sweep
-from tuning.plan import Asked
+from tuning import draws, search, sweep
 from tuning.screen import settings_line
+from tuning.search import Asked
 from tuning.spaces import parse_space
 
 SWAV = override(load_recipe("swav-small"), {"data.path": "patches:per_photo=16", "train.global_batch_size": 32, "backbone.width": 0.125})
@@ -155,13 +155,13 @@ def test_rungs_come_after_the_warm_up_and_the_queue_and_leave_room() -> None:
     config = override(SWAV, {"train.steps": 900, "evaluate.knn_every": 10})
 
     def first(**changes) -> int:
-        return plan.planned(override(config, changes), Asked(scheduler="asha"), 288, 320)["rungs"][0]
+        return search.planned(override(config, changes), Asked(scheduler="asha"), 288, 320)["rungs"][0]
 
     assert first() == 100, "a ninth: two more rungs fit"
     assert first(**{"optim.warmup_epochs": 20}) == 180, "9 steps an epoch"
     assert first(**{"method.queue_length": 320, "method.queue_start_epoch": 30}) == 280, "270 until it fills, 10 until it is full"
-    assert plan.planned(config, Asked(grace=33), 288, 320)["rungs"] == [40, 120, 360]
-    assert plan.planned(config, Asked(scheduler="pbt", grace=300), 288, 320)["rungs"] == [300, 600]
+    assert search.planned(config, Asked(grace=33), 288, 320)["rungs"] == [40, 120, 360]
+    assert search.planned(config, Asked(scheduler="pbt", grace=300), 288, 320)["rungs"] == [300, 600]
 
 
 def test_asha_goes_on_where_an_earlier_process_stopped() -> None:

@@ -46,12 +46,11 @@ def add_options(add: argparse.ArgumentParser) -> None:
 def tune(options: Any, settings: list[str], recipe: str, write: Callable[[Any, Any], None], console: Any) -> int:
     from pipeline.settings import configured
     from tuning import search
-    from tuning.plan import Asked
 
     config = configured(recipe, settings)
     command = " ".join(["manyviews", *map(shlex.quote, getattr(options, "argv", sys.argv[1:]))])
     names = ("trials", "search", "scheduler", "score", "seeds", "seed", "grace", "points", "concurrent", "gpus")
-    asked = Asked(tuple(options.space), **{name: getattr(options, name) for name in names}, command=command)
+    asked = search.Asked(tuple(options.space), **{name: getattr(options, name) for name in names}, command=command)
     made, code = search.tune(config, asked, runs_dir=_local(options), name=options.name, console=console)
     write(options, summary(made))
     return code
