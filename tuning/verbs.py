@@ -72,7 +72,7 @@ def resume(reference: str, options: Any, write: Callable[[Any, Any], None], cons
 def report(options: Any, settings: list[str]) -> int:
     from methods.parts.errors import ConfigError
     from tuning import sweep
-    from tuning.report import report as make  # type: ignore[import-not-found]
+    from tuning.report import report as make  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     found = sweep.find(options.sweep, Path(options.runs_dir))
     if found is None:
