@@ -57,6 +57,15 @@ def checker(config: RunConfig, num_training: int | None, num_ids: int | None) ->
     return check
 
 
+def refusal(check: Check, values: dict[str, Any]) -> str | None:
+    """Why a setting cannot work, or None."""
+    try:
+        check(values)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
 def check_corners(knobs: Sequence[Knob], check: Check) -> None:
     """Every extreme of every knob must work in some combination with the others.
 

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import logging
 import math
 import os
-import shutil
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,32 +13,20 @@ from rich.console import Console
 
 from methods.parts.contract import find as find_method
 from methods.parts.errors import ConfigError
-from pipeline import registry
 from pipeline.config import RunConfig, resolve
 from pipeline.ingest.manifest import Manifest
 from pipeline.ingest.sources import open_source
-from pipeline.ingest.stream import start_ray
-from pipeline.points import read_points
 from pipeline.runs import hold
 from pipeline.tracking import Tracker
 from pipeline.train.launch import interruptible
 from pipeline.train.prepare import with_absolute_paths
 from tuning import draws
+from tuning.ending import champion, conclude, introduce
+from tuning.running import room, run_trials, stopping
 from tuning.spaces import Knob, parse_space
-from tuning.sweep import ENDED, LOSS_WORDS, SCORE_WORDS, Sweep, create, score_words, settings_ranked, track_uri
+from tuning.sweep import ENDED, LOSS_WORDS, SCORE_WORDS, Sweep, create, score_words, track_uri
 
 SEARCHES, SCHEDULERS = ("random", "grid", "optuna"), ("asha", "none", "pbt")
-LOCAL_SHARE = 0.25  # logical CPUs of a trial on one machine, whose cores its torch threads and the image tasks share by priority
-SLOT = "trials"  # a resource of a local Ray
-QUIET = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that failed has no score
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours asks trials to end with whole checkpoints
-    "TUNE_GLOBAL_CHECKPOINT_S": "600",  # its snapshots are not what a sweep goes on from
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-}
 
 
 @dataclass(frozen=True)
@@ -117,7 +99,7 @@ def tune(config: RunConfig, asked: Asked, *, runs_dir: Path, name: str | None, c
     }
     sweep = create(runs_dir, name, config, facts | room(config, asked.concurrent, asked.gpus, count))
     for number, values in enumerate(v for v in settings for _ in range(asked.seeds)):
-        sweep.add(number, values, config.train.seed + number % asked.seeds, refusal(check, values))
+        sweep.add(number, values, config.train.seed + number % asked.seeds, draws.refusal(check, values))
     return sweep, fit(sweep, console)
 
 
@@ -201,15 +183,6 @@ def planned(config: RunConfig, asked: Asked, training: int | None, ids: int | No
     return {"total_steps": total, "measure_every": every, "rungs": rungs}
 
 
-def refusal(check: draws.Check, values: dict[str, Any]) -> str | None:
-    """Why a setting cannot work, or None."""
-    try:
-        check(values)
-    except ConfigError as error:
-        return str(error)
-    return None
-
-
 def asked_images(score: str, config: RunConfig, manifest: Manifest) -> int:
     """How many held-out images have labels.
 
@@ -264,237 +237,3 @@ def fit(sweep: Sweep, console: Console) -> int:
             unsent = book.close("finished" if status == "finished" else status)
             sweep.update(status=status, ended=time.time())
     return conclude(sweep, console, status, model, unsent)
-
-
-def room(config: RunConfig, asked: int | None, gpus_asked: float | None, trials: int) -> dict[str, Any]:
-    """Start or join Ray and settle how many trials run at the same time, so that one whole CPU stays free for cutting images.
-
-    Returns:
-        `concurrent`, `cluster`, and the resources of a trial, or of each of its workers, as `share`.
-
-    Raises:
-        ConfigError: so many do not fit.
-    """
-    import ray
-
-    from pipeline.ingest.ray_data import joins_cluster
-    from pipeline.train.workers import CPU_WORKER, GPU_WORKER, fits
-
-    workers, cores = config.train.worker_range[0], os.cpu_count() or 1
-    cluster = joins_cluster()
-    concurrent = asked or (1 if workers else max(1, cores // 4))
-    start_ray(extra_cpus=math.ceil(LOCAL_SHARE * max(1, workers) * concurrent), resources={SLOT: concurrent})
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = any(node.get("GPU", 0) for node in nodes)
-    if gpus_asked and not gpus:
-        raise ConfigError(f"--gpus {gpus_asked:g}: there is no GPU here; leave it out")
-    share = dict(GPU_WORKER if gpus else CPU_WORKER) if workers else {"CPU": 1.0 if cluster or gpus else LOCAL_SHARE}
-    if gpus and not workers:
-        share["GPU"] = gpus_asked or 1.0
-    elif workers and gpus_asked:
-        raise ConfigError(f"--gpus {gpus_asked:g}: each worker of train.workers={config.train.workers} takes a whole GPU; leave it out")
-    group = max(1, workers)
-    if not asked and (cluster or gpus):
-        concurrent = max((n for n in range(1, trials + 1) if fits(n * group, share, nodes)), default=1)
-    if not fits(concurrent * group, share, nodes):
-        there = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
-        each = ", ".join(f"{amount:g} {key}" for key, amount in share.items())
-        raise ConfigError(
-            f"--concurrent {concurrent}: {concurrent * group} workers with {each} each, beside one whole free CPU for cutting images, "
-            f"do not fit on the nodes there are ({there}); use fewer, or --gpus below 1"
-        )
-    if not workers and ray.cluster_resources().get(SLOT, 0) >= concurrent:  # limits a population, all of whose trials are there at once
-        share[SLOT] = 1
-    return {"concurrent": concurrent, "cluster": cluster, "share": share}
-
-
-def run_trials(sweep: Sweep, config: RunConfig, book: Any, stop: threading.Event) -> None:
-    """Ray Tune over all trials that have not ended."""
-    os.environ.update({key: value for key, value in QUIET.items() if key not in os.environ})
-    import ray
-    from ray import tune as ray_tune
-
-    from tuning import schedulers
-    from tuning.trial import InProcess, by_group
-
-    for name in ("ray.tune", "ray.train", "ray.air", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    facts = sweep.facts()
-    knobs = parse_space([f"{key}={range_['text']}" for key, range_ in facts["space"].items()], config)
-    total = facts["total_steps"]
-    spare = ray.cluster_resources().get("CPU", 1) - facts["concurrent"] * facts["share"]["CPU"]
-    common = {"sweep": str(sweep.path), "concurrent": facts["concurrent"], "from": []}
-    common["tasks"] = None if facts["cluster"] else max(1, round(spare / facts["concurrent"]))
-
-    scheduler: Any = None
-    if facts["scheduler"] == "asha" and facts["rungs"]:
-        scheduler = schedulers.Halving(facts["rungs"][0], total)
-    elif facts["scheduler"] == "pbt":
-        scheduler = schedulers.Population(facts["rungs"][0], knobs, facts["seed"] + len(list(sweep.path.glob("ray/*"))))
-    waiting = []
-    for of in sweep.trials():
-        trial = of.facts()
-        if trial["status"] not in ENDED:
-            waiting.append(common | {key: trial[key] for key in ("number", "values", "seed")} | {"from": trial["from"] or []})
-            if (of.path / "tracking.json").is_file():
-                book.reopen(of)
-        scores = [(p["step"], p["metrics"]["score"]) for p in read_points(of.path) if "score" in p["metrics"]]
-        if isinstance(scheduler, schedulers.Halving) and scores:
-            scheduler.replay(trial["number"], scores)
-
-    optuna = schedulers.Optuna(knobs, facts["seed"], [t.facts() for t in sweep.trials()]) if facts["search"] == "optuna" else None
-    check = checker_of(config) if optuna else None
-
-    def more() -> Any:
-        """Optuna's next trial; a setting that cannot work is written down and another one asked for."""
-        number = len(sweep.trials())
-        while optuna is not None and check is not None and not stop.is_set() and number < facts["trials"]:
-            repeat = number % facts["seeds"]
-            values = sweep.trial(number - 1).facts()["values"] if repeat else optuna.ask(number)
-            seed, error = config.train.seed + repeat, refusal(check, values)
-            of = sweep.add(number, values, seed, error)
-            if error is None:
-                return common | {"number": number, "values": values, "seed": seed}
-            optuna.tell(number, {})
-            book.screen.ended(of.facts())
-            number += 1
-        return None
-
-    limited = facts["scheduler"] != "pbt"  # a population must all be there to be compared: resources limit it
-    group = bool(facts["workers"])
-    trainable: Any = ray_tune.with_resources(by_group, {"CPU": 0.01}) if group else ray_tune.with_resources(InProcess, facts["share"])
-    restarts = 0 if group else config.train.max_restarts  # a group starts its workers again by itself
-    storage = sweep.path / "ray"
-    tuner = ray_tune.Tuner(
-        trainable,
-        tune_config=ray_tune.TuneConfig(
-            scheduler=scheduler,
-            search_alg=schedulers.Queue(waiting, more, optuna.tell if optuna else lambda number, result: None, stop.is_set),
-            num_samples=max(1, len(waiting)) if optuna is None else facts["trials"],
-            max_concurrent_trials=facts["concurrent"] if limited else None,
-            reuse_actors=not group,
-            trial_name_creator=lambda trial: f"trial-{trial.config['number']:03d}",
-            trial_dirname_creator=lambda trial: f"trial-{trial.config['number']:03d}",
-        ),
-        run_config=ray_tune.RunConfig(
-            name=f"life-{len(list(storage.glob('life-*'))):03d}",
-            storage_path=str(storage),
-            callbacks=[book],
-            failure_config=ray_tune.FailureConfig(max_failures=restarts),
-            verbose=0,
-        ),
-    )
-    if not waiting and optuna is None:
-        return
-    with quiet():
-        tuner.fit()
-
-
-def checker_of(config: RunConfig) -> draws.Check:
-    manifest = open_source(config.data)
-    training = manifest.num_training(config.data.held_out)
-    return draws.checker(config, training, None if training is None else len(manifest))
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Ray Tune's own words stay out of the user's screen."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-@contextlib.contextmanager
-def stopping(sweep: Sweep, stop: threading.Event) -> Iterator[None]:
-    """Pass the wish to stop on to all trials, wherever they run."""
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.is_set():
-            if stop.wait(0.2):
-                (sweep.path / ".stop").touch()
-                return
-
-    thread = threading.Thread(target=watch, name="stopping", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
-# ---------------------------------------------------------------------------- words and the end
-
-
-def introduce(sweep: Sweep, console: Console) -> None:
-    """What is about to happen, in a few lines."""
-    facts = sweep.facts()
-    say = lambda key, text: console.print(f"[bold]{key:9}[/bold] {text}", highlight=False, soft_wrap=True)  # noqa: E731
-    say("sweep", str(sweep.path))
-    for key, range_ in facts["space"].items():
-        say("search", f"{key} {range_['text']}" + (f" ({range_['reason']})" if range_["reason"] else ""))
-    ended = sum(t.facts()["status"] in ENDED for t in sweep.trials())
-    seeds = f", {facts['seeds']} seeds of each setting" if facts["seeds"] > 1 else ""
-    kept = f", of which {ended} have ended" if ended else ""
-    where = f"{facts['workers']} workers each" if facts["workers"] else "in process"
-    say("trials", f"{facts['trials']} by {facts['search']} search{seeds}{kept}; {facts['concurrent']} at a time, {where}")
-    rungs = ", ".join(map(str, facts["rungs"][:6])) + (" ..." if len(facts["rungs"]) > 6 else "")
-    words = {"asha": f"asha cuts at steps {rungs}: the best third goes on", "pbt": f"pbt exchanges at steps {rungs}", "none": "none is cut"}
-    cut = words[facts["scheduler"]] if rungs or facts["scheduler"] == "none" else "none is cut: a trial is too short"
-    say("plan", f"at most {facts['total_steps']} steps each, measured every {facts['measure_every']}; {cut}")
-    say("score", facts["score_words"])
-
-
-def champion(sweep: Sweep, config: RunConfig, console: Console) -> str | None:
-    """Register the best trial's backbone; a registry that is down must not fail the sweep."""
-    best = settings_ranked([t.facts() for t in sweep.trials()])
-    if not best:
-        return None
-    values, _, _, group = best[0]
-    number = max(group, key=lambda trial: trial["score"])["number"]
-    run = sweep.trial(number).run
-    uri = sweep.facts()["track_uri"]
-    try:
-        _, spec = registry.read_export(run.model)
-        tags = {key: str(value) for key, value in spec.facts.items() if value is not None}
-        model = registry.register(
-            run.model,
-            name=config.track.model_name or config.recipe or find_method(config.method).name,
-            uri=uri,
-            run_id=_run_id(run.path),
-            tags=tags | {"sweep": sweep.name, "trial": run.name} | {key: str(value) for key, value in values.items()},
-            held_out_knn=spec.facts.get("knn_held_out"),
-            experiment=config.track.experiment,
-        )
-        registry.set_alias(model, "champion", uri)
-    except ConfigError as error:
-        console.print(f"not registered: {error}", highlight=False, soft_wrap=True)
-        return None
-    run.update(model=model.uri, model_version=model.version)
-    sweep.update(best=number, model=model.uri)
-    return model.uri
-
-
-def _run_id(folder: Path) -> str | None:
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        found: str | None = json.loads((folder / "tracking.json").read_text())["run_id"]
-        return found
-    return None
-
-
-def conclude(sweep: Sweep, console: Console, status: str, model: str | None, unsent: int) -> int:
-    from tuning.screen import conclusion
-
-    facts, trials = sweep.facts(), [t.facts() for t in sweep.trials()]
-    if status != "interrupted":
-        shutil.rmtree(sweep.path / "ray", ignore_errors=True)
-    where = "" if sweep.path.parent == Path("runs").resolve() else f" --runs-dir {sweep.path.parent}"
-    conclusion(console, facts, trials, where, model)
-    if unsent:
-        console.print(f"{unsent} entries have not reached MLflow; they are kept in the trials' folders", highlight=False)
-    if status == "interrupted":
-        console.print(f"interrupted; go on with: manyviews resume {sweep.name}{where}", highlight=False, soft_wrap=True)
-    return 0 if status == "finished" else 1

@@ -1,6 +1,6 @@
 """A sweep against the same runs one by one: wall time of both as a user starts them, and how soon trials start.
 
-    python benchmarks/tuning.py --trials 4 --steps 60
+    python benchmarks/sweeps.py --trials 4 --steps 60
 
 The single runs are `manyviews pretrain` with each trial's values, in the same order; nothing is cut. Both share the machine
 with whatever else runs, so half of the single runs come before the sweep and half after it.
