@@ -79,15 +79,16 @@ def cifar10_small() -> RunConfig:
 
 @recipe("coke-two-views-cifar10-small")
 def two_views_cifar10_small() -> RunConfig:
-    """CIFAR-10 on two CPU cores: a 0.7 M-parameter ResNet, two crops of 32 with soft labels, batch 128, 2,000 steps."""
+    """CIFAR-10 on two CPU cores: a 0.7 M-parameter ResNet, two crops of 32 with soft labels, batch 128, 1,500 steps."""
     single = cifar10_small()
     first = single.views["global"]
-    clusters = CoKeConfig(num_clusters=(100, 130, 160), temperature=0.05, predictor_weight=0.5)
+    # in so few passes the paper's 0.2 and 0.05 leave the predictions even: the soft labels agree on nothing, and win
+    clusters = CoKeConfig(num_clusters=(100, 130, 160), temperature=0.1, predictor_weight=0.5, label_weight=0.6)
     return replace(
         single,
         views={"first": first, "second": replace(first, solarize=0.2)},
         method=replace(clusters, projector_layers=2, projector_hidden=256, predictor_hidden=256),
-        train=replace(single.train, steps=2000),
+        train=replace(single.train, steps=1500),
     )
 
 
