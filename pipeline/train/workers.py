@@ -7,6 +7,7 @@ many as fit. Either way each begins at the run's last checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
@@ -75,7 +76,7 @@ def train_with_workers(
     given = ray.put((ready, folder, state))
     losses: list[int] = []
     while True:
-        workers, share = place(config, ready.config.data.lanes, say=screen.say)
+        workers, share = place(config, ready.config.data.lanes, say=screen.say, doubtful=bool(losses))
         mirror.pull(folder.path)  # what the last workers saved
         try:
             return _attempt(ready, folder, given, workers, share, screen=screen, stop=stop, news=news, before=before, evaluate=evaluate)
@@ -95,8 +96,11 @@ def last_step(folder: RunFolder) -> int:
 # ---------------------------------------------------------------------------- placing
 
 
-def place(config: TrainConfig, lanes: int, *, say: Callable[[str], None]) -> tuple[int, dict[str, float]]:
+def place(config: TrainConfig, lanes: int, *, say: Callable[[str], None], doubtful: bool = False) -> tuple[int, dict[str, float]]:
     """How many workers, and the resources of each; waits for a growing cluster.
+
+    Args:
+        doubtful: ask every node whether it is there: Ray lists one that died for some time yet.
 
     Raises:
         ConfigError: not even the fewest fit, after `train.wait_s` on a cluster, at once on one machine.
@@ -109,7 +113,8 @@ def place(config: TrainConfig, lanes: int, *, say: Callable[[str], None]) -> tup
     deadline = time.monotonic() + (config.wait_s if joins_cluster() else 0.0)
     waiting = False
     while True:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        listed = [node for node in ray.nodes() if node["Alive"]]
+        nodes = [node["Resources"] for node in (answering(listed) if doubtful else listed)]
         fitting = [w for w in choices if fits(w, share, nodes)]
         if fitting:
             if waiting:
@@ -127,6 +132,25 @@ def place(config: TrainConfig, lanes: int, *, say: Callable[[str], None]) -> tup
         f"train.workers={config.workers}: {choices[0]} workers with {_words(share)} each, beside one whole free CPU for cutting images, "
         f"do not fit on the nodes there are ({there}); use fewer workers or add nodes"
     )
+
+
+def answering(nodes: list[dict[str, Any]], patience_s: float = 10.0) -> list[dict[str, Any]]:
+    """Those of the nodes that run a task, of no resources, within so many seconds."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def there(node: dict[str, Any]) -> Any:
+        pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        return ray.remote(lambda: True).options(num_cpus=0, max_retries=0, scheduling_strategy=pinned).remote()
+
+    asked = {there(node): node for node in nodes}
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=patience_s)
+    found = []
+    for reference in answered:
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(reference)
+            found.append(asked[reference])
+    return found
 
 
 def fits(workers: int, share: dict[str, float], nodes: list[dict[str, float]]) -> bool:
