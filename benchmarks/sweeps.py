@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tuning.screen import settings_line
+from tuning.best import settings_line
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ast
+import difflib
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
+
+from methods.parts.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -14,6 +18,22 @@ class Marked:
     name: str
     summary: str
     module: str
+
+
+def import_marked(known: list[Marked], name: str, key: str, listing: str) -> None:
+    """Import the file that holds the function of this name, whose decorator then makes it known.
+
+    Args:
+        key: what is named, for the message; `listing`: the command that lists all.
+
+    Raises:
+        ConfigError: there is none of that name; the message gives the nearest.
+    """
+    modules = {entry.name: entry.module for entry in known}
+    if name not in modules:
+        near = difflib.get_close_matches(name, list(modules), n=3, cutoff=0.4) or list(modules)
+        raise ConfigError(f"{key}={name}: unknown; did you mean {' or '.join(near)}? `{listing}` lists all")
+    importlib.import_module(modules[name])
 
 
 def marked(folder: Path, package: str, decorator: str) -> list[Marked]:

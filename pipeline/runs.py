@@ -135,10 +135,26 @@ def create_run(runs_dir: Path, name: str | None, recipe: str) -> RunFolder:
     Raises:
         ConfigError: the name is taken or not a plain name.
     """
+    folder = RunFolder(new_folder(runs_dir, name, recipe, "run"))
+    folder.checkpoints.mkdir()
+    folder.figures.mkdir()
+    write_json(folder.path / "run.json", {"name": folder.name, "recipe": recipe, "created": time.time(), "status": "created"})
+    return folder
+
+
+def new_folder(runs_dir: Path, name: str | None, kind: str, option: str) -> Path:
+    """A new, empty folder; without a name, `KIND-DATE-TIME`.
+
+    Args:
+        option: the command line's word for `name`, for messages.
+
+    Raises:
+        ConfigError: the name is taken or not a plain name, or the folder cannot be written.
+    """
     if name is not None and (not name or name in (".", "..") or "/" in name):
-        raise ConfigError(f"run={name}: not a plain name; use letters, digits, - and _ (the folder is --runs-dir)")
+        raise ConfigError(f"{option}={name}: not a plain name; use letters, digits, - and _ (the folder is --runs-dir)")
     refuse_passing(runs_dir, "runs_dir", "--runs-dir /shared/runs")
-    stem = name or f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    stem = name or f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
     candidates = [stem] if name else [stem, *(f"{stem}-{i}" for i in range(2, 100))]
     for candidate in candidates:
         path = runs_dir / candidate
@@ -148,12 +164,8 @@ def create_run(runs_dir: Path, name: str | None, recipe: str) -> RunFolder:
             continue
         except OSError as error:
             raise ConfigError(f"runs_dir={runs_dir}: cannot be written ({error.strerror}); give another --runs-dir") from None
-        folder = RunFolder(path.resolve())
-        folder.checkpoints.mkdir()
-        folder.figures.mkdir()
-        write_json(folder.path / "run.json", {"name": candidate, "recipe": recipe, "created": time.time(), "status": "created"})
-        return folder
-    raise ConfigError(f"run={stem}: already exists in {runs_dir}; choose another --run, or go on with: manyviews resume {stem}")
+        return path.resolve()
+    raise ConfigError(f"{option}={stem}: already exists in {runs_dir}; choose another --{option}, or go on with: manyviews resume {stem}")
 
 
 def refuse_passing(folder: Path, key: str, remedy: str) -> None:

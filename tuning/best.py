@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,13 @@ def best_recipe(sweep: Sweep) -> Best:
     except (ConfigError, KeyError) as error:
         trouble = f"this version reads the sweep's settings differently, so only the searched values are here ({error})"
     recipe = str(sweep.facts.get("recipe") or "RECIPE")
-    words = ["manyviews", "pretrain", recipe, *(word for key, value in changes.items() for word in option(key, value))]
-    return Best(" ".join(shlex.quote(word) for word in words), _source(sweep, recipe, changes), text, trouble)
+    command = f"manyviews pretrain {shlex.quote(recipe)} {settings_line(changes)}"
+    return Best(command, _source(sweep, recipe, changes), text, trouble)
+
+
+def settings_line(values: Mapping[str, Any]) -> str:
+    """Settings as `--key value ...` on a command line."""
+    return " ".join(shlex.quote(word) for key, value in values.items() for word in option(key, value))
 
 
 def option(key: str, value: Any) -> list[str]:

@@ -13,7 +13,8 @@ from methods.parts.contract import find as find_method
 from methods.parts.errors import ConfigError
 from pipeline import registry
 from pipeline.config import RunConfig
-from tuning.sweep import ENDED, Sweep, settings_ranked
+from tuning.results import read_sweep
+from tuning.sweep import ENDED, Sweep
 
 
 def introduce(sweep: Sweep, console: Console) -> None:
@@ -37,14 +38,11 @@ def introduce(sweep: Sweep, console: Console) -> None:
 
 def champion(sweep: Sweep, config: RunConfig, console: Console) -> str | None:
     """Register the best trial's backbone; a registry that is down must not fail the sweep."""
-    best = settings_ranked([t.facts() for t in sweep.trials()])
-    if not best:
-        return None
-    values, _, _, group = best[0]
-    number = max(group, key=lambda trial: trial["score"])["number"]
-    run = sweep.trial(number).run
     uri = sweep.facts()["track_uri"]
     try:
+        read = read_sweep(sweep.path)
+        number, values = read.best_trial.number, read.best.values
+        run = sweep.trial(number).run
         _, spec = registry.read_export(run.model)
         tags = {key: str(value) for key, value in spec.facts.items() if value is not None}
         model = registry.register(
@@ -75,11 +73,10 @@ def _run_id(folder: Path) -> str | None:
 def conclude(sweep: Sweep, console: Console, status: str, model: str | None, unsent: int) -> int:
     from tuning.screen import conclusion
 
-    facts, trials = sweep.facts(), [t.facts() for t in sweep.trials()]
     if status != "interrupted":
         shutil.rmtree(sweep.path / "ray", ignore_errors=True)
     where = "" if sweep.path.parent == Path("runs").resolve() else f" --runs-dir {sweep.path.parent}"
-    conclusion(console, facts, trials, where, model)
+    conclusion(console, sweep, where, model)
     if unsent:
         console.print(f"{unsent} entries have not reached MLflow; they are kept in the trials' folders", highlight=False)
     if status == "interrupted":

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
 from tuning.results import Sweep
 
 FEWEST = 6  # points; below, even a perfect order says little
@@ -54,7 +52,5 @@ def _spearman(values: list[object], scores: list[float]) -> float | None:
 
     if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
         return None
-    ranks = [pd.Series(xs).rank().to_numpy() for xs in (values, scores)]
-    if any(np.ptp(r) == 0 for r in ranks):
-        return None
-    return float(np.corrcoef(*ranks)[0, 1])
+    rho = pd.Series(values, dtype=float).rank().corr(pd.Series(scores).rank())
+    return None if math.isnan(rho) else float(rho)

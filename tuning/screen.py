@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from tuning.sweep import ranked, settings_ranked
+from tuning.sweep import Sweep, ranked
 
 STYLES = {"running": "bold", "finished": "green", "stopped": "dim", "failed": "red", "interrupted": "yellow", "waiting": "dim"}
 MOST_ROWS = 20
@@ -97,21 +97,12 @@ def values_words(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key.rsplit('.', 1)[-1]} {value_word(value)}" for key, value in values.items())
 
 
-def settings_line(values: Mapping[str, Any]) -> str:
-    """Values as `--key value ...` on a command line."""
-    parts = []
-    for key, value in values.items():
-        flag = "--" + key.replace("_", "-")
-        if isinstance(value, bool):
-            parts.append(flag if value else f"{'.'.join(flag.split('.')[:-1])}.no-{flag.split('.')[-1]}")
-        else:
-            inner = value if isinstance(value, list | tuple) else [value]
-            parts.append(" ".join([flag, *(shlex.quote(value_word(v)) for v in inner)]))
-    return " ".join(parts)
-
-
-def conclusion(console: Console, facts: dict[str, Any], trials: Sequence[dict[str, Any]], where: str, model: str | None) -> None:
+def conclusion(console: Console, sweep: Sweep, where: str, model: str | None) -> None:
     """The ranking, the best setting with its lead, and what can be done next."""
+    from tuning.best import best_recipe, score_words
+    from tuning.results import read_sweep, show_values
+
+    facts, trials = sweep.facts(), [trial.facts() for trial in sweep.trials()]
     say = lambda text: console.print(text, highlight=False, soft_wrap=True, markup=False)  # noqa: E731
     counts = {status: sum(t["status"] == status for t in trials) for status in STYLES}
     summary = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
@@ -120,23 +111,18 @@ def conclusion(console: Console, facts: dict[str, Any], trials: Sequence[dict[st
     title = f"{len(trials)} trials: {summary}; {seconds / 60:.1f} min of training"
     console.print(ranking(ranked(trials)[:MOST_ROWS], title, facts["total_steps"]))
     say(f"\nscore: {facts['score_words']}")
-    best = settings_ranked(trials)
-    if not best:
-        say("no trial has finished, so there is no best setting")
+    if not any(t["status"] == "finished" and t["score"] is not None and math.isfinite(t["score"]) for t in trials):
+        say("no trial has finished with a score, so there is no best setting")
         return
-    values, mean, spread, group = best[0]
-    n = f", mean of {len(group)} seeds, standard deviation {100 * (spread or 0):.1f}" if spread is not None else ""
-    say(f"\nbest: {values_words(values)}  ({100 * mean:.1f} %{n})")
-    if len(best) > 1:
-        lead = f"{100 * (mean - best[1][1]):.1f} points above the second: {values_words(best[1][0])}"
-        alone = "" if spread is not None else "; one seed each: --seeds 3 says whether the lead is larger than chance"
-        say(f"      {lead}{alone}")
+    read = read_sweep(sweep.path)  # the report's choice: settings that kept all their seeds before others
+    say(f"\nbest: {show_values(read.best.values, read.knobs)}  ({score_words(read)})")
+    say(f"      {read.verdict()}")
     if model:
         say(f"model: {model}, alias champion")
-    name, top = facts["name"], max(group, key=lambda t: t["score"])
+    name = facts["name"]
     say(
         "\nnext\n"
         f"  manyviews report {name}{where}   plots, a table and the best configuration as a page\n"
-        f"  manyviews evaluate {name}/trial-{top['number']:03d}{where}   the best trial on the test images\n"
-        f"  manyviews pretrain {facts['recipe']} {settings_line(values)}{where}   train with the best setting"
+        f"  manyviews evaluate {name}/trial-{read.best_trial.number:03d}{where}   the best trial on the test images\n"
+        f"  {best_recipe(read).command}{where}   train with the best setting"
     )

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from methods.parts.errors import ConfigError
 from pipeline.config import RunConfig, from_yaml, override, to_yaml
 from pipeline.mlflow_client import default_uri
-from pipeline.runs import RunFolder, refuse_passing, write_atomic, write_json
+from pipeline.runs import RunFolder, new_folder, write_atomic, write_json
 
 ENDED = ("finished", "stopped", "failed")  # a trial that `resume` leaves alone
 SCORE_WORDS = {
@@ -131,24 +130,11 @@ def create(runs_dir: Path, name: str | None, config: RunConfig, facts: dict[str,
     Raises:
         ConfigError: the name is taken or not a plain name, or the folder cannot be written.
     """
-    if name is not None and (not name or name in (".", "..") or "/" in name):
-        raise ConfigError(f"--name {name}: not a plain name; use letters, digits, - and _ (the folder is --runs-dir)")
-    refuse_passing(runs_dir, "runs_dir", "--runs-dir /shared/runs")
-    stem = name or f"tune-{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for candidate in [stem] if name else [stem, *(f"{stem}-{i}" for i in range(2, 100))]:
-        path = runs_dir / candidate
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise ConfigError(f"runs_dir={runs_dir}: cannot be written ({error.strerror}); give another --runs-dir") from None
-        sweep = Sweep(path.resolve())
-        write_atomic(sweep.path / "config.yaml", to_yaml(config).encode())
-        started = {"name": candidate, "kind": "sweep", "status": "created", "created": time.time(), "ended": None}
-        write_json(sweep.path / "sweep.json", started | facts)
-        return sweep
-    raise ConfigError(f"--name {stem}: already exists in {runs_dir}; choose another, or go on with: manyviews resume {stem}")
+    sweep = Sweep(new_folder(runs_dir, name, f"tune-{config.recipe}", "name"))
+    write_atomic(sweep.path / "config.yaml", to_yaml(config).encode())
+    started = {"name": sweep.name, "kind": "sweep", "status": "created", "created": time.time(), "ended": None}
+    write_json(sweep.path / "sweep.json", started | facts)
+    return sweep
 
 
 def find(reference: str, runs_dir: Path) -> Sweep | None:
@@ -207,18 +193,3 @@ def ranked(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         return (facts["status"] != "finished", not known, -facts["step"], -(score if known else 0.0), facts["number"])
 
     return sorted(trials, key=key)
-
-
-def settings_ranked(trials: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], float, float | None, list[dict[str, Any]]]]:
-    """Settings with finished trials, best mean score first: values, mean, spread over seeds (None for one), their trials."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for facts in trials:
-        if facts["status"] == "finished" and facts["score"] is not None and facts["score"] == facts["score"]:
-            groups.setdefault(json.dumps(facts["values"], sort_keys=True), []).append(facts)
-    found = []
-    for group in groups.values():
-        scores = [facts["score"] for facts in group]
-        mean = sum(scores) / len(scores)
-        spread = (sum((s - mean) ** 2 for s in scores) / (len(scores) - 1)) ** 0.5 if len(scores) > 1 else None
-        found.append((group[0]["values"], mean, spread, group))
-    return sorted(found, key=lambda row: -row[1])

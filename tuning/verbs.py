@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
 import sys
@@ -114,14 +115,18 @@ def summary(made: Any) -> dict[str, Any]:
 
 def listed(runs_dir: Path) -> list[dict[str, Any]]:
     """Every sweep in the words of `runs`."""
-    from tuning.sweep import ENDED, settings_ranked, sweeps
+    from methods.parts.errors import ConfigError
+    from tuning.results import read_sweep
+    from tuning.sweep import ENDED, sweeps
 
     rows = []
     for found in sweeps(runs_dir):
         facts, trials = found.facts(), [trial.facts() for trial in found.trials()]
-        best = settings_ranked(trials)
+        best = None
+        with contextlib.suppress(ConfigError):  # no trial has a score yet
+            best = read_sweep(found.path).best.mean
         ended = sum(trial["status"] in ENDED for trial in trials)
-        rows.append(facts | {"ended_trials": ended, "best_score": best[0][1] if best else None, "folder": str(found.path)})
+        rows.append(facts | {"ended_trials": ended, "best_score": best, "folder": str(found.path)})
     return rows
 
 
@@ -135,7 +140,7 @@ def shown(reference: str, options: Any, write: Callable[[Any, Any], None], conso
     from tuning.screen import conclusion
 
     where = "" if options.runs_given == "runs" else f" --runs-dir {options.runs_given}"
-    conclusion(console, found.facts(), [trial.facts() for trial in found.trials()], where, None)
+    conclusion(console, found, where, None)
     write(options, summary(found))
     return True
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from methods.parts.errors import ConfigError
-from pipeline.marked import Marked, marked
+from pipeline.marked import Marked, import_marked, marked
 
 if TYPE_CHECKING:
     from pipeline.pictures.subject import Subject
@@ -58,11 +58,7 @@ def find(name: str) -> Picture:
     Raises:
         ConfigError: there is none; the message gives the nearest.
     """
-    known = {entry.name: entry for entry in entries()}
-    if name not in known:
-        near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4) or list(known)
-        raise ConfigError(f"figure={name}: unknown; did you mean {' or '.join(near)}? `manyviews figure --help` lists all")
-    importlib.import_module(known[name].module)
+    import_marked(entries(), name, "figure", "manyviews figure --help")
     return _pictures[name]
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.marked import Marked, marked
+from pipeline.marked import Marked, import_marked, marked
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -41,11 +41,5 @@ def load_recipe(name: str) -> RunConfig:
     Raises:
         ConfigError: no recipe of that name; the message gives the nearest.
     """
-    from methods.parts.errors import ConfigError
-
-    known = {entry.name: entry for entry in entries()}
-    if name not in known:
-        near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4) or list(known)
-        raise ConfigError(f"recipe={name}: unknown; did you mean {' or '.join(near)}? `manyviews recipes` lists all")
-    importlib.import_module(known[name].module)
+    import_marked(entries(), name, "recipe", "manyviews recipes")
     return replace(_functions[name](), recipe=name)
