@@ -5,8 +5,6 @@ Listing them imports nothing heavy. `subject.py` has what they are drawn of; `fi
 
 from __future__ import annotations
 
-import difflib
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@ Recipes are found by reading the files of this folder, so listing them imports n
 
 from __future__ import annotations
 
-import difflib
-import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
