@@ -113,7 +113,7 @@ def show_runs(states: list[dict[str, Any]], sweeps: list[dict[str, Any]]) -> Non
         for s in sweeps:
             follows = f"manyviews {'report' if s['status'] == 'finished' else 'resume'} {s['name']}"
             searched = ", ".join(key.rsplit(".", 1)[-1] for key in s["space"])
-            best = f"{percent(s['best_score'])} {s['score']}" if s["best_score"] is not None else ""
+            best = f"{s['best_words']} {s['score']}" if s["best_score"] is not None else ""
             rows.append((s["name"], s["status"], f"{s['ended_trials']}/{s['trials']}", searched, best, follows))
         show_table(["sweep", "state", "trials ended", "searches", "best", "how to go on"], rows)
 

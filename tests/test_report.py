@@ -218,7 +218,7 @@ def test_the_command_and_the_recipe_give_the_best_config(tmp_path: Path, monkeyp
     program, verb, recipe, *settings = shlex.split(run.command)
     assert (program, verb, recipe) == ("manyviews", "pretrain", "swav-small")
     assert manyviews.parse_settings(load_recipe(recipe), settings, "test") == wanted
-    assert "--method.num_prototypes" in settings  # searched, though the recipe has the same value
+    assert "--method.num-prototypes" in settings  # searched, though the recipe has the same value
 
     from pipeline import recipes
 
@@ -338,7 +338,7 @@ def test_the_summary_ranks_and_says_how_to_run_the_best(asha: Path, page: Path) 
     lines = [line for line in said.splitlines() if "│" in line]
     assert len(lines) == 3 and "51.2 %" in lines[0] and "and 4 more" in said
     assert "failed" in said and "the loss is nan at step 61; lower <optim.base_lr>" in said
-    assert "run it with: manyviews pretrain swav-small --method.temperature 0.1 --method.num_prototypes 64" in said
+    assert "run it with: manyviews pretrain swav-small --method.temperature 0.1 --method.num-prototypes 64" in said
     assert "--data.path 'my photos' --train.steps 200" in said
 
 

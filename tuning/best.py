@@ -54,7 +54,8 @@ def settings_line(values: Mapping[str, Any]) -> str:
 
 
 def option(key: str, value: Any) -> list[str]:
-    """A setting as words of the command line."""
+    """A setting as words of the command line, spelt as `--help` spells them."""
+    key = key.replace("_", "-")
     if isinstance(value, bool):
         *groups, leaf = key.split(".")
         return ["--" + ".".join([*groups, leaf if value else f"no-{leaf}"])]

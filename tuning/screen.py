@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from tuning.sweep import Sweep, ranked
+from tuning.sweep import Sweep, ranked, show_score
 
 STYLES = {"running": "bold", "finished": "green", "stopped": "dim", "failed": "red", "interrupted": "yellow", "waiting": "dim"}
 MOST_ROWS = 20
@@ -22,10 +22,11 @@ class Screen:
 
     Args:
         trials: what is known of every trial so far, as in `trial.json`.
+        score: what ranks them: knn, linear or rankme.
     """
 
-    def __init__(self, console: Console, trials: Sequence[dict[str, Any]], total_steps: int, count: int) -> None:
-        self.console, self.total, self.count = console, total_steps, count
+    def __init__(self, console: Console, trials: Sequence[dict[str, Any]], total_steps: int, count: int, score: str) -> None:
+        self.console, self.total, self.count, self.score = console, total_steps, count, score
         self.trials = {facts["number"]: facts for facts in trials}
         self.began = time.monotonic()
         self.live = Live(self.table(), console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
@@ -49,7 +50,9 @@ class Screen:
         if self.live is None:
             done = sum(f["status"] not in ("waiting", "running") for f in self.trials.values())
             reason = f"  {facts['error']}" if facts["error"] else ""
-            line = f"trial {facts['number']:03d}  {values_words(facts['values'])}  {score_words(facts)}  {facts['status']}"
+            line = (
+                f"trial {facts['number']:03d}  {values_words(facts['values'])}  {show_score(facts['score'], self.score)}  {facts['status']}"
+            )
             minutes = (time.monotonic() - self.began) / 60
             self.say(f"{line} at step {facts['step']}/{self.total}{reason}  [{done}/{self.count} ended, {minutes:.1f} min]")
 
@@ -61,10 +64,10 @@ class Screen:
         shown += [f for f in ranked(list(self.trials.values())) if f["status"] not in ("running", "waiting")]
         waiting = self.count - len(shown)
         left = f"; {waiting} wait" if waiting > 0 else ""
-        return ranking(shown[:MOST_ROWS], f"{len(shown)} of {self.count} trials{left}", self.total)
+        return ranking(shown[:MOST_ROWS], f"{len(shown)} of {self.count} trials{left}", self.total, self.score)
 
 
-def ranking(trials: Sequence[dict[str, Any]], title: str, total: int) -> Table:
+def ranking(trials: Sequence[dict[str, Any]], title: str, total: int, score: str) -> Table:
     """One line for each trial, in the order given."""
     table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
     keys = list(trials[0]["values"]) if trials else []
@@ -79,12 +82,8 @@ def ranking(trials: Sequence[dict[str, Any]], title: str, total: int) -> Table:
         state = facts["status"] + (f": {facts['error']}" if facts["error"] else "")
         style = STYLES.get(facts["status"], "")
         step = f"{facts['step']}/{total}"
-        table.add_row(f"{facts['number']:03d}", *values, str(facts["seed"]), score_words(facts), step, state, style=style)
+        table.add_row(f"{facts['number']:03d}", *values, str(facts["seed"]), show_score(facts["score"], score), step, state, style=style)
     return table
-
-
-def score_words(facts: Mapping[str, Any]) -> str:
-    return "-" if facts["score"] is None else f"{100 * facts['score']:.1f} %"
 
 
 def value_word(value: Any) -> str:
@@ -109,7 +108,7 @@ def conclusion(console: Console, sweep: Sweep, where: str, model: str | None) ->
     seconds = sum(t["seconds"] for t in trials)
     console.print()
     title = f"{len(trials)} trials: {summary}; {seconds / 60:.1f} min of training"
-    console.print(ranking(ranked(trials)[:MOST_ROWS], title, facts["total_steps"]))
+    console.print(ranking(ranked(trials)[:MOST_ROWS], title, facts["total_steps"], facts["score"]))
     say(f"\nscore: {facts['score_words']}")
     if not any(t["status"] == "finished" and t["score"] is not None and math.isfinite(t["score"]) for t in trials):
         say("no trial has finished with a score, so there is no best setting")

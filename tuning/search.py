@@ -219,7 +219,7 @@ def fit(sweep: Sweep, console: Console) -> int:
 
         settle(sweep)
         sweep.update(mlflow_run=parent.run_id(timeout=60.0))
-        screen = Screen(console, [t.facts() for t in sweep.trials()], facts["total_steps"], facts["trials"])
+        screen = Screen(console, [t.facts() for t in sweep.trials()], facts["total_steps"], facts["trials"], facts["score"])
         book = Book(sweep, parent, screen)
         model = None
         try:

@@ -184,6 +184,13 @@ def score_words(score: str, config: RunConfig, asked: int) -> str:
     return SCORE_WORDS[score].format(k=config.evaluate.knn_k, t=config.evaluate.knn_temperature, n=f"{n:,}", error=error)
 
 
+def show_score(score: float | None, kind: str) -> str:
+    """A score as people read it: accuracies in percent."""
+    if score is None:
+        return "-"
+    return f"{100 * score:.1f} %" if kind in ("knn", "linear") else f"{score:.3f}"
+
+
 def ranked(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Trials best first: those that ran to the end by score, then those that were cut, by step and score, then the others."""
 

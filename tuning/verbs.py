@@ -117,7 +117,7 @@ def listed(runs_dir: Path) -> list[dict[str, Any]]:
     """Every sweep in the words of `runs`."""
     from methods.parts.errors import ConfigError
     from tuning.results import read_sweep
-    from tuning.sweep import ENDED, sweeps
+    from tuning.sweep import ENDED, show_score, sweeps
 
     rows = []
     for found in sweeps(runs_dir):
@@ -126,7 +126,9 @@ def listed(runs_dir: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ConfigError):  # no trial has a score yet
             best = read_sweep(found.path).best.mean
         ended = sum(trial["status"] in ENDED for trial in trials)
-        rows.append(facts | {"ended_trials": ended, "best_score": best, "folder": str(found.path)})
+        rows.append(
+            facts | {"ended_trials": ended, "best_score": best, "best_words": show_score(best, facts["score"]), "folder": str(found.path)}
+        )
     return rows
 
 
