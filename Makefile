@@ -5,8 +5,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# two processes: one for the end-to-end tests in their order, one for all others; the former leave a core idle half of the time
-PYTEST := $(BIN)/python -m pytest -n 2
+# two processes; a file stays in one of them, and the end-to-end tests, the longest, are collected first
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 STAMP  := $(VENV)/.manyviews-installed
 
 export OMP_WAIT_POLICY ?= PASSIVE

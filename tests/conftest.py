@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,20 +17,6 @@ USERS_ENV = {key: value for key, value in os.environ.items() if not key.startswi
 os.environ["RAY_AUTH_MODE"] = "disabled"
 ROOT = Path(__file__).parent.parent
 EXIT_STATUS = pytest.StashKey[int]()
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """For `-n 2`: a file stays in one process, which makes its fixtures once, and all end-to-end tests in one, in their order."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class ByFile(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.split("::")[0]
-            return "e2e" if "/e2e/" in file else file
-
-    config.option.loadscopereorder = False  # the longest scope is the first as it is
-    return ByFile(config, log)
 
 
 @pytest.hookimpl(trylast=True)
