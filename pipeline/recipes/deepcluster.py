@@ -24,7 +24,7 @@ def cifar10() -> RunConfig:
 
 @recipe("deepcluster-v2-cifar10-small")
 def cifar10_small() -> RunConfig:
-    """CIFAR-10 on two CPU cores: a 0.7 M-parameter ResNet, 2x32 + 2x16, batch 128; the first pass only looks."""
+    """CIFAR-10 on two CPU cores: a 0.7 M-parameter ResNet, 2x32, batch 128; the first pass only looks."""
     return replace(
         swav.cifar10_small(),
         method=DeepClusterConfig(num_prototypes=128, projector_hidden=256),

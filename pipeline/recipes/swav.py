@@ -86,15 +86,17 @@ def cifar10() -> RunConfig:
 
 @recipe("swav-cifar10-small")
 def cifar10_small() -> RunConfig:
-    """CIFAR-10 on two CPU cores: a 0.7 M-parameter ResNet, 2x32 + 2x16, batch 128."""
+    """CIFAR-10 on two CPU cores: a 0.7 M-parameter ResNet, 2x32, batch 128."""
     large = cifar10()
     return replace(
         large,
-        views={name: replace(group, count=2) for name, group in large.views.items()},
+        # a stem with stride leaves one place of a crop of 16: with such crops too, 3 kNN points less after 300 steps
+        views={"global": large.views["global"]},
         backbone=BackboneConfig(name="resnet18", stem="strided", width=0.25),
-        method=SwAVConfig(num_prototypes=128, epsilon=0.03, projector_hidden=256, freeze_prototypes_epochs=0.1),
+        # epsilon: sharper codes are learned sooner (kNN after 300 steps: 0.03 34.9 %, 0.02 35.8 %, 0.01 36.4 %)
+        method=SwAVConfig(num_prototypes=128, epsilon=0.01, projector_hidden=256, freeze_prototypes_epochs=0.1),
         optim=OptimConfig(name="adamw", base_lr=4e-3, warmup_epochs=0.15, weight_decay=1e-4),
-        train=TrainConfig(global_batch_size=128, steps=760),
+        train=TrainConfig(global_batch_size=128, steps=850),
     )
 
 
