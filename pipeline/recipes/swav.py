@@ -105,7 +105,7 @@ def small() -> RunConfig:
     """The demo: patches of 19 photographs, a 0.7 M-parameter ResNet, on two CPU cores."""
     base = cifar10_small()
     # the photographs differ in colour more than in shape: colours are jittered far less than in the paper, and kept
-    views = {name: replace(group, jitter=(0.2, 0.2, 0.1, 0.0), grayscale=0.0) for name, group in base.views.items()}
+    views = {name: replace(g, count=2, jitter=(0.2, 0.2, 0.1, 0.0), grayscale=0.0) for name, g in cifar10().views.items()}
     return replace(
         base,
         data=DataConfig(path="patches"),
