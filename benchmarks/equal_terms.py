@@ -35,8 +35,8 @@ from pipeline.ingest.decode import evaluation_crop
 from pipeline.ingest.sources import open_source
 from pipeline.ingest.stream import Batch
 from pipeline.ingest.window import decode_all
-from pipeline.recipes import load_recipe
 from pipeline.runs import RunFolder
+from pipeline.settings import configured
 from pipeline.train.loop import Trainer
 from pipeline.train.optim import build_optimizer
 from pipeline.train.prepare import build_method, choose_device
@@ -154,9 +154,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=["ours", "lightly"], default=["ours", "lightly"])
     options, settings = parser.parse_known_args()
     torch.set_num_threads(1)
-    changes = dict(setting.removeprefix("--").split("=", 1) for setting in settings)
-    config = override(load_recipe(options.recipe), {key: value(text) for key, text in changes.items()})
-    config = override(config, {"train.checkpoint_every": 10**9, "train.log_every": 50})
+    config = override(configured(options.recipe, settings), {"train.checkpoint_every": 10**9, "train.log_every": 50})
     assert config.evaluate.path, "--evaluate.path: give the test split"
     bank, asked = Images.load(config, config.data.path), Images.load(config, config.evaluate.path)
     pixels = [raw_pixels(part.crops) for part in (bank, asked)]
@@ -181,13 +179,6 @@ def main() -> None:
     for arm, values in rows.items():
         scores, gains = ([value[i] for value in values] for i in (0, 1))
         print(f"{arm:8} {statistics.mean(scores):.1f} % ({min(scores):.1f} to {max(scores):.1f}), gain {statistics.mean(gains):.1f}")
-
-
-def value(text: str) -> Any:
-    """A setting's value as YAML reads it."""
-    import yaml
-
-    return yaml.safe_load(text)
 
 
 if __name__ == "__main__":

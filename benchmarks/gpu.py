@@ -26,7 +26,7 @@ from pipeline.config import RunConfig, override, resolve
 from pipeline.ingest.crops import draw_views
 from pipeline.ingest.photometric import finish_views
 from pipeline.ingest.stream import Batch
-from pipeline.recipes import load_recipe
+from pipeline.settings import configured
 from pipeline.train.prepare import build_method
 
 
@@ -168,9 +168,7 @@ def main() -> None:
         print("No GPU that this torch can use: nothing to measure. `manyviews doctor` says what it sees; --device cpu checks the code.")
         return
     device = torch.device(options.device)
-    changes = dict(setting.removeprefix("--").split("=", 1) for setting in settings)
-    config = override(load_recipe(options.recipe), {key: float(v) if "." in v else int(v) for key, v in changes.items()})
-    config = override(config, {"train.global_batch_size": options.images, "data.lanes": 1})
+    config = override(configured(options.recipe, settings), {"train.global_batch_size": options.images, "data.lanes": 1})
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{options.recipe}, {options.images} images of {' and '.join(g.describe() for g in config.views.values() if g.count)}; {name}")
     if device.type == "cpu":

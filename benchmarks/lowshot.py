@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from equal_terms import Images, Trained, score, value
+from equal_terms import Images, Trained, score
 from torch import nn
 
 from pipeline.config import RunConfig, override, resolve
 from pipeline.evaluate.features import calibrate_batchnorm, extract
 from pipeline.evaluate.probes import draw, lowshot_accuracy
-from pipeline.recipes import load_recipe
+from pipeline.settings import configured
 from pipeline.train.prepare import build_method
 
 TRIAL = 20  # steps of the shorter of two trials, whose times set the length of the schedule
@@ -67,9 +67,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     options, settings = parser.parse_known_args()
     torch.set_num_threads(1)
-    changes = {key: value(text) for key, text in (setting.removeprefix("--").split("=", 1) for setting in settings)}
-    changes |= {"train.checkpoint_every": 10**9, "train.log_every": 10**9}
-    configs = {name: override(load_recipe(name), changes) for name in options.recipes}
+    quiet = {"train.checkpoint_every": 10**9, "train.log_every": 10**9}
+    configs = {name: override(configured(name, settings), quiet) for name in options.recipes}
     sizes = {config.evaluation_size for config in configs.values()}
     assert len(sizes) == 1, f"--recipes: evaluated at {sizes} pixels; choose recipes of one size"
     first = next(iter(configs.values()))

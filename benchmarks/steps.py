@@ -26,8 +26,9 @@ from methods.parts.backbones import build_backbone
 from methods.parts.contract import Method, ParamGroup, Progress, find
 from methods.parts.errors import ConfigError
 from methods.parts.views import Views
-from pipeline.config import RunConfig, override, resolve
+from pipeline.config import RunConfig, resolve
 from pipeline.recipes import entries, load_recipe
+from pipeline.settings import configured
 from pipeline.train.optim import build_optimizer
 from pipeline.train.prepare import build_method, choose_device
 
@@ -172,9 +173,9 @@ def bounded(ratios: list[float]) -> tuple[float, float]:
     return float(np.median(values)), float(np.quantile(np.median(again, axis=1), 0.95))
 
 
-def measure(recipe: str, changes: dict[str, Any], rounds: int, steps: int, beside_lightly: bool) -> None:
+def measure(recipe: str, settings: list[str], rounds: int, steps: int, beside_lightly: bool) -> None:
     """Time one recipe's step and print its line."""
-    config = override(load_recipe(recipe), changes)
+    config = configured(recipe, settings)
     name = find(config.method).name
     facts = resolve(config, 10**7).facts
     device, precision = choose_device(config)
@@ -242,11 +243,9 @@ def main() -> None:
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {options.threads} thread(s)"
     absent = "" if there else "; lightly is not installed (pip install lightly): left out"
     print(f"{machine}; {options.rounds} rounds{absent}", flush=True)
-    changes = dict(setting.removeprefix("--").split("=", 1) for setting in settings)
-    numbers = {key: float(v) if "." in v else int(v) if v.isdigit() else v for key, v in changes.items()}
     for recipe in options.recipe or sorted(by_method.values()):
         try:
-            measure(recipe, numbers, options.rounds, options.steps, there)
+            measure(recipe, settings, options.rounds, options.steps, there)
         except ConfigError as error:
             print(f"{recipe}: {error}")
 
