@@ -39,7 +39,8 @@ def parse_settings(config: RunConfig, settings: list[str], prog: str) -> RunConf
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            parsed, unknown = tyro.cli(RunConfig, default=config, args=settings, prog=prog, return_unknown_args=True)
+            args = _switches(settings, {key for key, value in flatten(config).items() if isinstance(value, bool)})
+            parsed, unknown = tyro.cli(RunConfig, default=config, args=args, prog=prog, return_unknown_args=True)
     except SystemExit:
         raise ConfigError(_sentence(said.getvalue())) from None
     if unknown:
@@ -50,6 +51,25 @@ def parse_settings(config: RunConfig, settings: list[str], prog: str) -> RunConf
 def keys(settings: list[str]) -> set[str]:
     """Dotted names of the settings given as `--group.key value`."""
     return {s.removeprefix("--").replace("-", "_").split("=")[0] for s in settings if s.startswith("--")}
+
+
+def _switches(settings: list[str], switches: set[str]) -> list[str]:
+    """A switch with a value, `--group.key false` or `--group.key=false`, as the flag that tyro knows, `--group.no-key`."""
+    from methods.parts.errors import ConfigError
+
+    words, rest = [], list(settings)
+    while rest:
+        word = rest.pop(0)
+        name, given, value = word.partition("=")
+        if name.startswith("--") and name[2:].replace("-", "_") in switches:
+            if not given and rest and not rest[0].startswith("--"):
+                value = rest.pop(0)
+            if value.lower() not in ("", "true", "false"):
+                raise ConfigError(f"{name[2:]}={value}: this setting is on or off; use true or false")
+            group, _, key = name.rpartition(".")
+            word = f"{group}.no-{key}" if value.lower() == "false" else name
+        words.append(word)
+    return words
 
 
 def _sentence(boxed: str) -> str:

@@ -7,6 +7,7 @@ import pytest
 from methods.parts.errors import ConfigError
 from pipeline.config import flatten, from_yaml, override, resolve, to_yaml
 from pipeline.recipes import entries, load_recipe
+from pipeline.settings import parse_settings
 
 NAMES = [entry.name for entry in entries()]
 
@@ -82,6 +83,29 @@ def test_overrides_reach_every_level_and_are_validated_together() -> None:
 def test_misspelt_keys_are_refused_with_the_nearest_name(key: str, near: str) -> None:
     with pytest.raises(ConfigError, match=f"^{key}: no such key; did you mean .*{near}"):
         override(load_recipe("swav-small"), {key: 1})
+
+
+@pytest.mark.parametrize(
+    ("words", "column_term"),
+    [
+        (["--method.column_term"], True),
+        (["--method.column-term", "--train.steps", "3"], True),
+        (["--method.column_term", "True", "--train.steps", "3"], True),
+        (["--method.column_term=true", "--method.no-column-term"], False),
+        (["--method.column_term", "--method.column_term=false"], False),
+        (["--method.column_term", "--method.column_term", "false"], False),
+    ],
+)
+def test_a_switch_takes_the_value_that_advice_gives_it(words: list[str], column_term: bool) -> None:
+    config = parse_settings(load_recipe("nnclr-small"), words, "manyviews pretrain")
+    assert config.method.column_term is column_term  # type: ignore[attr-defined]
+    assert ("--train.steps" in words) == (config.train.steps == 3)
+
+
+@pytest.mark.parametrize("words", [["--method.column_term=maybe"], ["--method.column_term", "maybe"]])
+def test_a_switch_with_another_value_is_refused(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"method\.column_term=maybe: .*true or false"):
+        parse_settings(load_recipe("nnclr-small"), words, "manyviews pretrain")
 
 
 def test_a_length_in_epochs_replaces_one_in_steps() -> None:
