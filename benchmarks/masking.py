@@ -1,14 +1,13 @@
 """What dropped patches save: forward and backward of MSN's masked anchor alone, beside the same with all patches.
 
 Each ratio takes turns with all patches, pair by pair; a figure is the median of the pairs' ratios, with an upper 95 % bound
-from a bootstrap. It should be at most (1 - mask ratio) + 0.03. On a CPU, time is CPU time, so that other jobs count less.
+from a bootstrap. It should be at most (1 - mask ratio) + 0.03. Time is that of `steps.py`.
 Memory is what the forward pass keeps for the backward pass; on a GPU, the peak of what both allocate.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 
 import torch
 from steps import Contender, bounded, memory, timed
@@ -20,15 +19,6 @@ from methods.parts.contract import RunFacts
 from methods.parts.masking import num_kept, num_patches, random_keep
 from pipeline.config import OptimConfig
 from pipeline.train.optim import build_optimizer
-
-
-def cost(one: Contender, device: torch.device) -> float:
-    """Time of a pass in s."""
-    if device.type == "cuda":
-        return timed(one, device, 1)
-    begin = time.process_time()
-    one.step()
-    return time.process_time() - begin
 
 
 def main() -> None:
@@ -68,10 +58,10 @@ def main() -> None:
         kept = num_kept(patches, ratio)
         masked = anchor("masked", random_keep(options.batch, patches, kept).to(device))
         for one in (whole, masked):
-            cost(one, device)
+            timed(one, device, 1)
         pairs = []
         for i in range(options.pairs):
-            times = {one.name: cost(one, device) for one in ((whole, masked) if i % 2 else (masked, whole))}
+            times = {one.name: timed(one, device, 1) for one in ((whole, masked) if i % 2 else (masked, whole))}
             pairs.append(times["masked"] / times["all"])
         median, bound = bounded(pairs)
         share = memory(masked, device) / memory(whole, device)
