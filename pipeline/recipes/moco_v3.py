@@ -58,7 +58,7 @@ def cifar10_small() -> RunConfig:
         ),
         method=MoCoV3Config(projector_hidden=512, projection_dim=128, momentum=0.95),
         optim=OptimConfig(name="adamw", base_lr=2e-3, warmup_epochs=0.5, warmup_reaches_base=False, weight_decay=0.1),
-        train=TrainConfig(global_batch_size=128, steps=800),
+        train=TrainConfig(global_batch_size=128, steps=640),
     )
 
 
