@@ -23,6 +23,7 @@ def lightly_parts(name: str, c: Any, backbone: nn.Module, device: torch.device, 
     from lightly import loss as losses
     from lightly.models import modules, utils
     from lightly.models.modules import heads
+    from lightly.utils.scheduler import cosine_schedule
 
     width = num_features(backbone)
     hidden = getattr(c, "projector_hidden", None) or width
@@ -132,7 +133,7 @@ def lightly_parts(name: str, c: Any, backbone: nn.Module, device: torch.device, 
 
         def follow() -> None:
             nonlocal steps
-            m = utils.cosine_schedule(max(0, steps - 1), total_steps, c.momentum, c.final_momentum) if total_steps > 1 else c.momentum
+            m = cosine_schedule(max(0, steps - 1), total_steps, c.momentum, c.final_momentum) if total_steps > 1 else c.momentum
             for part in ("backbone", "projector"):
                 utils.update_momentum(net[part], net["teacher"][part], m)  # type: ignore[index]
             steps += 1
