@@ -82,12 +82,13 @@ def cifar10_small() -> RunConfig:
     return RunConfig(
         data=DataConfig(path="cifar10/train", mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616)),
         views={"global": crop, "local": replace(crop, size=16, scale=(0.2, 0.5))},
-        # the untrained ViT has 2 kNN points more with these positions and weights, and a trained one 1 to 2
+        # these positions and first weights: kNN 33.9 % instead of 30.4 % after 250 steps, untrained 30.1 % instead of 27.8 % (seed 0)
         backbone=BackboneConfig(
             name="vit_tiny_patch16_224", width=0.5, depth=(4,), image_size=32, patch_size=8, positions="sincos", xavier=True
         ),
         # in so few steps a centre does not keep the teacher from a handful of prototypes, balancing its targets does; and
-        # without batch norm in the head all images look alike for as long; a teacher that slows down learns less
+        # without batch norm in the head all images look alike for as long; a teacher
+        # that slows down (final_momentum=1) learned no more in any pair of runs (36.3 and 36.7 % after 500 steps, seed 0)
         method=DINOConfig(
             teacher_targets="sinkhorn",
             teacher_temperature=0.025,
