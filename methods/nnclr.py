@@ -11,6 +11,8 @@ No gradient passes through the neighbours: it reaches the network through the pr
 
 Departs:
     Rows of the support set are normalised when they enter; so the nearest by cosine is the nearest by distance.
+    `column_term` and `own_kind_negatives` (off as in the paper) together make SimCLR's loss of neighbours and predictions:
+    predictions repel each other, which helps short runs on small images.
     `warmup_with_views` (off as in the paper): while the support set is not full, the positive is n(z) itself.
 """
 
@@ -62,6 +64,7 @@ class NNCLRConfig(MethodConfig):
     projector_last_norm: bool = True  # batch norm behind the projector's last layer
     predictor_hidden: int = 4096
     column_term: bool = False  # add the transposed softmax: predictions against the neighbours of all images
+    own_kind_negatives: bool = False  # an anchor's candidates are also the other images' rows of its own kind, as in SimCLR
     warmup_with_views: bool = False  # until the support set is full, the positive is the other view, as in SimCLR
 
     def __post_init__(self) -> None:
@@ -132,10 +135,23 @@ class NNCLR(Method):
         return found, self.labels[nearest]
 
     def logits(self, anchors: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-        """Own anchors `(n, D)` against the candidates `(n, D)` of all workers: `(n, N)`, and each one's column `(n,)`."""
+        """Own anchors against the candidates of all workers.
+
+        Args:
+            anchors: unit neighbours or predictions `(n, D)`.
+            candidates: unit predictions or neighbours `(n, D)`.
+
+        Returns:
+            `(n, N)`, and the column of each anchor's positive `(n,)`. With `own_kind_negatives` `(n, 2N)`: the anchors of
+            all workers are candidates behind the others, with -inf where an anchor meets itself.
+        """
         n = len(anchors)
         own = torch.arange(n, device=anchors.device) + rank() * n
-        return anchors @ gather_with_gradient(candidates).T / self.config.temperature, own
+        s = anchors @ gather_with_gradient(candidates).T / self.config.temperature
+        if self.config.own_kind_negatives:
+            others = anchors @ gather_with_gradient(anchors).T / self.config.temperature
+            s = torch.cat([s, others.scatter(1, own[:, None], -math.inf)], dim=1)
+        return s, own
 
     def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
         places = self.support_set.push(outputs[0]["u1"])
@@ -148,7 +164,9 @@ class NNCLR(Method):
         return self.backbone
 
     def chance_loss(self) -> tuple[float, str]:
-        return math.log(self.global_batch_size), "ln N"
+        more, terms = self.config.own_kind_negatives, 2 if self.config.column_term else 1
+        candidates = 2 * self.global_batch_size - 1 if more else self.global_batch_size
+        return terms * math.log(candidates), f"{'2 ' * (terms == 2)}ln{'(2N - 1)' if more else ' N'}"
 
     def stuck_remedies(self) -> str:
         return f"try method.warmup_with_views=true, method.temperature={self.config.temperature * 2:g}, or a lower optim.base_lr"

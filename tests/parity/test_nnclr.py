@@ -85,6 +85,29 @@ def test_loss_and_gradients_equal_the_reference(golden, dtype: torch.dtype, tole
     assert abs(out.loss.item() - values["lightly_variant_loss"]) > 0.3  # N candidates, not 2N - 1
 
 
+def test_with_negatives_of_their_own_kind_neighbours_and_predictions_have_simclrs_loss(golden) -> None:
+    values = golden("contrastive_nnclr")
+    method = given(16, 8, values["queue"], temperature=0.1, column_term=True, own_kind_negatives=True)
+    x1, x2 = halves(values["z1"], values["p1"]), halves(values["z2"], values["p2"])
+    loss = method(two_views(x1, x2), progress()).loss
+    np.testing.assert_allclose(loss.item(), 2 * values["lightly_variant_loss"], **EXACT)  # the sum of both terms, not their mean
+    loss.backward()
+    q1, q2 = (torch.from_numpy(values[name]).requires_grad_() for name in ("p1", "p2"))
+    (nt_xent(torch.from_numpy(values["nn1"]), unit(q2), 0.1) + nt_xent(torch.from_numpy(values["nn2"]), unit(q1), 0.1)).backward()
+    for x, q in ((x1, q1), (x2, q2)):
+        np.testing.assert_allclose(x.grad[:, 16:].numpy(), q.grad.numpy(), **EXACT)
+
+
+def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
+    """SimCLR eq. 1 over the 2N rows of both, as a literal double loop."""
+    rows, n = [*a, *b], len(a)
+    terms = []
+    for i, row in enumerate(rows):
+        weights = [torch.exp(row @ other / temperature) for k, other in enumerate(rows) if k != i]
+        terms.append(torch.log(torch.stack(weights).sum()) - row @ rows[(i + n) % (2 * n)] / temperature)
+    return torch.stack(terms).mean()
+
+
 def test_parts_of_the_loss_and_neighbours_equal_the_reference(golden) -> None:
     values = golden("contrastive_nnclr")
     method = given(16, 8, values["queue"], temperature=0.1)
@@ -117,11 +140,16 @@ def test_worked_value() -> None:
     np.testing.assert_allclose(each.numpy(), [0.18559612, 0.16669157], atol=5e-9)
 
 
-def test_equal_predictions_give_the_loss_of_chance() -> None:
-    method = given(3, 5, np.eye(3))
+@pytest.mark.parametrize(("settings", "chance"), [
+    ({}, math.log(5)),
+    ({"column_term": True}, 2 * math.log(5)),
+    ({"column_term": True, "own_kind_negatives": True}, 2 * math.log(9)),
+])  # fmt: skip
+def test_equal_predictions_and_neighbours_give_the_loss_of_chance(settings: dict[str, bool], chance: float) -> None:
+    method = given(3, 5, np.ones((4, 3)) / math.sqrt(3), **settings)
     x = halves(np.random.default_rng(0).normal(size=(5, 3)), np.ones((5, 3)))
     out = method(two_views(x, x), progress())
-    assert out.loss.item() == pytest.approx(math.log(5), abs=1e-12) == pytest.approx(method.chance_loss()[0])
+    assert out.loss.item() == pytest.approx(chance, abs=1e-12) == pytest.approx(method.chance_loss()[0])
 
 
 # ---------------------------------------------------------------------------- steps
@@ -235,7 +263,7 @@ def test_heads_are_those_of_the_paper() -> None:
 
 def _steps(rank: int, world: int) -> dict[str, Any]:
     """Four steps over eight images in `world` workers; eleven rows, so the pointer wraps inside a batch."""
-    method = nnclr(6, 4, 8, 11, temperature=0.3, column_term=True)
+    method = nnclr(6, 4, 8, 11, temperature=0.3, column_term=True, own_kind_negatives=True)
     if world > 1:
         synchronized(method)
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1, momentum=0.9)
