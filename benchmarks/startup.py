@@ -131,6 +131,7 @@ def main() -> None:
             wait(process, processes, run, beyond=6)
             process.send_signal(signal.SIGKILL)
             process.wait()
+            processes.end()  # its workers would train on for some seconds
             last = steps(run)[-1]["step"]
             again = Processes()
             process = start(["resume", "it", where], again)

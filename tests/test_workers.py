@@ -30,7 +30,8 @@ from pipeline.train.display import Display
 from pipeline.train.guards import TrainingStopped
 from pipeline.train.loop import agreed, mean_over_workers
 from pipeline.train.relay import Listener, Relay
-from pipeline.train.workers import CPU_WORKER, GPU_WORKER, fits, from_a_peer
+from pipeline.train.worker import from_a_peer
+from pipeline.train.workers import CPU_WORKER, GPU_WORKER, fits
 from tests.parity.common import in_processes
 from tests.test_methods import BATCH, SMALL, built
 

@@ -17,7 +17,7 @@ from ray import tune
 from methods.parts.contract import find
 from pipeline.config import flatten, from_yaml
 from pipeline.tracking import EndStatus, Tracker, default_uri
-from pipeline.train.workers import last_step
+from pipeline.train import checkpoint
 from tuning.screen import Screen
 from tuning.sweep import ENDED, Sweep, Trial
 
@@ -102,7 +102,7 @@ class Book(tune.Callback):
         """A half-done trial before it goes on: what lies behind its last checkpoint is forgotten."""
         number = of.facts()["number"]
         self.trackers[number] = self.open(of)
-        self.trackers[number].rewind(last_step(of.run))
+        self.trackers[number].rewind(checkpoint.last_step(of.run.checkpoints))
 
     def end(self, number: int, status: str) -> None:
         """A trial has ended: write it down, tell MLflow, show it."""

@@ -152,8 +152,9 @@ def _shifted(function: Callable[[dict[str, np.ndarray]], Any], first: int, item:
 def ahead(passes: Iterator[tuple[int, Iterator[Any]]], waiting: int, overlap: int) -> Generator[Any]:
     """What successive Ray Data executions yield, in order, each drained in a thread of its own as fast as it delivers.
 
-    The next one starts when `overlap` or fewer blocks of the last are outstanding, so that no core idles while one ends and
-    the other starts, and `waiting` or fewer blocks wait for the trainer. An execution whose output waits for its consumer
+    The first one starts at once, before a block is asked for. The next one starts when `overlap` or fewer blocks of the last are
+    outstanding, so that no core idles while one ends and the other starts, and `waiting` or fewer blocks wait for the trainer.
+    An execution whose output waits for its consumer
     would spin on a whole core (seen with Ray 2.60), in the trainer's process and under its interpreter lock, which slows
     training several times.
 
@@ -208,25 +209,33 @@ def ahead(passes: Iterator[tuple[int, Iterator[Any]]], waiting: int, overlap: in
 
     threads.append(threading.Thread(target=work, name="manyviews-stream", daemon=True))
     first = threads[0]
-    first.start()
-    try:
-        while True:
+
+    def blocks() -> Generator[Any]:
+        nonlocal stopped
+        first.start()
+        try:
+            yield None  # that it has begun: only what has begun is ended when nobody wants it any more
+            while True:
+                with change:
+                    change.wait_for(lambda: bool(queues) and bool(queues[0]))
+                    value = queues[0].popleft()
+                    if value is None:
+                        queues.popleft()
+                    change.notify_all()
+                if isinstance(value, StopIteration):
+                    return
+                if isinstance(value, BaseException):
+                    raise value
+                if value is not None:
+                    yield value
+        finally:
             with change:
-                change.wait_for(lambda: bool(queues) and bool(queues[0]))
-                value = queues[0].popleft()
-                if value is None:
-                    queues.popleft()
+                stopped = True
+                queues.clear()
                 change.notify_all()
-            if isinstance(value, StopIteration):
-                return
-            if isinstance(value, BaseException):
-                raise value
-            if value is not None:
-                yield value
-    finally:
-        with change:
-            stopped = True
-            queues.clear()
-            change.notify_all()
-        for thread in {first, *threads}:
-            thread.join(timeout=30)
+            for thread in {first, *threads}:
+                thread.join(timeout=30)
+
+    begun = blocks()
+    next(begun)
+    return begun

@@ -66,6 +66,37 @@ class EvaluationImages:
 # ---------------------------------------------------------------------------- training
 
 
+@dataclass(frozen=True)
+class Stream:
+    """What the batches of a run come from. It needs no network, so that it can begin before there is one.
+
+    `earlier` steps, those of a continued run's earlier phases, come before the first one.
+    """
+
+    manifest: Manifest
+    plan: Plan
+    views: ViewsConfig
+    seed: int
+    total_steps: int
+    earlier: int = 0
+    finish: Normalisation | None = None
+
+    def batches(self, start_step: int, *, rank: int = 0, world_size: int = 1, tasks: int | None = None) -> Generator[Batch]:
+        """One rank's batches from completed step `start_step` on; see `training_batches`."""
+        return training_batches(
+            self.manifest,
+            self.plan,
+            self.views,
+            self.seed,
+            start_step=start_step + self.earlier,
+            total_steps=self.total_steps + self.earlier,
+            rank=rank,
+            world_size=world_size,
+            tasks=tasks,
+            finish=self.finish,
+        )
+
+
 def training_batches(
     manifest: Manifest,
     plan: Plan,
@@ -78,8 +109,10 @@ def training_batches(
     world_size: int = 1,
     tasks: int | None = None,
     finish: Normalisation | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """The batches of steps `start_step` to `total_steps - 1`, the same whether or not the run was interrupted.
+
+    The tasks begin with the call, so that they cut the first windows while a trainer is still being built.
 
     Args:
         tasks: windows cut at the same time; None = one per CPU, in a cluster as many as it has room for.

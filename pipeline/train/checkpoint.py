@@ -120,6 +120,12 @@ def _kept(name: str, keep_every: int | None) -> bool:
     return bool(keep_every) and int(name.split("-")[1]) % keep_every == 0  # type: ignore[operator]
 
 
+def last_step(checkpoints: Path) -> int:
+    """Completed steps of a run's last checkpoint; 0 without one."""
+    pointed = pointed_to(checkpoints)
+    return int(pointed.name.split("-")[1]) if pointed else 0
+
+
 def pointed_to(checkpoints: Path, which: str = "last") -> Path | None:
     """The folder that `last` or `best` points to, or None."""
     try:

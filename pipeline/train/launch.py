@@ -30,7 +30,7 @@ from pipeline.train.guards import TrainingStopped
 from pipeline.train.loop import Position
 from pipeline.train.prepare import Prepared, choose_device, prepare
 from pipeline.train.work import work
-from pipeline.train.workers import last_step, train_with_workers
+from pipeline.train.workers import train_with_workers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _begin(ready: Prepared, *, runs_dir: Path, run: str | None, console: Console
 
 def _train(ready: Prepared, folder: RunFolder, console: Console, state: checkpoint.State | None) -> Outcome:
     config, facts = ready.config, ready.resolved.facts
-    start = last_step(folder)
+    start = checkpoint.last_step(folder.checkpoints)
     tracker = Tracker.open(
         folder.path,
         uri=config.track.uri,

@@ -51,9 +51,10 @@ def enter(settings: dict[str, Any]) -> Any:
     import ray
 
     try:
-        from pipeline.train.workers import _worker
-    except Exception as error:
+        from pipeline.train.worker import run
+
+        return run(settings)
+    except ImportError as error:
         word = {"node": socket.gethostname(), "reason": f"{type(error).__name__}: {error}"}
         ray.get(settings["relay"].send.remote([("absent", word)]))
         raise
-    return _worker(settings)

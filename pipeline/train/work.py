@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,13 @@ from pipeline.evaluate.clusters import Clusters
 from pipeline.evaluate.online import Online
 from pipeline.evaluate.protocols import Scores, final_scores
 from pipeline.gallery import run_figures
-from pipeline.ingest.stream import Batch, training_batches
+from pipeline.ingest.stream import Batch
 from pipeline.runs import RunFolder, write_atomic, write_json
 from pipeline.train import checkpoint
 from pipeline.train.display import Screen
 from pipeline.train.loop import Position, Report, Trainer
 from pipeline.train.optim import build_optimizer
-from pipeline.train.prepare import Prepared, choose_device, set_threads, untrained
+from pipeline.train.prepare import Prepared, choose_device, keep_freed_memory, set_threads, untrained
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ def work(
     stop: Callable[[], bool],
     device: torch.device | None = None,
     local_workers: int = 1,
-    tasks: int | None = None,
+    stream: Generator[Batch] | None = None,
     evaluate: bool = True,
 ) -> Done:
     """Train to the end, or until `stop`; then, on rank 0, evaluate, draw and export.
 
     Args:
-        tasks: images are cut by so many tasks at a time for this worker; None = one per CPU of the cluster.
+        stream: this worker's batches behind the last checkpoint, if they have begun; None = they begin here.
         evaluate: False = only export at the end, as a trial of a search does: the test split is not read.
 
     The others are those of `assemble`.
@@ -66,13 +66,16 @@ def work(
         TrainingStopped: a loss that is no number, or too many bad images.
         checkpoint.DiskFull: a checkpoint could not be written.
     """
-    trainer, online = assemble(ready, folder, state, screen=screen, report=report, stop=stop, device=device, local_workers=local_workers)
-    try:
-        trainer.run(batches(ready, trainer.position.step, tasks))
-    except BaseException:
-        with contextlib.suppress(checkpoint.DiskFull):
-            trainer.uploads.wait()  # the checkpoint that the message speaks of
-        raise
+    with contextlib.closing(stream or batches(ready, checkpoint.last_step(folder.checkpoints))) as stream:
+        trainer, online = assemble(
+            ready, folder, state, screen=screen, report=report, stop=stop, device=device, local_workers=local_workers
+        )
+        try:
+            trainer.run(stream)
+        except BaseException:
+            with contextlib.suppress(checkpoint.DiskFull):
+                trainer.uploads.wait()  # the checkpoint that the message speaks of
+            raise
     trainer.uploads.wait()
     done = Done(trainer.position.step, trainer.position.step >= ready.resolved.facts.total_steps)
     if not done.complete:
@@ -121,6 +124,8 @@ def assemble(
     chosen, precision = choose_device(config)
     device = device or chosen
     set_threads(config, state, local_workers)
+    if device.type == "cpu":
+        keep_freed_memory()
     if world_size() > 1 and ready.method.sync_batchnorm:
         synchronized(ready.method)
     method = ready.method.to(device)
@@ -153,22 +158,9 @@ def assemble(
     return trainer, online
 
 
-def batches(ready: Prepared, start: int, tasks: int | None = None) -> Iterator[Batch]:
-    """This worker's batches from completed step `start` on; a continued run begins behind its earlier phases' passes."""
-    facts, data = ready.resolved.facts, ready.config.data
-    earlier = ready.config.train.first_epoch * facts.steps_per_epoch
-    return training_batches(
-        ready.manifest,
-        ready.plan,
-        ready.config.views,
-        ready.config.train.seed,
-        start_step=start + earlier,
-        total_steps=facts.total_steps + earlier,
-        rank=rank(),
-        world_size=world_size(),
-        tasks=tasks,
-        finish=(data.mean, data.std) if data.finish == "tasks" else None,
-    )
+def batches(ready: Prepared, start: int, tasks: int | None = None) -> Generator[Batch]:
+    """This worker's batches from completed step `start` on."""
+    return ready.stream.batches(start, rank=rank(), world_size=world_size(), tasks=tasks)
 
 
 def evaluated(

@@ -25,8 +25,8 @@ from pipeline.train import checkpoint, relay_actor
 from pipeline.train.display import Screen
 from pipeline.train.guards import TrainingStopped
 from pipeline.train.prepare import Prepared
-from pipeline.train.relay import Listener, Mute, Remote
-from pipeline.train.work import Done, work
+from pipeline.train.relay import Listener
+from pipeline.train.work import Done
 
 # logical CPUs of a worker: less than one without a GPU, because Ray Data hangs unless a whole one stays free somewhere
 CPU_WORKER: dict[str, float] = {"CPU": 0.25}
@@ -73,7 +73,7 @@ def train_with_workers(
     import ray
 
     config = ready.config.train
-    given = ray.put((ready, folder, state))
+    given = {"stream": [ray.put(ready.stream)], "rest": [ray.put((ready.config, ready.resolved, ready.method, state))]}
     losses: list[int] = []
     while True:
         workers, share = place(config, ready.config.data.lanes, say=screen.say, doubtful=bool(losses))
@@ -81,16 +81,10 @@ def train_with_workers(
         try:
             return _attempt(ready, folder, given, workers, share, screen=screen, stop=stop, news=news, before=before, evaluate=evaluate)
         except WorkersLost as loss:
-            losses.append(last_step(folder))
+            losses.append(checkpoint.last_step(folder.checkpoints))
             if losses.count(losses[-1]) > config.max_restarts:
                 raise TrainingStopped(f"{loss}, {len(losses)} times without a new checkpoint; look at their machines") from None
             screen.say(f"[yellow]warning:[/yellow] {loss}; starting again with as many workers as fit")
-
-
-def last_step(folder: RunFolder) -> int:
-    """Completed steps of the run's last checkpoint."""
-    pointed = checkpoint.pointed_to(folder.checkpoints)
-    return int(pointed.name.split("-")[1]) if pointed else 0
 
 
 # ---------------------------------------------------------------------------- placing
@@ -189,7 +183,7 @@ def _words(resources: dict[str, float]) -> str:
 def _attempt(
     ready: Prepared,
     folder: RunFolder,
-    given: Any,
+    given: dict[str, Any],
     workers: int,
     share: dict[str, float],
     *,
@@ -203,7 +197,6 @@ def _attempt(
     os.environ.update({key: value for key, value in SETTINGS.items() if key not in os.environ})
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     config = ready.config.train
@@ -213,12 +206,18 @@ def _attempt(
     relay = ray.remote(relay_actor.Relay).options(num_cpus=0, scheduling_strategy=here).remote()
     spare = ray.cluster_resources().get("CPU", 1) - workers * share["CPU"]
     tasks = None if joins_cluster() else max(1, round(spare / workers))
-    settings = {"given": [given], "relay": relay, "tasks": tasks, "remote": mirror.remote_of(folder.path), "evaluate": evaluate}
+    settings = given | {
+        "relay": relay,
+        "run": str(folder.path),
+        "remote": mirror.remote_of(folder.path),
+        "tasks": tasks,
+        "timeout_s": config.progress_timeout_s,
+        "evaluate": evaluate,
+    }
     scratch = f".ray-{uuid.uuid4().hex[:8]}"
     trainer = _trainer_class()(
         relay_actor.enter,
         train_loop_config=settings,
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if "GPU" in share else "gloo", timeout_s=int(config.progress_timeout_s)),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu="GPU" in share, resources_per_worker=share),
         run_config=RunConfig(name=scratch, storage_path=str(folder.path), failure_config=FailureConfig(max_failures=0 if elastic else -1)),
     )
@@ -254,17 +253,18 @@ def _attempt(
 
 
 def _trainer_class() -> type[Any]:
-    """Ray Train's trainer without two helper processes that have nothing to do here, of some 3 CPU seconds each.
+    """Ray Train's general trainer, without two helper processes that have nothing to do here, of some 4 CPU seconds each.
 
-    The one serves `datasets=`, which is not used; the other frees the workers' places when the driver has died, and a local
-    Ray has died with it. Nothing public leaves them out: where Ray's inner names change, they are started as before.
+    Its trainer for torch would load torch in the controller before that can start a worker; the workers make their process
+    group themselves (`process_group`). Of the helpers, one serves `datasets=`, which is not used; the other frees the
+    workers' places when the controller has died, but a run of this project ends then, and Ray frees what an ended driver had.
+    Nothing public leaves them out: where Ray's inner names change, they are started as before.
     """
-    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # the outer one of this name is of the former Ray Train
 
-    spare = {"DatasetsCallback"} | (set() if joins_cluster() else {"PlacementGroupCleanerCallback"})
-
-    class Trainer(TorchTrainer):
+    class Trainer(DataParallelTrainer):
         def _create_default_callbacks(self) -> list[Any]:
+            spare = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
             return [callback for callback in super()._create_default_callbacks() if type(callback).__name__ not in spare]
 
     return Trainer
@@ -285,33 +285,6 @@ def _check_progress(silence_s: float, config: TrainConfig, workers: int, share: 
         )
 
 
-def _worker(settings: dict[str, Any]) -> Done | None:
-    """One worker's part of a run, in its own process under Ray Train."""
-    import ray
-    from ray.train import get_context
-    from ray.train.torch import get_device
-
-    context = get_context()
-    try:
-        ready, folder, state = ray.get(settings["given"][0])
-        if settings["remote"]:
-            folder = RunFolder(mirror.second_copy(settings["remote"], f"worker-{context.get_local_rank()}"))
-        common = {"device": get_device(), "local_workers": context.get_local_world_size(), "tasks": settings["tasks"]}
-        common["evaluate"] = settings.get("evaluate", True)
-        if context.get_world_rank() > 0:
-            work(ready, folder, state, screen=Mute(), report=lambda step, metrics: None, stop=lambda: False, **common)
-            return None
-        remote = Remote(settings["relay"], folder.path, ready.resolved.facts.global_batch_size, last_step(folder))
-        try:
-            return work(ready, folder, state, screen=remote, report=remote.report, stop=remote.stopping.is_set, **common)
-        finally:
-            remote.close()
-    except Exception as error:
-        if not from_a_peer(error):  # starting again would not help: the driver ends the run
-            ray.get(settings["relay"].send.remote([("failed", {"error": error})]))
-        raise
-
-
 def _meaning(error: BaseException) -> BaseException:
     """What a run that ended with an error means. The errors of our own code have reached the driver before."""
     from ray.train import TrainingFailedError
@@ -321,9 +294,3 @@ def _meaning(error: BaseException) -> BaseException:
     failures = getattr(error, "worker_failures", None) or {}
     ranks = ", ".join(str(rank) for rank in sorted(failures))
     return WorkersLost(f"lost worker {ranks}" if ranks else f"Ray Train failed ({str(error).strip().splitlines()[-1]})")
-
-
-def from_a_peer(error: BaseException) -> bool:
-    """Whether a worker failed only because another one did: its collective call broke, or its device did."""
-    marks = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL", "gloo", "CUDA error")
-    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in marks)

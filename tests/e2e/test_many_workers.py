@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import ray
 from ray.train import RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from methods.parts.contract import Method, find, registered
 from pipeline.config import override
@@ -55,17 +55,24 @@ def trained(ray_with_room: None, tmp_path_factory: pytest.TempPathFactory) -> di
             sizes["method.num_prototypes"] = 16
         ready = prepare(override(config, TINY | sizes))
         folders[method] = create_run(root, method, method)
-        settings[method] = {"given": [ray.put((ready, folders[method], None))], "relay": relay, "tasks": 1, "remote": None}
+        settings[method] = {
+            "stream": [ray.put(ready.stream)],
+            "rest": [ray.put((ready.config, ready.resolved, ready.method, None))],
+            "relay": relay,
+            "run": str(folders[method].path),
+            "remote": None,
+            "tasks": 1,
+            "timeout_s": 600.0,
+        }
 
     def in_turn(settings: dict[str, Any]) -> dict[str, Any]:
-        from pipeline.train.workers import _worker
+        from pipeline.train.worker import run
 
-        return {method: _worker(one) for method, one in settings.items()}
+        return {method: run(one) for method, one in settings.items()}
 
-    trainer = TorchTrainer(
+    trainer = DataParallelTrainer(
         in_turn,
         train_loop_config=settings,
-        torch_config=TorchConfig(backend="gloo"),
         scaling_config=ScalingConfig(num_workers=2, resources_per_worker=CPU_WORKER),
         run_config=RunConfig(name=".ray", storage_path=str(root)),
     )

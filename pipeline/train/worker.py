@@ -1,0 +1,104 @@
+"""One worker's part of a run, in its own process under Ray Train.
+
+What is slow to load, networks above all, is loaded when the tasks that cut images are at work already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline import mirror
+from pipeline.runs import RunFolder
+from pipeline.train import checkpoint
+
+if TYPE_CHECKING:
+    from pipeline.train.work import Done
+
+
+def run(settings: dict[str, Any]) -> Done | None:
+    """Train as one of the workers.
+
+    Args:
+        settings: `stream` and `rest`, lists with a reference to the run's `Stream` and to what else was prepared; `run`, its
+            folder, and `remote`, the object store whose copy that is; `tasks` at a time that cut for this worker;
+            `timeout_s` of a collective call; the `relay` to the driver.
+
+    Returns:
+        How it ended; None from other ranks than 0.
+    """
+    import ray
+    from ray.train import get_context
+
+    context = get_context()
+    try:
+        path = Path(settings["run"])
+        if settings["remote"]:
+            path = mirror.second_copy(settings["remote"], f"worker-{context.get_local_rank()}")
+        folder = RunFolder(path)
+        start = checkpoint.last_step(folder.checkpoints)
+        place = {"rank": context.get_world_rank(), "world_size": context.get_world_size()}
+        stream = ray.get(settings["stream"][0])
+        with contextlib.closing(stream.batches(start, **place, tasks=settings["tasks"])) as batches:
+            from pipeline.train.prepare import Prepared
+            from pipeline.train.relay import Mute, Remote
+            from pipeline.train.work import work
+
+            config, resolved, method, state = ray.get(settings["rest"][0])
+            ready = Prepared(config, stream, resolved, method)
+            common = {"local_workers": context.get_local_world_size(), "stream": batches, "evaluate": settings.get("evaluate", True)}
+            with process_group(settings["timeout_s"]) as common["device"]:
+                if context.get_world_rank() > 0:
+                    work(ready, folder, state, screen=Mute(), report=lambda step, metrics: None, stop=lambda: False, **common)
+                    return None
+                remote = Remote(settings["relay"], folder.path, resolved.facts.global_batch_size, start)
+                try:
+                    return work(ready, folder, state, screen=remote, report=remote.report, stop=remote.stopping.is_set, **common)
+                finally:
+                    remote.close()
+    except ImportError:
+        raise
+    except Exception as error:
+        if not from_a_peer(error):  # starting again would not help: the driver ends the run
+            ray.get(settings["relay"].send.remote([("failed", {"error": error})]))
+        raise
+
+
+@contextlib.contextmanager
+def process_group(timeout_s: float) -> Iterator[torch.device]:
+    """Join all workers of this group; gives the device of this one. Rank 0 chooses a free port, of which the others hear."""
+    import ray
+    from ray.train import get_context
+    from ray.train.collective import broadcast_from_rank_zero
+    from ray.train.torch import get_device
+
+    context, device, timeout = get_context(), get_device(), timedelta(seconds=timeout_s)
+    rank, world = context.get_world_rank(), context.get_world_size()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    host = ray.util.get_node_ip_address()
+    connect = partial(dist.TCPStore, world_size=world, is_master=rank == 0, timeout=timeout, wait_for_workers=False)  # type: ignore[attr-defined]
+    own = connect(host, 0) if rank == 0 else None
+    host, port = broadcast_from_rank_zero((host, own.port) if own else None)
+    store = own or connect(host, port)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    yield device
+    dist.destroy_process_group()  # not after an error: where a peer is lost it would wait for it
+
+
+def from_a_peer(error: BaseException) -> bool:
+    """Whether a worker failed only because another one did: its collective call broke, or its device did."""
+    import ray
+
+    if isinstance(error, dist.DistError | ray.exceptions.RayActorError):
+        return True
+    marks = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL", "gloo", "CUDA error")
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in marks)
