@@ -169,11 +169,24 @@ def pretrain(options: Any, settings: list[str]) -> int:
 
 
 def resume(options: Any, settings: list[str]) -> int:
-    if (code := verbs_of_tuning.resume(options.run, options, screens.write_json, screens.console())) is not None:
-        return code
-    from pipeline.train import launch
+    from methods.parts.errors import ConfigError
+    from pipeline.runs import find_run
+    from pipeline.train.group import begin_again
 
-    return screens.conclude(launch.resume(options.run, runs_dir=options.runs_dir, console=screens.console()), options)
+    try:
+        folder = find_run(options.run, options.runs_dir)
+    except ConfigError:
+        if (code := verbs_of_tuning.resume(options.run, options, screens.write_json, screens.console())) is None:
+            raise
+        return code
+    group = begin_again(folder)  # its processes start while this one loads what it needs itself
+    try:
+        from pipeline.train import launch
+
+        return screens.conclude(launch.resume(folder, runs_dir=options.runs_dir, console=screens.console(), group=group), options)
+    finally:
+        if group is not None and group.alive:
+            group.end()
 
 
 def continue_run(options: Any, settings: list[str]) -> int:

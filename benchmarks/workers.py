@@ -1,14 +1,16 @@
 """Images per second of two workers on two cores beside one worker whose trainer and tasks share one core.
 
-Three recipes: one bound by the network, with 512 images for each worker; the same with 128, so that the hundred exchanges
-of batch norm and gradients in a step, which take as long for any batch, weigh four times as much; one bound by cutting
-views. The rate is taken from the points that the run logs.
+Four recipes: one bound by the network, with 512 images for each worker; the same with 128, so that the hundred exchanges
+of batch norm and gradients in a step, which take as long for any batch, weigh four times as much; one bound by the data,
+eight small views of JPEGs of 1000 x 750 for a tiny network; the same views of images that need no decoding, where that
+network's exchanges weigh most. The rate is taken from the points that the run logs.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -17,6 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from pipeline.ingest.patches import FILES, load_photo
 from pipeline.points import read_points
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,30 +34,45 @@ COMMON = [
     "--train.log-every=1",
     "--data.held-out=0",
 ]
-ROWS = {"network": 512, "exchanges": 128, "views": 128}  # images for each worker
+ROWS = {"network": 512, "exchanges": 128, "data": 128, "views": 128}  # images for each worker
+EIGHT_VIEWS = [
+    "--backbone.width=0.125",
+    "--backbone.depth",
+    *"1111",
+    "--backbone.stem=imagenet",
+    "--views.global.size=64",
+    "--views.global.count=2",
+    "--views.local.size=32",
+    "--views.local.count=6",
+]
 BOUND_BY = {
     "network": [],
     "exchanges": [],
-    "views": [
-        "--backbone.width=0.125",
-        "--backbone.depth",
-        *"1111",
-        "--backbone.stem=imagenet",
-        "--data.path=patches:pixels=128",
-        "--views.global.size=64",
-        "--views.global.count=2",
-        "--views.local.size=32",
-        "--views.local.count=6",
-    ],
+    "data": [*EIGHT_VIEWS, "--data.path={folder}/photographs"],
+    "views": [*EIGHT_VIEWS, "--data.path=patches:pixels=128"],
 }
+
+
+def photographs(folder: Path, count: int = 512) -> None:
+    """JPEGs of 1000 x 750, cut at random from the built-in photographs."""
+    chance = random.Random(0)
+    folder.mkdir()
+    for i in range(count):
+        photo = load_photo(i % len(FILES)).convert("RGB")
+        width = chance.uniform(0.5, 1) * min(photo.width, photo.height * 4 / 3)
+        left, top = chance.uniform(0, photo.width - width), chance.uniform(0, photo.height - width * 3 / 4)
+        photo.resize((1000, 750), Image.Resampling.BICUBIC, (left, top, left + width, top + width * 3 / 4)).save(folder / f"{i:03d}.jpg")
 
 
 def rate(bound: str, workers: int, cores: set[int], seconds: float) -> float:
     """Images per second of a run on these cores, from its fourth step on; the run is then asked to end."""
     batch = ROWS[bound] * workers
     with tempfile.TemporaryDirectory() as folder:
+        settings = [word.format(folder=folder) for word in BOUND_BY[bound]]
+        if bound == "data":
+            photographs(Path(folder) / "photographs")
         command = [sys.executable, str(ROOT / "manyviews.py"), "pretrain", "swav-small", f"--runs-dir={folder}", "--run=it"]
-        command += [f"--train.workers={workers}", f"--train.global-batch-size={batch}", *COMMON, *BOUND_BY[bound]]
+        command += [f"--train.workers={workers}", f"--train.global-batch-size={batch}", *COMMON, *settings]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, preexec_fn=lambda: os.sched_setaffinity(0, cores))
         points: list[dict[str, Any]] = []
         while len(points) < 2 or points[-1]["time"] - points[0]["time"] < seconds:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
@@ -25,13 +26,14 @@ from methods.parts.norms import SyncBatchNorm, average_statistics, synchronized
 from methods.parts.views import Views
 from pipeline.config import TrainConfig, override, resolve
 from pipeline.recipes import load_recipe
+from pipeline.runs import create_run
 from pipeline.train import relay_actor
 from pipeline.train.display import Display
+from pipeline.train.group import CPU_WORKER, GPU_WORKER, Group, Shape, begin_again, fits, kept
 from pipeline.train.guards import TrainingStopped
 from pipeline.train.loop import agreed, mean_over_workers
 from pipeline.train.relay import Listener, Relay
 from pipeline.train.worker import from_a_peer
-from pipeline.train.workers import CPU_WORKER, GPU_WORKER, fits
 from tests.parity.common import in_processes
 from tests.test_methods import BATCH, SMALL, built
 
@@ -193,6 +195,29 @@ def test_workers_fit_only_beside_a_whole_cpu(workers: int, share: dict, nodes: l
     assert fits(workers, share, nodes) is fit
 
 
+@pytest.mark.parametrize(("workers", "status", "held", "begins"), [
+    ("2", "running", False, True),
+    ("2", "finished", False, False),
+    ("2", "running", True, False),  # by another process
+    ("1:2", "running", False, False),  # how many there will be is not known yet
+    ("64", "running", False, False),  # they do not fit now
+])  # fmt: skip
+def test_the_workers_of_a_run_that_is_resumed_begin_first(
+    workers: str, status: str, held: bool, begins: bool, ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = create_run(tmp_path, "run", "swav-small")
+    assert begin_again(folder) is None, "there has been no group yet"
+    count = int(workers.split(":")[-1])
+    folder.update(status=status, **kept(Shape(count, CPU_WORKER, again=":" not in workers, timeout_s=5.0)))
+    monkeypatch.setattr(Group, "_fit", lambda self, trainer: None)
+    with folder.working() if held else contextlib.nullcontext():
+        group = begin_again(folder)
+    assert (group is not None) == begins
+    if group is not None:
+        assert group.shape == Shape(2, CPU_WORKER, again=True, timeout_s=5.0)
+        group.end()
+
+
 @pytest.mark.parametrize("value", ["two", "2:", "4:2", "-1", ":3", "0:4"])
 def test_worker_counts_that_mean_nothing_are_refused(value: str) -> None:
     with pytest.raises(ConfigError, match=r"train\.workers"):
@@ -241,6 +266,14 @@ def test_what_rank_0_says_reaches_the_screen_and_the_wish_to_stop_comes_back(lin
     assert line.listener.listen(True)
     assert "step 5/10" in line.out.getvalue() and "loss 1.500" in line.out.getvalue() and "evaluating" in line.out.getvalue()
     assert ray.get(line.relay.send.remote([])) is True
+
+
+def test_workers_are_given_what_is_meant_for_their_run(line: Line) -> None:
+    import ray
+
+    line.relay.give.remote("runs/a", {"evaluate": True})
+    assert ray.get(line.relay.given.remote("runs/a")) == {"evaluate": True}
+    assert ray.get(line.relay.given.remote("runs/b")) is None
 
 
 def test_a_group_begins_when_the_driver_has_made_way_and_not_too_often(line: Line) -> None:

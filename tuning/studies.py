@@ -197,7 +197,7 @@ def trained(config: RunConfig, folder: Path, run: str, runs_dir: Path, figures: 
         raise ConfigError(f"study={folder.name}: {run} ran with other settings; use another --runs-dir, or delete {folder}")
     if there.state().get("status") != "finished":
         if there.state():
-            outcome = launch.resume(run, runs_dir=folder, console=console)
+            outcome = launch.resume(there, runs_dir=folder, console=console)
         else:
             tracked = override(config, {"track.uri": config.track.uri or default_uri(runs_dir)})
             outcome = launch.pretrain(tracked, runs_dir=folder, run=run, console=console)

@@ -21,11 +21,12 @@ from pipeline import mirror, registry
 from pipeline.config import RunConfig, flatten, from_yaml, to_yaml
 from pipeline.evaluate.protocols import Scores
 from pipeline.ingest.stream import start_ray
-from pipeline.runs import RunFolder, create_run, find_run, write_atomic
+from pipeline.runs import RunFolder, create_run, write_atomic
 from pipeline.tracking import EndStatus, Tracker
 from pipeline.train import checkpoint
 from pipeline.train.display import Display
 from pipeline.train.finish import publish, tracking_uri
+from pipeline.train.group import Group
 from pipeline.train.guards import TrainingStopped
 from pipeline.train.loop import Position
 from pipeline.train.prepare import Prepared, choose_device, prepare
@@ -97,9 +98,12 @@ def continue_run(earlier: RunFolder, config: RunConfig, *, runs_dir: Path, run: 
     )
 
 
-def resume(reference: str, *, runs_dir: Path, console: Console) -> Outcome:
-    """Go on with a run: same plan, same config, from its last checkpoint (or from the start if it has none)."""
-    folder = find_run(reference, runs_dir)
+def resume(folder: RunFolder, *, runs_dir: Path, console: Console, group: Group | None = None) -> Outcome:
+    """Go on with a run: same plan, same config, from its last checkpoint (or from the start if it has none).
+
+    Args:
+        group: workers that have been started for it.
+    """
     facts = folder.state()
     if facts.get("status") == "finished":
         raise ConfigError(f"run={folder.name}: it is finished; `manyviews continue {folder.name} --train.steps N` starts a new phase")
@@ -109,7 +113,7 @@ def resume(reference: str, *, runs_dir: Path, console: Console) -> Outcome:
     if facts.get("fingerprint") not in (None, ready.manifest.fingerprint):
         raise ConfigError(f"data.path={ready.config.data.path}: the images have changed since the run began; restore them, or use continue")
     with folder.working():
-        return _train(ready, folder, console, None)
+        return _train(ready, folder, console, None, group)
 
 
 def last_state(folder: RunFolder) -> checkpoint.State:
@@ -131,7 +135,7 @@ def _begin(ready: Prepared, *, runs_dir: Path, run: str | None, console: Console
 # ---------------------------------------------------------------------------- the run itself
 
 
-def _train(ready: Prepared, folder: RunFolder, console: Console, state: checkpoint.State | None) -> Outcome:
+def _train(ready: Prepared, folder: RunFolder, console: Console, state: checkpoint.State | None, group: Group | None = None) -> Outcome:
     config, facts = ready.config, ready.resolved.facts
     start = checkpoint.last_step(folder.checkpoints)
     tracker = Tracker.open(
@@ -151,7 +155,8 @@ def _train(ready: Prepared, folder: RunFolder, console: Console, state: checkpoi
         display = Display(console, total_steps=facts.total_steps, start_step=start, batch=facts.global_batch_size, chance=chance)
         with interruptible() as stop, display:
             if config.train.worker_range[1]:
-                done = train_with_workers(ready, folder, state, screen=display, stop=stop.is_set, news=tracker.wake, before=tracker.rewind)
+                heard: dict[str, Any] = {"stop": stop.is_set, "news": tracker.wake, "before": tracker.rewind}
+                done = train_with_workers(ready, folder, state, screen=display, group=group, **heard)
             else:
                 done = work(ready, folder, state, screen=display, report=tracker.log, stop=stop.is_set)
         if not done.complete:

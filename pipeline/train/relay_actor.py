@@ -16,6 +16,15 @@ class Relay:
         self.said: list[tuple[str, dict[str, Any]]] = []
         self.stop = False
         self.lives = 0  # worker groups that may begin
+        self.parts: dict[str, dict[str, Any]] = {}
+
+    def give(self, run: str, parts: dict[str, Any]) -> None:
+        """From the driver: what a run's workers need to begin."""
+        self.parts[run] = parts
+
+    def given(self, run: str) -> dict[str, Any] | None:
+        """From a worker: that, if the driver has given it."""
+        return self.parts.get(run)
 
     def send(self, said: list[tuple[str, dict[str, Any]]]) -> bool:
         """From a worker. Returns whether the driver wants the run to stop."""

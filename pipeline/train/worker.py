@@ -6,6 +6,8 @@ What is slow to load, networks above all, is loaded when the tasks that cut imag
 from __future__ import annotations
 
 import contextlib
+import gc
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
@@ -27,9 +29,9 @@ def run(settings: dict[str, Any]) -> Done | None:
     """Train as one of the workers.
 
     Args:
-        settings: `stream` and `rest`, lists with a reference to the run's `Stream` and to what else was prepared; `run`, its
-            folder, and `remote`, the object store whose copy that is; `tasks` at a time that cut for this worker;
-            `timeout_s` of a collective call; the `relay` to the driver.
+        settings: `run`, the run's folder, and `remote`, the object store whose copy that is; `tasks` at a time that cut for
+            this worker; `timeout_s` of a collective call; the `relay` to the driver, which gives the rest: `stream` and
+            `rest`, lists with a reference to the run's `Stream` and to what else was prepared, and `evaluate`, as in `work`.
 
     Returns:
         How it ended; None from other ranks than 0.
@@ -45,15 +47,19 @@ def run(settings: dict[str, Any]) -> Done | None:
         folder = RunFolder(path)
         start = checkpoint.last_step(folder.checkpoints)
         place = {"rank": context.get_world_rank(), "world_size": context.get_world_size()}
-        stream = ray.get(settings["stream"][0])
+        while (given := ray.get(settings["relay"].given.remote(settings["run"]))) is None:
+            time.sleep(0.1)
+        stream = ray.get(given["stream"][0])
         with contextlib.closing(stream.batches(start, **place, tasks=settings["tasks"])) as batches:
+            gc.disable()  # a module that is loaded makes objects and no garbage: looking for it is a tenth of the time
             from pipeline.train.prepare import Prepared
             from pipeline.train.relay import Mute, Remote
             from pipeline.train.work import work
 
-            config, resolved, method, state = ray.get(settings["rest"][0])
+            gc.enable()
+            config, resolved, method, state = ray.get(given["rest"][0])
             ready = Prepared(config, stream, resolved, method)
-            common = {"local_workers": context.get_local_world_size(), "stream": batches, "evaluate": settings.get("evaluate", True)}
+            common = {"local_workers": context.get_local_world_size(), "stream": batches, "evaluate": given["evaluate"]}
             with process_group(settings["timeout_s"]) as common["device"]:
                 if context.get_world_rank() > 0:
                     work(ready, folder, state, screen=Mute(), report=lambda step, metrics: None, stop=lambda: False, **common)

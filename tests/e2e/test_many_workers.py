@@ -55,15 +55,10 @@ def trained(ray_with_room: None, tmp_path_factory: pytest.TempPathFactory) -> di
             sizes["method.num_prototypes"] = 16
         ready = prepare(override(config, TINY | sizes))
         folders[method] = create_run(root, method, method)
-        settings[method] = {
-            "stream": [ray.put(ready.stream)],
-            "rest": [ray.put((ready.config, ready.resolved, ready.method, None))],
-            "relay": relay,
-            "run": str(folders[method].path),
-            "remote": None,
-            "tasks": 1,
-            "timeout_s": 600.0,
-        }
+        run = str(folders[method].path)
+        rest = (ready.config, ready.resolved, ready.method, None)
+        relay.give.remote(run, {"stream": [ray.put(ready.stream)], "rest": [ray.put(rest)], "evaluate": True})
+        settings[method] = {"relay": relay, "run": run, "remote": None, "tasks": 1, "timeout_s": 600.0}
 
     def in_turn(settings: dict[str, Any]) -> dict[str, Any]:
         from pipeline.train.worker import run
