@@ -39,7 +39,7 @@ from pipeline.runs import RunFolder
 from pipeline.settings import configured
 from pipeline.train.loop import Trainer
 from pipeline.train.optim import build_optimizer
-from pipeline.train.prepare import build_method, choose_device
+from pipeline.train.prepare import build_method, choose_device, keep_freed_memory
 from pipeline.train.relay import Mute
 
 
@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=["ours", "lightly"], default=["ours", "lightly"])
     options, settings = parser.parse_known_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     config = override(configured(options.recipe, settings), {"train.checkpoint_every": 10**9, "train.log_every": 50})
     assert config.evaluate.path, "--evaluate.path: give the test split"
     bank, asked = Images.load(config, config.data.path), Images.load(config, config.evaluate.path)

@@ -30,7 +30,7 @@ from pipeline.config import RunConfig, resolve
 from pipeline.recipes import entries, load_recipe
 from pipeline.settings import configured
 from pipeline.train.optim import build_optimizer
-from pipeline.train.prepare import build_method, choose_device
+from pipeline.train.prepare import build_method, choose_device, keep_freed_memory
 
 
 @dataclass
@@ -238,6 +238,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     options, settings = parser.parse_known_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as in a run, for all contenders
     small = sorted((entry.name for entry in entries() if entry.name.endswith("-small")), key=len, reverse=True)
     by_method = {find(load_recipe(recipe).method).name: recipe for recipe in small}  # the shortest name stays
     there = importlib.util.find_spec("lightly") is not None

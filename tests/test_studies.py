@@ -68,9 +68,9 @@ class Trainer:
         metrics(folder.metrics, [{"step": 5, "knn": 0.1}, {"step": 10, "knn": score, "embedding_std": 0.08}])
         return self.ended(folder, "finished" if len(self.begun) < self.stop_at else "interrupted")
 
-    def resume(self, run: str, *, runs_dir: Path, console: Console) -> Any:
-        self.resumed.append(run)
-        return self.ended(RunFolder(runs_dir / run), "finished")
+    def resume(self, folder: RunFolder, *, runs_dir: Path, console: Console) -> Any:
+        self.resumed.append(folder.name)
+        return self.ended(folder, "finished")
 
     def ended(self, folder: RunFolder, status: str) -> Any:
         write_json(folder.path / "run.json", {"name": folder.name, "status": status})
