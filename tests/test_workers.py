@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +45,23 @@ def _images() -> torch.Tensor:
     return torch.randn(12, 6, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3 + 100
 
 
-def _norm_step(rank: int, world: int, sync: bool = True) -> dict[str, Any]:
-    """One forward and backward pass; rank 0 holds eight rows, the others share the rest."""
+def _norm_step(rank: int, world: int, sync: bool = True, bf16: bool = False) -> dict[str, Any]:
+    """One forward and backward pass; rank 0 holds eight rows, the others share the rest. In bf16 only what flows is bf16."""
     torch.manual_seed(1)
     norm: nn.Module = nn.BatchNorm2d(6).double()
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
+    norm = norm.float() if bf16 else norm
     rows = torch.arange(12).split([8, *[4 // (world - 1)] * (world - 1)])[rank] if world > 1 else torch.arange(12)
-    x = _images()[rows].contiguous(memory_format=torch.channels_last).requires_grad_()
+    images, dy = _images(), torch.sin(_images())
+    x, dy = (
+        part[rows].to(torch.bfloat16 if bf16 else torch.float64).contiguous(memory_format=torch.channels_last) for part in (images, dy)
+    )
+    x.requires_grad_()
     net = nn.Sequential(norm)
     net = synchronized(net) if sync else net
     out = net(x)
-    (out * torch.sin(_images()[rows])).sum().backward()
+    out.backward(dy)
     weights = [norm.weight.grad, norm.bias.grad]
     return {"out": out.detach(), "dx": x.grad, "weights": weights, "state": net.state_dict()}
 
@@ -72,6 +78,24 @@ def test_batch_norm_over_workers_is_that_of_the_joined_batch(world: int, tmp_pat
         assert part["state"].keys() == want["state"].keys()
         for key, value in want["state"].items():
             torch.testing.assert_close(part["state"][key], value, rtol=1e-12, atol=0)
+
+
+def test_batch_norm_over_workers_in_bf16_rounds_only_what_it_stores(tmp_path: Path) -> None:
+    parts = in_processes(2, tmp_path, partial(_norm_step, bf16=True))
+    got = {key: torch.cat([part[key] for part in parts]) for key in ("out", "dx")}
+    assert got["out"].dtype == got["dx"].dtype == torch.bfloat16
+    exact = nn.BatchNorm2d(6).double()
+    state = {key: value.double() for key, value in parts[0]["state"].items()}
+    exact.load_state_dict({key.removeprefix("0."): value for key, value in state.items()})
+    x = _images().bfloat16().double().requires_grad_()
+    out = exact(x)
+    out.backward(torch.sin(_images()).bfloat16().double())
+    for key, want in (("out", out), ("dx", x.grad)):
+        assert (got[key].double() - want).norm() < 2**-8 * want.norm()
+    for i, weight in enumerate((exact.weight, exact.bias)):
+        got_sum = sum(part["weights"][i] for part in parts)
+        assert got_sum.dtype == torch.float32
+        torch.testing.assert_close(got_sum.double(), weight.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_synchronized_norms_keep_names_and_are_plain_ones_in_one_process() -> None:
