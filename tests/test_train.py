@@ -126,6 +126,13 @@ def test_hooks_run_once_a_step_and_epoch_and_points_come_every_log_step(tmp_path
     assert all(math.isfinite(metrics["loss"]) and metrics["lr"] > 0 for _, metrics in points)
 
 
+def test_a_batch_of_another_step_is_refused(tmp_path: Path) -> None:
+    """The stream begins before the checkpoint is loaded: it must have begun where that one ends."""
+    made, _ = trainer(tmp_path, config())
+    with pytest.raises(RuntimeError, match="batch of step 2, but that of step 0 is due"):
+        made.run(batches(range(2, 6)))
+
+
 def test_accumulation_is_exact(tmp_path: Path) -> None:
     """Two and four micro-batches give the weights of one, to rounding; hooks still run once a step."""
     ends = []

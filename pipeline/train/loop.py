@@ -136,6 +136,9 @@ class Trainer:
     def step(self, batch: Batch) -> StepOutput:
         """One optimizer step over one global batch."""
         config, facts = self.config.train, self.resolved.facts
+        due = self.position.step + config.first_epoch * facts.steps_per_epoch
+        if batch.step != due:
+            raise RuntimeError(f"the stream gave the batch of step {batch.step}, but that of step {due} is due; please report this")
         start = Progress(step=self.position.step, total_steps=facts.total_steps, steps_per_epoch=facts.steps_per_epoch)
         progress = self.seeded(start, 0)  # the start of an epoch may draw too
         if progress.step % facts.steps_per_epoch == 0:

@@ -45,10 +45,10 @@ def run(settings: dict[str, Any]) -> Done | None:
         if settings["remote"]:
             path = mirror.second_copy(settings["remote"], f"worker-{context.get_local_rank()}")
         folder = RunFolder(path)
-        start = checkpoint.last_step(folder.checkpoints)
         place = {"rank": context.get_world_rank(), "world_size": context.get_world_size()}
         while (given := ray.get(settings["relay"].given.remote(settings["run"]))) is None:
             time.sleep(0.1)
+        start = checkpoint.last_step(folder.checkpoints)
         stream = ray.get(given["stream"][0])
         with contextlib.closing(stream.batches(start, **place, tasks=settings["tasks"])) as batches:
             gc.disable()  # a module that is loaded makes objects and no garbage: looking for it is a tenth of the time

@@ -1,8 +1,8 @@
 """Several workers under Ray Train: how many fit, how they are started, and what happens when one is lost.
 
-Ray Train places the workers, forms their process group and notices their deaths. Checkpoints and positions are ours, the same
-in one process and in many. After a loss Ray Train starts a fixed number of workers again; for a range, this driver starts as
-many as fit. Either way each begins at the run's last checkpoint.
+Ray Train places the workers and notices their deaths; they make their process group themselves. Checkpoints and positions
+are ours, the same in one process and in many. After a loss Ray Train starts a fixed number of workers again; for a range, this
+driver starts as many as fit. Either way each begins at the run's last checkpoint.
 """
 
 from __future__ import annotations
