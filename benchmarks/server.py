@@ -73,7 +73,8 @@ def run(folder: Path, name: str, steps: int, disturbed: bool) -> tuple[float, in
         client = mlflow_client(uri)
         experiment = client.get_experiment_by_name("manyviews")
         found = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
-        assert [it.info.status for it in found] == ["FINISHED"]
+        status = [it.info.status for it in found]
+        assert status == ["FINISHED"], f"{status}: if the run ended before its server was back, give more --steps"
         arrived = {metric.step for metric in client.get_metric_history(found[0].info.run_id, "loss")}
         return points[-1]["time"] - points[0]["time"], len(points), len(arrived & {point["step"] for point in points})
     finally:
@@ -91,7 +92,7 @@ def free_port() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=400)
     options = parser.parse_args()
     ratios = []
     for pair in range(options.pairs):
