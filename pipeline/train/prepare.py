@@ -133,7 +133,7 @@ def thread_count(config: RunConfig, local_workers: int = 1) -> int:
 def keep_freed_memory() -> None:
     """Let the C library keep what a step frees for the next one, on Linux with glibc.
 
-    By itself it gives large tensors back to the system, and every step pays for fresh pages: 2 to 10 % of a step's time.
+    By itself it gives large tensors back to the system, and every step pays for fresh pages, by the thousand.
     The process keeps its peak size instead.
     """
     if platform.libc_ver()[0] != "glibc":

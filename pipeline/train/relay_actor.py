@@ -59,11 +59,17 @@ def enter(settings: dict[str, Any]) -> Any:
 
     import ray
 
-    try:
-        from pipeline.train.worker import run
-
-        return run(settings)
-    except ImportError as error:
+    def absent(error: Exception) -> None:
         word = {"node": socket.gethostname(), "reason": f"{type(error).__name__}: {error}"}
         ray.get(settings["relay"].send.remote([("absent", word)]))
+
+    try:
+        from pipeline.train.worker import run
+    except Exception as error:  # a missing library of the system is no ImportError
+        absent(error)
+        raise
+    try:
+        return run(settings)
+    except ImportError as error:  # of what it loads later
+        absent(error)
         raise
