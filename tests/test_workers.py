@@ -317,8 +317,12 @@ def test_a_group_begins_when_the_driver_has_made_way_and_not_too_often(line: Lin
         line.listener.listen(False)
 
 
-def test_a_worker_that_cannot_be_imported_says_so_without_our_code(line: Line, tmp_path: Path) -> None:
-    """Ray Train would start it again for ever; here in a process that does not find the project, as on a node without it."""
+@pytest.mark.parametrize(("trouble", "reason"), [
+    ("sys.modules['pipeline'] = None", "ModuleNotFoundError"),  # a node without the project
+    ("sys.modules['pipeline.train.worker'] = Broken('worker')", "OSError"),  # or without a library that torch needs
+])  # fmt: skip
+def test_a_worker_that_cannot_be_imported_says_so_without_our_code(line: Line, tmp_path: Path, trouble: str, reason: str) -> None:
+    """Ray Train would start it again for ever."""
     from ray import cloudpickle
 
     cloudpickle.register_pickle_by_value(relay_actor)
@@ -328,16 +332,18 @@ def test_a_worker_that_cannot_be_imported_says_so_without_our_code(line: Line, t
         cloudpickle.unregister_pickle_by_value(relay_actor)
     code = (
         "import json, pickle, sys, types\n"
-        "sys.modules['pipeline'] = None\n"
+        "class Broken(types.ModuleType):\n"
+        "    def __getattr__(self, name): raise OSError('pipeline: libtorch.so: cannot open shared object file')\n"
+        f"{trouble}\n"
         "enter = pickle.load(open('enter', 'rb'))\n"
         "sys.modules['ray'] = types.SimpleNamespace(get=lambda said: print(json.dumps(said)))\n"
         "relay = types.SimpleNamespace(send=types.SimpleNamespace(remote=lambda said: said))\n"
         "enter({'relay': relay})\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode and "ModuleNotFoundError" in done.stderr, "Ray Train too must see the failure"
+    assert done.returncode and reason in done.stderr, "Ray Train too must see the failure"
     line.relay.send.remote([tuple(said) for said in json.loads(done.stdout)])
-    with pytest.raises(TrainingStopped, match=r"cannot import this project \(ModuleNotFoundError: .*pipeline.*\); install"):
+    with pytest.raises(TrainingStopped, match=rf"cannot import this project \({reason}: .*pipeline.*\); install"):
         line.listener.listen(stop=False)
 
 
