@@ -26,7 +26,7 @@ __all__ = ["EndStatus", "Tracker", "default_uri", "read_points", "sync"]
 
 EndStatus = Literal["FINISHED", "FAILED", "KILLED"]
 METRICS_PER_CALL, PARAMS_PER_CALL, VALUE_CHARACTERS = 1000, 100, 6000  # MLflow's own limits
-HEAD_START_S = 30.0  # at most, before the first point: loading MLflow and making a database would slow the start of training
+HEAD_START_S = 60.0  # at most, before the first point: loading MLflow and making a database would slow the start of training
 LONGEST_PAUSE = 60.0  # s between attempts on a server that does not answer
 
 

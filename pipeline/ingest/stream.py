@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
+import threading
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -68,9 +71,10 @@ class EvaluationImages:
 
 @dataclass(frozen=True)
 class Stream:
-    """What the batches of a run come from. It needs no network, so that it can begin before there is one.
+    """What the batches of a run come from; it needs no network.
 
-    `earlier` steps, those of a continued run's earlier phases, come before the first one.
+    `earlier` steps, those of a continued run's earlier phases, come before the first one. With `finish` the tasks finish the
+    views too, with this mean and standard deviation; None = left to `finish_views`.
     """
 
     manifest: Manifest
@@ -81,64 +85,70 @@ class Stream:
     earlier: int = 0
     finish: Normalisation | None = None
 
-    def batches(self, start_step: int, *, rank: int = 0, world_size: int = 1, tasks: int | None = None) -> Generator[Batch]:
-        """One rank's batches from completed step `start_step` on; see `training_batches`."""
-        return training_batches(
-            self.manifest,
-            self.plan,
-            self.views,
-            self.seed,
-            start_step=start_step + self.earlier,
-            total_steps=self.total_steps + self.earlier,
-            rank=rank,
-            world_size=world_size,
-            tasks=tasks,
-            finish=self.finish,
-        )
+    def batches(self, start_step: int = 0, *, rank: int = 0, world_size: int = 1, tasks: int | None = None) -> Generator[Batch]:
+        """One rank's batches of steps `start_step` to `total_steps - 1`, the same whether or not the run was interrupted.
+
+        The tasks begin when the first batch is asked for. They need seconds, and all lanes of a window, until they deliver;
+        meanwhile this process cuts the first batches itself, the same as theirs.
+
+        Args:
+            tasks: windows cut at the same time; None = one per CPU, in a cluster as many as it has room for.
+
+        Raises:
+            RuntimeError: Ray Data returned other windows than planned.
+        """
+        import ray
+
+        items = _Items(self.plan, start_step + self.earlier, self.total_steps + self.earlier, rank, world_size)
+        if items.last == items.first:
+            return
+        shared = ray.put((self.manifest.served(self.plan, items.start_step), self.plan))
+        cut = partial(_cut_item, shared=shared, items=items, views=self.views, seed=self.seed, finish=self.finish)
+        workers = tasks or default_tasks()
+        block = block_bytes(self.views, self.plan.chunks_per_window * self.plan.chunk, finished=self.finish is not None)
+        per_pass = items.lanes * max(1, PASS_BYTES // (items.lanes * block))
+        delivered = threading.Event()
+
+        def passes() -> Iterator[tuple[int, Iterator[dict[str, np.ndarray]]]]:
+            for first in range(items.first, items.last, per_pass):
+                last = min(first + per_pass, items.last)
+                yield last - first, announced(run(cut, first, last, workers), items.lanes, delivered)
+
+        # the next pass begins when the trainer has begun the last group of this one, and so early that its first tasks run before
+        # this one's last are done: an execution takes as long to start as a core takes to cut one or two windows
+        overlap = 3 * (workers or items.lanes)
+        with contextlib.closing(ahead(passes(), waiting=items.lanes - 1, overlap=overlap)) as blocks:
+            step = items.start_step
+            if self.manifest.rereadable and self.finish is None:
+                for batch in self._first_batches(items, delivered):
+                    yield batch
+                    step = batch.step + 1
+            yield from batches_of(blocks, self.manifest, self.plan, self.views, items, step)
+
+    def _first_batches(self, items: _Items, delivered: threading.Event) -> Iterator[Batch]:
+        """Batches cut in this process, until the tasks have `delivered`, and at most those of one window."""
+        plan = copy.copy(self.plan)  # its order of the images goes with it
+        names = [name for name, group in self.views.items() if group.count]
+        for step in range(items.start_step, min(items.start_step + plan.chunks_per_window, items.total_steps)):
+            if delivered.is_set():
+                return
+            epoch, within = divmod(step, plan.steps_per_epoch)
+            ids = plan.batch(epoch, within).reshape(plan.lanes, plan.chunk)[items.rank :: items.world_size].reshape(-1)
+            batch = _batch([cut_images(self.manifest.read(ids), epoch, self.views, self.seed, len(ids))], names, self.manifest, epoch, step)
+            if batch.bad:
+                return  # what takes their places comes from the whole window
+            yield batch
 
 
-def training_batches(
-    manifest: Manifest,
-    plan: Plan,
-    views: ViewsConfig,
-    seed: int,
-    *,
-    start_step: int = 0,
-    total_steps: int,
-    rank: int = 0,
-    world_size: int = 1,
-    tasks: int | None = None,
-    finish: Normalisation | None = None,
-) -> Generator[Batch]:
-    """The batches of steps `start_step` to `total_steps - 1`, the same whether or not the run was interrupted.
-
-    The tasks begin with the call, so that they cut the first windows while a trainer is still being built.
-
-    Args:
-        tasks: windows cut at the same time; None = one per CPU, in a cluster as many as it has room for.
-        finish: the tasks finish the views too, with this mean and standard deviation; None = left to `finish_views`.
-
-    Raises:
-        RuntimeError: Ray Data returned other windows than planned.
-    """
-    import ray
-
-    shared = ray.put((manifest.served(plan, start_step), plan))
-    items = _Items(plan, start_step, total_steps, rank, world_size)
-    cut = partial(_cut_item, shared=shared, items=items, views=views, seed=seed, finish=finish)
-    workers = tasks or default_tasks()
-    block = block_bytes(views, plan.chunks_per_window * plan.chunk, finished=finish is not None)
-    per_pass = items.lanes * max(1, PASS_BYTES // (items.lanes * block))
-
-    def passes() -> Iterator[tuple[int, Iterator[dict[str, np.ndarray]]]]:
-        for first in range(items.first, items.last, per_pass):
-            last = min(first + per_pass, items.last)
-            yield last - first, run(cut, first, last, workers)
-
-    # the next pass begins when the trainer has begun the last group of this one, and so early that its first tasks run before
-    # this one's last are done: an execution takes as long to start as a core takes to cut one or two windows
-    overlap = 3 * (workers or items.lanes)
-    return batches_of(ahead(passes(), waiting=items.lanes - 1, overlap=overlap), manifest, plan, views, items)
+def announced(execution: Iterator[Any], count: int, delivered: threading.Event) -> Iterator[Any]:
+    """Tells when so many blocks have come, or when no more will."""
+    try:
+        for number, block in enumerate(execution, start=1):
+            if number == count:
+                delivered.set()
+            yield block
+    finally:
+        delivered.set()
 
 
 class _Items:
@@ -166,9 +176,9 @@ class _Items:
 
 
 def batches_of(
-    blocks: Iterable[dict[str, np.ndarray]], manifest: Manifest, plan: Plan, views: ViewsConfig, items: _Items
+    blocks: Iterable[dict[str, np.ndarray]], manifest: Manifest, plan: Plan, views: ViewsConfig, items: _Items, first_step: int
 ) -> Generator[Batch]:
-    """Slice blocks, one for each lane of a rank in turn, into batches; refuses blocks that are not the planned ones."""
+    """Slice blocks, one for each lane of a rank in turn, into the batches from `first_step` on; refuses blocks that are not planned."""
     names = [name for name, group in views.items() if group.count]
     held: list[dict[str, np.ndarray]] = []
     for number, block in enumerate(blocks, start=items.first):
@@ -182,7 +192,7 @@ def batches_of(
             continue
         for chunk in range(plan.chunks(group)):
             step = epoch * plan.steps_per_epoch + group * plan.chunks_per_window + chunk
-            if items.start_step <= step < items.total_steps:
+            if first_step <= step < items.total_steps:
                 rows = slice(chunk * plan.chunk, (chunk + 1) * plan.chunk)
                 yield _batch([{key: column[rows] for key, column in b.items()} for b in held], names, manifest, epoch, step)
         held = []  # frees the group's blocks before the next is waited for

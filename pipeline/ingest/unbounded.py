@@ -34,6 +34,8 @@ class Unbounded(Manifest):
     As a `Manifest` it stands for the first `SAMPLE` images: what pictures and the doctor ask for.
     """
 
+    rereadable = False
+
     def __init__(self, path: str, function: bytes) -> None:
         super().__init__(
             labels=np.full(SAMPLE, -1),

@@ -100,7 +100,7 @@ class Group:
         )
 
     def give(self, parts: dict[str, Any]) -> None:
-        """What the workers wait for: `stream` and `rest`, lists with one reference each, and `evaluate`; see `worker.run`."""
+        """What the workers wait for: `prepared`, a list with one reference, and `evaluate`; see `worker.run`."""
         self.relay.give.remote(str(self.run), parts)
 
     @property
@@ -185,4 +185,24 @@ def _trainer_class() -> type[Any]:
             spare = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
             return [callback for callback in super()._create_default_callbacks() if type(callback).__name__ not in spare]
 
+        def _initialize_and_run_controller(self, **parts: Any) -> Any:
+            if not joins_cluster():
+                with contextlib.suppress(ImportError, KeyError):
+                    parts |= {"scaling_policy": _unasking(parts["scaling_policy"])}
+            return super()._initialize_and_run_controller(**parts)
+
     return Trainer
+
+
+def _unasking(policy: Any) -> Any:
+    """The same policy of how many workers there are, which asks no autoscaler."""
+    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+
+    class Unasking(FixedScalingPolicy):
+        def _send_resource_request(self) -> None: ...
+
+        def _maybe_send_resource_request(self) -> None: ...
+
+        def _cancel_resource_request(self) -> None: ...
+
+    return Unasking(policy.scaling_config)

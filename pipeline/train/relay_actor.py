@@ -55,6 +55,7 @@ def enter(settings: dict[str, Any]) -> Any:
 
     Ray Train would start a worker that fails at once again and again.
     """
+    import gc
     import socket
 
     import ray
@@ -63,11 +64,13 @@ def enter(settings: dict[str, Any]) -> Any:
         word = {"node": socket.gethostname(), "reason": f"{type(error).__name__}: {error}"}
         ray.get(settings["relay"].send.remote([("absent", word)]))
 
+    gc.disable()  # a module that is loaded makes objects and no garbage: looking for it is a tenth of the time
     try:
         from pipeline.train.worker import run
     except Exception as error:  # a missing library of the system is no ImportError
         absent(error)
         raise
+    gc.enable()
     try:
         return run(settings)
     except ImportError as error:  # of what it loads later

@@ -51,13 +51,13 @@ def work(
     stop: Callable[[], bool],
     device: torch.device | None = None,
     local_workers: int = 1,
-    stream: Generator[Batch] | None = None,
+    tasks: int | None = None,
     evaluate: bool = True,
 ) -> Done:
     """Train to the end, or until `stop`; then, on rank 0, evaluate, draw and export.
 
     Args:
-        stream: this worker's batches behind the last checkpoint, if they have begun; None = they begin here.
+        tasks: windows cut at the same time for this worker; see `Stream.batches`.
         evaluate: False = only export at the end, as a trial of a search does: the test split is not read.
 
     The others are those of `assemble`.
@@ -66,16 +66,14 @@ def work(
         TrainingStopped: a loss that is no number, or too many bad images.
         checkpoint.DiskFull: a checkpoint could not be written.
     """
-    with contextlib.closing(stream or batches(ready, checkpoint.last_step(folder.checkpoints))) as stream:
-        trainer, online = assemble(
-            ready, folder, state, screen=screen, report=report, stop=stop, device=device, local_workers=local_workers
-        )
-        try:
+    trainer, online = assemble(ready, folder, state, screen=screen, report=report, stop=stop, device=device, local_workers=local_workers)
+    try:
+        with contextlib.closing(batches(ready, trainer.position.step, tasks)) as stream:
             trainer.run(stream)
-        except BaseException:
-            with contextlib.suppress(checkpoint.DiskFull):
-                trainer.uploads.wait()  # the checkpoint that the message speaks of
-            raise
+    except BaseException:
+        with contextlib.suppress(checkpoint.DiskFull):
+            trainer.uploads.wait()  # the checkpoint that the message speaks of
+        raise
     trainer.uploads.wait()
     done = Done(trainer.position.step, trainer.position.step >= ready.resolved.facts.total_steps)
     if not done.complete:

@@ -1,18 +1,14 @@
-"""One worker's part of a run, in its own process under Ray Train.
-
-What is slow to load, networks above all, is loaded when the tasks that cut images are at work already.
-"""
+"""One worker's part of a run, in its own process under Ray Train."""
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import time
 from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,9 +16,8 @@ import torch.distributed as dist
 from pipeline import mirror
 from pipeline.runs import RunFolder
 from pipeline.train import checkpoint
-
-if TYPE_CHECKING:
-    from pipeline.train.work import Done
+from pipeline.train.relay import Mute, Remote
+from pipeline.train.work import Done, work
 
 
 def run(settings: dict[str, Any]) -> Done | None:
@@ -30,8 +25,8 @@ def run(settings: dict[str, Any]) -> Done | None:
 
     Args:
         settings: `run`, the run's folder, and `remote`, the object store whose copy that is; `tasks` at a time that cut for
-            this worker; `timeout_s` of a collective call; the `relay` to the driver, which gives the rest: `stream` and
-            `rest`, lists with a reference to the run's `Stream` and to what else was prepared, and `evaluate`, as in `work`.
+            this worker; `timeout_s` of a collective call; the `relay` to the driver, which gives the rest: `prepared`, a list
+            with one reference, to the run's `Prepared` and what it starts from, and `evaluate`, as in `work`.
 
     Returns:
         How it ended; None from other ranks than 0.
@@ -45,30 +40,20 @@ def run(settings: dict[str, Any]) -> Done | None:
         if settings["remote"]:
             path = mirror.second_copy(settings["remote"], f"worker-{context.get_local_rank()}")
         folder = RunFolder(path)
-        place = {"rank": context.get_world_rank(), "world_size": context.get_world_size()}
         while (given := ray.get(settings["relay"].given.remote(settings["run"]))) is None:
             time.sleep(0.1)
-        start = checkpoint.last_step(folder.checkpoints)
-        stream = ray.get(given["stream"][0])
-        with contextlib.closing(stream.batches(start, **place, tasks=settings["tasks"])) as batches:
-            gc.disable()  # a module that is loaded makes objects and no garbage: looking for it is a tenth of the time
-            from pipeline.train.prepare import Prepared
-            from pipeline.train.relay import Mute, Remote
-            from pipeline.train.work import work
-
-            gc.enable()
-            config, resolved, method, state = ray.get(given["rest"][0])
-            ready = Prepared(config, stream, resolved, method)
-            common = {"local_workers": context.get_local_world_size(), "stream": batches, "evaluate": given["evaluate"]}
-            with process_group(settings["timeout_s"]) as common["device"]:
-                if context.get_world_rank() > 0:
-                    work(ready, folder, state, screen=Mute(), report=lambda step, metrics: None, stop=lambda: False, **common)
-                    return None
-                remote = Remote(settings["relay"], folder.path, resolved.facts.global_batch_size, start)
-                try:
-                    return work(ready, folder, state, screen=remote, report=remote.report, stop=remote.stopping.is_set, **common)
-                finally:
-                    remote.close()
+        ready, state = ray.get(given["prepared"][0])
+        common = {"local_workers": context.get_local_world_size(), "tasks": settings["tasks"], "evaluate": given["evaluate"]}
+        with process_group(settings["timeout_s"]) as common["device"]:
+            if context.get_world_rank() > 0:
+                work(ready, folder, state, screen=Mute(), report=lambda step, metrics: None, stop=lambda: False, **common)
+                return None
+            start = checkpoint.last_step(folder.checkpoints)
+            remote = Remote(settings["relay"], folder.path, ready.resolved.facts.global_batch_size, start)
+            try:
+                return work(ready, folder, state, screen=remote, report=remote.report, stop=remote.stopping.is_set, **common)
+            finally:
+                remote.close()
     except ImportError:
         raise
     except Exception as error:

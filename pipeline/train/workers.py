@@ -58,11 +58,7 @@ def train_with_workers(
     import ray
 
     config = ready.config.train
-    given = {
-        "stream": [ray.put(ready.stream)],
-        "rest": [ray.put((ready.config, ready.resolved, ready.method, state))],
-        "evaluate": evaluate,
-    }
+    given = {"prepared": [ray.put((ready, state))], "evaluate": evaluate}
     losses: list[int] = []
     while True:
         mirror.pull(folder.path)  # what the last workers saved

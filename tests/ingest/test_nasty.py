@@ -13,7 +13,7 @@ from PIL import Image
 from methods.parts.views import CropGroup
 from pipeline.config import DataConfig
 from pipeline.ingest.sources import open_source
-from pipeline.ingest.stream import training_batches
+from pipeline.ingest.stream import Stream
 
 VIEWS = {"global": CropGroup(count=1, size=16)}
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 60, 3), np.uint8)
@@ -101,7 +101,7 @@ def test_every_good_image_arrives_and_every_bad_one_is_listed(ray_local: None, t
     count = len(good) + len(bad) + len(plain)
     assert len(manifest) == count == 96
     plan = manifest.plan(seed=0, held_out=0.0, global_batch=24, lanes=2, window=24, steps_per_epoch=0)
-    batches = list(training_batches(manifest, plan, VIEWS, 0, total_steps=plan.steps_per_epoch, tasks=2))
+    batches = list(Stream(manifest, plan, VIEWS, 0, plan.steps_per_epoch).batches(tasks=2))
     names = [Path(manifest.path(i)).name for i in range(count)]
     listed = {Path(slot.path).name: slot.reason for batch in batches for slot in batch.bad}
     assert set(listed) == set(bad) and all(0 < len(reason) < 200 and "\n" not in reason for reason in listed.values())

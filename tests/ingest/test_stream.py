@@ -17,10 +17,10 @@ from methods.parts.views import CropGroup
 from pipeline.config import DataConfig
 from pipeline.ingest import stream
 from pipeline.ingest.manifest import Manifest
-from pipeline.ingest.photometric import finish_views
+from pipeline.ingest.photometric import Normalisation, finish_views
 from pipeline.ingest.plan import Plan
 from pipeline.ingest.sources import open_source
-from pipeline.ingest.stream import Batch, evaluation_images, training_batches
+from pipeline.ingest.stream import Batch, Stream, evaluation_images
 from pipeline.ingest.window import cut_images, substitutes
 
 VIEWS = {"global": CropGroup(count=2, size=16), "local": CropGroup(count=1, size=8, scale=(0.1, 0.3))}
@@ -43,8 +43,8 @@ def make_plan(manifest: Manifest, window: int = 32, lanes: int = 4, batch: int =
     return Plan(manifest.spans, manifest.training_ids(0), seed=3, global_batch=batch, lanes=lanes, window=window)
 
 
-def collect(manifest: Manifest, plan: Plan, total: int, start: int = 0, **options: Any) -> list[Batch]:
-    return list(training_batches(manifest, plan, VIEWS, 3, start_step=start, total_steps=total, tasks=2, **options))
+def collect(manifest: Manifest, plan: Plan, total: int, start: int = 0, finish: Normalisation | None = None, **place: int) -> list[Batch]:
+    return list(Stream(manifest, plan, VIEWS, 3, total, finish=finish).batches(start, tasks=2, **place))
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -78,6 +78,28 @@ def test_views_finished_by_the_tasks_are_those_finished_on_the_device(ray_local:
         for name in VIEWS:
             assert theirs.stacks[name].is_contiguous(memory_format=torch.channels_last)
             torch.testing.assert_close(ours.stacks[name], theirs.stacks[name], rtol=0, atol=5e-6)
+
+
+def test_batches_cut_here_are_those_of_the_tasks(ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = write(tmp_path, 500, bad=(3, 250))
+    plan = make_plan(manifest, window=64)  # eight chunks
+    here: list[int] = []
+
+    def noted(*arguments: Any) -> Any:
+        here.append(len(arguments[0]))
+        return cut_images(*arguments)
+
+    monkeypatch.setattr(stream, "cut_images", noted)  # the tasks' own is another
+    monkeypatch.setattr(stream, "announced", lambda execution, count, delivered: execution)  # as if they were slow
+    mixed = [collect(manifest, plan, 20, start) for start in (0, 5)]
+    assert 1 <= len(here) <= 16 and set(here) == {32}, "of each stream one window at most"
+    monkeypatch.setattr(Manifest, "rereadable", False)
+    count = len(here)
+    by_tasks = collect(manifest, plan, 20)
+    assert len(here) == count
+    assert all(same(a, b) for a, b in zip(by_tasks, mixed[0], strict=True))
+    assert all(same(a, b) for a, b in zip(by_tasks[5:], mixed[1], strict=True))
+    assert any(batch.bad for batch in mixed[0])
 
 
 def test_resume_gives_the_remaining_batches(ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,17 +175,17 @@ def test_a_wrong_block_is_refused(tmp_path: Path) -> None:
         block = cut_images(manifest.read(plan.window(epoch, group, lane)), epoch, VIEWS, 3, plan.chunk)
         slots = stream._first_slot(plan, group, lane) + np.arange(len(block["id"]))
         blocks.append(block | {"epoch": np.full(len(slots), epoch), "slot": slots})
-    assert len(list(stream.batches_of(blocks, manifest, plan, VIEWS, items))) == 4
+    assert len(list(stream.batches_of(blocks, manifest, plan, VIEWS, items, 0))) == 4
     for wrong in (blocks[1:], [blocks[0] | {"epoch": blocks[0]["epoch"] + 1}], [{k: v[:-1] for k, v in blocks[0].items()}]):
         with pytest.raises(RuntimeError, match="out of order"):
-            list(stream.batches_of(wrong, manifest, plan, VIEWS, items))
+            list(stream.batches_of(wrong, manifest, plan, VIEWS, items, 0))
 
 
 def test_leaving_early_ends_the_stream(ray_local: None, tmp_path: Path) -> None:
     import threading
 
     manifest = write(tmp_path, 200)
-    batches = training_batches(manifest, make_plan(manifest), VIEWS, 3, total_steps=10_000, tasks=2)
+    batches = Stream(manifest, make_plan(manifest), VIEWS, 3, 10_000).batches(tasks=2)
     assert next(batches).step == 0
     batches.close()
     assert not any(thread.name == "manyviews-stream" for thread in threading.enumerate())
@@ -197,7 +219,7 @@ def test_long_streams_hold_little_memory(ray_local: None, tmp_path: Path, monkey
     block = 64 * 2 * 96 * 96 * 3
     monkeypatch.setattr(stream, "PASS_BYTES", 8 * block)
     used = []
-    for batch in training_batches(manifest, plan, views, 3, total_steps=120, tasks=2):
+    for batch in Stream(manifest, plan, views, 3, 120).batches(tasks=2):
         if batch.step % 10 == 5:
             resources = ray.available_resources().get("object_store_memory", 0), ray.cluster_resources()["object_store_memory"]
             used.append(resources[1] - resources[0])

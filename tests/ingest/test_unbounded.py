@@ -13,7 +13,7 @@ from methods.parts.errors import ConfigError
 from pipeline.config import DataConfig, RunConfig, TrainConfig, resolve
 from pipeline.ingest.manifest import Manifest
 from pipeline.ingest.sources import absolute_source, open_source
-from pipeline.ingest.stream import Batch, training_batches
+from pipeline.ingest.stream import Batch, Stream
 from pipeline.ingest.unbounded import Reader, Unbounded
 from pipeline.recipes import load_recipe
 
@@ -55,7 +55,7 @@ def opened(file: Path, function: str) -> Manifest:
 def batches(manifest: Manifest, *, start: int = 0, rank: int = 0, world: int = 1) -> list[Batch]:
     config = load_recipe("swav-small")
     plan = manifest.plan(seed=0, held_out=0.1, global_batch=16, lanes=4, window=8, steps_per_epoch=3)
-    return list(training_batches(manifest, plan, config.views, 0, start_step=start, total_steps=7, rank=rank, world_size=world, tasks=2))
+    return list(Stream(manifest, plan, config.views, 0, 7).batches(start, rank=rank, world_size=world, tasks=2))
 
 
 def test_images_are_dealt_in_order_of_arrival(ray_local: None, file: Path) -> None:
