@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import itertools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,12 +160,23 @@ def _runs_dir(given: str) -> Path:
     return local_copy(given)
 
 
+@contextlib.contextmanager
+def _loading() -> Iterator[None]:
+    """What is loaded here is no garbage: to look through it again and again for some takes a tenth of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 # ---------------------------------------------------------------------------- verbs
 
 
 def pretrain(options: Any, settings: list[str]) -> int:
-    config = configured(_given(options, "recipe", "RECIPE"), settings)
-    from pipeline.train import launch
+    with _loading():
+        config = configured(_given(options, "recipe", "RECIPE"), settings)
+        from pipeline.train import launch
 
     return screens.conclude(launch.pretrain(config, runs_dir=options.runs_dir, run=options.run, console=screens.console()), options)
 
@@ -181,7 +194,8 @@ def resume(options: Any, settings: list[str]) -> int:
         return code
     group = begin_again(folder)  # its processes start while this one loads what it needs itself
     try:
-        from pipeline.train import launch
+        with _loading():
+            from pipeline.train import launch
 
         return screens.conclude(launch.resume(folder, runs_dir=options.runs_dir, console=screens.console(), group=group), options)
     finally:
