@@ -90,9 +90,10 @@ def test_batches_cut_here_are_those_of_the_tasks(ray_local: None, tmp_path: Path
         return cut_images(*arguments)
 
     monkeypatch.setattr(stream, "cut_images", noted)  # the tasks' own is another
+    monkeypatch.setattr(stream, "OWN_PART", 16)
     monkeypatch.setattr(stream, "announced", lambda execution, count, delivered: execution)  # as if they were slow
     mixed = [collect(manifest, plan, 20, start) for start in (0, 5)]
-    assert 1 <= len(here) <= 16 and set(here) == {32}, "of each stream one window at most"
+    assert 2 <= len(here) <= 32 and set(here) == {16}, "of each stream one window at most"
     monkeypatch.setattr(Manifest, "rereadable", False)
     count = len(here)
     by_tasks = collect(manifest, plan, 20)
@@ -220,10 +221,10 @@ def test_long_streams_hold_little_memory(ray_local: None, tmp_path: Path, monkey
     monkeypatch.setattr(stream, "PASS_BYTES", 8 * block)
     used = []
     for batch in Stream(manifest, plan, views, 3, 120).batches(tasks=2):
-        if batch.step % 10 == 5:
-            resources = ray.available_resources().get("object_store_memory", 0), ray.cluster_resources()["object_store_memory"]
-            used.append(resources[1] - resources[0])
-    assert max(used) < 24 * block  # this pass, the next, and what is being cut; 120 steps make 100 blocks or more
+        free, whole = (resources.get("object_store_memory") for resources in (ray.available_resources(), ray.cluster_resources()))
+        if batch.step % 5 == 0 and free is not None and whole is not None:  # a busy node may not have told
+            used.append(whole - free)
+    assert len(used) > 5 and max(used) < 24 * block  # this pass, the next, and what is being cut; 120 steps make 100 blocks or more
 
 
 def test_ray_starts_once_and_tasks_find_the_package(ray_local: None) -> None:
