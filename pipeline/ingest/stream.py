@@ -6,6 +6,7 @@ import contextlib
 import copy
 import os
 import threading
+import time
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -26,6 +27,7 @@ from pipeline.ingest.window import block_bytes, cut_images, decode_all, finish_c
 
 PASS_BYTES = 128 * 2**20  # views of one Ray Data execution, or one group of windows if that is more; starting one costs 0.1 to 0.5 s
 EVALUATION_BYTES = 16 * 2**20  # pixels one evaluation task returns
+ALONE_S = 3.0  # an evaluation that this process can decode in so many s is not worth the start of tasks
 OWN_PART = 64  # images the trainer cuts itself before it looks whether the tasks have delivered; twelve megapixels each: 4 s
 
 
@@ -265,23 +267,13 @@ def _cut_item(
 def evaluation_images(manifest: Manifest, ids: np.ndarray, size: int, tasks: int | None = None) -> EvaluationImages:
     """Decode and centre-crop images through Ray Data, in the order of `ids`; bad ones are left out and reported.
 
-    What one task would do is done here: a picture of a few images does not wait for Ray to start.
+    As many as take no longer than tasks take to start are decoded here, part by part; the tasks do the rest.
     """
     ids = np.asarray(ids, dtype=np.int64)
-    window = int(np.clip(EVALUATION_BYTES // (3 * size * size), 1, 512))
     images = np.empty((len(ids), size, size, 3), np.uint8)
     reasons = np.empty(len(ids), object)
-    blocks: Iterable[dict[str, np.ndarray]]
-    if len(ids) <= window:
-        blocks = [_evaluation_block(manifest, ids, size)] if len(ids) else []
-    else:
-        import ray
-
-        start_ray()
-        crop = partial(_evaluate_item, shared=ray.put((manifest, ids)), size=size, window=window)
-        blocks = run(crop, 0, -(-len(ids) // window), tasks or default_tasks())
     first = 0
-    for block in blocks:
+    for block in _evaluation_blocks(manifest, ids, size, tasks):
         last = first + len(block["reason"])
         images[first:last], reasons[first:last] = block["image"], block["reason"]
         first = last
@@ -292,6 +284,24 @@ def evaluation_images(manifest: Manifest, ids: np.ndarray, size: int, tasks: int
         ids=torch.from_numpy(ids[good]),
         bad=[BadSlot(int(i), manifest.path(int(i)), str(reason)) for i, reason in zip(ids[~good], reasons[~good], strict=True)],
     )
+
+
+def _evaluation_blocks(manifest: Manifest, ids: np.ndarray, size: int, tasks: int | None) -> Iterator[dict[str, np.ndarray]]:
+    begin, done = time.monotonic(), 0
+    while done < len(ids):
+        spent = time.monotonic() - begin
+        if spent > ALONE_S / 6 and spent * len(ids) > ALONE_S * done:  # the first ones pay for imports and open files
+            break
+        yield _evaluation_block(manifest, ids[done : done + OWN_PART], size)
+        done += OWN_PART
+    rest = ids[done:]
+    if len(rest):
+        import ray
+
+        start_ray()
+        window = int(np.clip(EVALUATION_BYTES // (3 * size * size), 1, 512))
+        crop = partial(_evaluate_item, shared=ray.put((manifest, rest)), size=size, window=window)
+        yield from run(crop, 0, -(-len(rest) // window), tasks or default_tasks())
 
 
 def _evaluate_item(item: dict[str, np.ndarray], shared: Any, size: int, window: int) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from methods.parts.views import CropGroup
 from pipeline.config import DataConfig
-from pipeline.ingest import stream
+from pipeline.ingest import ray_data, stream
 from pipeline.ingest.manifest import Manifest
 from pipeline.ingest.photometric import Normalisation, finish_views
 from pipeline.ingest.plan import Plan
@@ -199,12 +199,18 @@ def test_a_failing_task_reaches_the_trainer(ray_local: None, tmp_path: Path) -> 
         collect(manifest, make_plan(manifest), 2)
 
 
-def test_evaluation_images(ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("alone_s", [0.0, 60.0])
+def test_evaluation_images(ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone_s: float) -> None:
     manifest = write(tmp_path, 150, (7, 80))
     monkeypatch.setattr(stream, "EVALUATION_BYTES", 3 * 16 * 16 * 20)  # several tasks
+    monkeypatch.setattr(stream, "OWN_PART", 50)
+    monkeypatch.setattr(stream, "ALONE_S", alone_s)
+    by_tasks: list[int] = []
+    monkeypatch.setattr(stream, "run", lambda *arguments: by_tasks.append(arguments[2]) or ray_data.run(*arguments))
     ids = np.random.default_rng(0).permutation(150)[:120]
     result = evaluation_images(manifest, ids, 16, tasks=2)
     good = ids[~np.isin(ids, (7, 80))]
+    assert by_tasks == ([] if alone_s else [6])
     assert (result.ids.numpy() == good).all() and (result.labels.numpy() == good % 7).all()
     assert {slot.id for slot in result.bad} == {7, 80} & set(ids.tolist())
     assert result.images.shape == (len(good), 16, 16, 3)
