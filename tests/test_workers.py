@@ -231,6 +231,8 @@ def test_the_workers_of_a_run_that_is_resumed_begin_first(
 ) -> None:
     folder = create_run(tmp_path, "run", "swav-small")
     assert begin_again(folder) is None, "there has been no group yet"
+    folder.update(group={"workers": 2, "of another version": True})
+    assert begin_again(folder) is None
     count = int(workers.split(":")[-1])
     folder.update(status=status, **kept(Shape(count, CPU_WORKER, again=":" not in workers, timeout_s=5.0)))
     monkeypatch.setattr(Group, "_fit", lambda self, trainer: None)

@@ -127,7 +127,10 @@ def begin_again(folder: RunFolder) -> Group | None:
     facts = folder.state()
     if facts.get("status") == "finished" or "group" not in facts or folder.locked():
         return None
-    shape = Shape(**facts["group"])
+    try:
+        shape = Shape(**facts["group"])
+    except TypeError:  # written by another version of this project
+        return None
     start_ray(extra_cpus=1)
     import ray
 

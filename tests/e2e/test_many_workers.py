@@ -56,8 +56,7 @@ def trained(ray_with_room: None, tmp_path_factory: pytest.TempPathFactory) -> di
         ready = prepare(override(config, TINY | sizes))
         folders[method] = create_run(root, method, method)
         run = str(folders[method].path)
-        rest = (ready.config, ready.resolved, ready.method, None)
-        relay.give.remote(run, {"stream": [ray.put(ready.stream)], "rest": [ray.put(rest)], "evaluate": True})
+        relay.give.remote(run, {"prepared": [ray.put((ready, None))], "evaluate": True})
         settings[method] = {"relay": relay, "run": run, "remote": None, "tasks": 1, "timeout_s": 600.0}
 
     def in_turn(settings: dict[str, Any]) -> dict[str, Any]:
