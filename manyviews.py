@@ -192,7 +192,8 @@ def resume(options: Any, settings: list[str]) -> int:
         if (code := verbs_of_tuning.resume(options.run, options, screens.write_json, screens.console())) is None:
             raise
         return code
-    group = begin_again(folder)  # its processes start while this one loads what it needs itself
+    with _loading():
+        group = begin_again(folder)  # its processes start while this one loads what it needs itself
     try:
         with _loading():
             from pipeline.train import launch

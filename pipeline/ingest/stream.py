@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import os
 import threading
 import time
@@ -91,8 +92,8 @@ class Stream:
     def batches(self, start_step: int = 0, *, rank: int = 0, world_size: int = 1, tasks: int | None = None) -> Generator[Batch]:
         """One rank's batches of steps `start_step` to `total_steps - 1`, the same whether or not the run was interrupted.
 
-        The tasks begin when the first batch is asked for. They need seconds, and all lanes of a window, until they deliver;
-        meanwhile this process cuts the first batches itself, the same as theirs.
+        The tasks need seconds, and all lanes of a window, until they deliver; meanwhile this process cuts the first batches itself,
+        the same as theirs. They begin behind the first one, so that where cores are short a run steps before they take some.
 
         Args:
             tasks: windows cut at the same time; None = one per CPU, in a cluster as many as it has room for.
@@ -120,16 +121,20 @@ class Stream:
         # the next pass begins when the trainer has begun the last group of this one, and so early that its first tasks run before
         # this one's last are done: an execution takes as long to start as a core takes to cut one or two windows
         overlap = 3 * (workers or items.lanes)
+        own, step = self._first_batches(items, delivered), items.start_step
+        for batch in itertools.islice(own, 1):
+            yield batch
+            step += 1
         with contextlib.closing(ahead(passes(), waiting=items.lanes - 1, overlap=overlap)) as blocks:
-            step = items.start_step
-            if self.manifest.rereadable and self.finish is None:
-                for batch in self._first_batches(items, delivered):
-                    yield batch
-                    step = batch.step + 1
+            for batch in own:
+                yield batch
+                step += 1
             yield from batches_of(blocks, self.manifest, self.plan, self.views, items, step)
 
     def _first_batches(self, items: _Items, delivered: threading.Event) -> Iterator[Batch]:
         """Batches cut in this process, until the tasks have `delivered`, and at most those of one window."""
+        if self.finish is not None or not self.manifest.rereadable:
+            return
         plan = copy.copy(self.plan)  # its order of the images goes with it
         names = [name for name, group in self.views.items() if group.count]
         for step in range(items.start_step, min(items.start_step + plan.chunks_per_window, items.total_steps)):
