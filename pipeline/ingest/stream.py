@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 import os
 import threading
 import time
@@ -29,6 +28,7 @@ from pipeline.ingest.window import block_bytes, cut_images, decode_all, finish_c
 PASS_BYTES = 128 * 2**20  # views of one Ray Data execution, or one group of windows if that is more; starting one costs 0.1 to 0.5 s
 EVALUATION_BYTES = 16 * 2**20  # pixels one evaluation task returns
 ALONE_S = 3.0  # an evaluation that this process can decode in so many s is not worth the start of tasks
+HEAD_START_S = 5.0  # of the trainer's own first batch and step over the tasks, at most
 OWN_PART = 64  # images the trainer cuts itself before it looks whether the tasks have delivered; twelve megapixels each: 4 s
 
 
@@ -93,7 +93,8 @@ class Stream:
         """One rank's batches of steps `start_step` to `total_steps - 1`, the same whether or not the run was interrupted.
 
         The tasks need seconds, and all lanes of a window, until they deliver; meanwhile this process cuts the first batches itself,
-        the same as theirs. They begin behind the first one, so that where cores are short a run steps before they take some.
+        the same as theirs. They begin behind the first step, so that where cores are short a run steps before they take some, or
+        `HEAD_START_S` after it was asked for.
 
         Args:
             tasks: windows cut at the same time; None = one per CPU, in a cluster as many as it has room for.
@@ -111,9 +112,10 @@ class Stream:
         workers = tasks or default_tasks()
         block = block_bytes(self.views, self.plan.chunks_per_window * self.plan.chunk, finished=self.finish is not None)
         per_pass = items.lanes * max(1, PASS_BYTES // (items.lanes * block))
-        delivered = threading.Event()
+        stepped, delivered = threading.Event(), threading.Event()
 
         def passes() -> Iterator[tuple[int, Iterator[dict[str, np.ndarray]]]]:
+            stepped.wait(HEAD_START_S)
             for first in range(items.first, items.last, per_pass):
                 last = min(first + per_pass, items.last)
                 yield last - first, announced(run(cut, first, last, workers), items.lanes, delivered)
@@ -121,14 +123,15 @@ class Stream:
         # the next pass begins when the trainer has begun the last group of this one, and so early that its first tasks run before
         # this one's last are done: an execution takes as long to start as a core takes to cut one or two windows
         overlap = 3 * (workers or items.lanes)
-        own, step = self._first_batches(items, delivered), items.start_step
-        for batch in itertools.islice(own, 1):
-            yield batch
-            step += 1
+        step = items.start_step
         with contextlib.closing(ahead(passes(), waiting=items.lanes - 1, overlap=overlap)) as blocks:
-            for batch in own:
-                yield batch
-                step += 1
+            try:
+                for batch in self._first_batches(items, delivered):
+                    yield batch
+                    step += 1
+                    stepped.set()
+            finally:
+                stepped.set()
             yield from batches_of(blocks, self.manifest, self.plan, self.views, items, step)
 
     def _first_batches(self, items: _Items, delivered: threading.Event) -> Iterator[Batch]:
