@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -303,3 +304,13 @@ def test_display_without_a_terminal_prints_a_few_whole_lines() -> None:
     assert "loss 3.000 (ln K 4.160)" in lines[0]
     assert "kNN 50.0 %" in lines[-1]
     assert "\x1b" not in out.getvalue()
+
+
+def test_display_tells_no_rate_and_no_end_of_one_step() -> None:
+    out = io.StringIO()
+    with Display(Console(file=out), total_steps=2, start_step=0, batch=8, chance=None) as display:
+        display.update(1, loss=3.0)
+        time.sleep(0.01)
+        display.update(2, loss=2.0)
+    assert [line.split("  ")[:2] for line in out.getvalue().splitlines()][0] == ["step 1/2", "loss 3.000"]
+    assert "eta" not in out.getvalue().splitlines()[0] and "images/s" in out.getvalue().splitlines()[1]

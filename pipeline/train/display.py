@@ -96,7 +96,7 @@ class Display:
         return self.pace.images_per_s
 
     def figures(self) -> str:
-        parts = [f"{self.images_per_s:,.0f} images/s"]
+        parts = [f"{self.images_per_s:,.0f} images/s"] if self.images_per_s else []  # none yet of one step
         if self.loss is not None:
             parts.append(f"loss {self.loss:.3f}" + (f" ({self.chance[1]} {self.chance[0]:.3f})" if self.chance else ""))
         if self.knn is not None:
@@ -117,8 +117,8 @@ class Display:
             self._line()
 
     def _line(self) -> None:
-        left = (self.total - self.step) * self.batch / self.images_per_s if self.images_per_s else 0.0
-        self.console.print(f"step {self.step}/{self.total}  {self.figures()}  eta {_duration(left)}", highlight=False, soft_wrap=True)
+        left = f"  eta {_duration((self.total - self.step) * self.batch / self.images_per_s)}" if self.images_per_s else ""
+        self.console.print(f"step {self.step}/{self.total}  {self.figures()}{left}", highlight=False, soft_wrap=True)
         self.printed_at, self.printed_step = time.monotonic(), self.step
 
     def say(self, text: str) -> None:

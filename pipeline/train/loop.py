@@ -203,7 +203,8 @@ class Trainer:
         if (decay := scheduled_weight_decay(self.resolved, step - 1)) is not None:
             metrics["weight_decay"] = decay
         self.display.update(step, loss=metrics.get("loss"))
-        metrics["images_per_s"] = self.display.images_per_s
+        if self.display.images_per_s:  # it takes two steps to tell
+            metrics["images_per_s"] = self.display.images_per_s
         metrics["bad_images"] = float(len(self.position.bad))
         self.report(step, metrics)
         return metrics
