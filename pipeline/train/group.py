@@ -174,12 +174,13 @@ def answering(nodes: list[dict[str, Any]], patience_s: float = 10.0) -> list[dic
 
 
 def _trainer_class() -> type[Any]:
-    """Ray Train's general trainer, without two helper processes that have nothing to do here, of some 4 CPU seconds each.
+    """Ray Train's general trainer, without helper processes that have nothing to do here, of some 4 CPU seconds each.
 
     Its trainer for torch would load torch in the controller before that can start a worker; the workers make their process
-    group themselves (`worker.process_group`). Of the helpers, one serves `datasets=`, which is not used; the other frees the
-    workers' places when the controller has died, but a run of this project ends then, and Ray frees what an ended driver had.
-    Nothing public leaves them out: where Ray's inner names change, they are started as before.
+    group themselves (`worker.process_group`). Of the helpers, one serves `datasets=`, which is not used; one frees the workers'
+    places when the controller has died, but a run of this project ends then, and Ray frees what an ended driver had; and one
+    asks an autoscaler for the workers' places while the controller waits: a local Ray has none. Nothing public leaves them out:
+    where Ray's inner names change, they are started as before.
     """
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # the outer one of this name is of the former Ray Train
 
