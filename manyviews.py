@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import gc
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline import screens
+from pipeline.loading import loading
 from pipeline.settings import configured, parse_settings
 from tuning import verbs as verbs_of_tuning
 
@@ -160,21 +159,11 @@ def _runs_dir(given: str) -> Path:
     return local_copy(given)
 
 
-@contextlib.contextmanager
-def _loading() -> Iterator[None]:
-    """What is loaded here is no garbage: to look through it again and again for some takes a tenth of the time."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 # ---------------------------------------------------------------------------- verbs
 
 
 def pretrain(options: Any, settings: list[str]) -> int:
-    with _loading():
+    with loading():
         config = configured(_given(options, "recipe", "RECIPE"), settings)
         from pipeline.train import launch
 
@@ -184,7 +173,7 @@ def pretrain(options: Any, settings: list[str]) -> int:
 def resume(options: Any, settings: list[str]) -> int:
     from methods.parts.errors import ConfigError
     from pipeline.runs import find_run
-    from pipeline.train.group import begin_again
+    from pipeline.train import again
 
     try:
         folder = find_run(options.run, options.runs_dir)
@@ -192,16 +181,12 @@ def resume(options: Any, settings: list[str]) -> int:
         if (code := verbs_of_tuning.resume(options.run, options, screens.write_json, screens.console())) is None:
             raise
         return code
-    with _loading():
-        group = begin_again(folder)  # its processes start while this one loads what it needs itself
-    try:
-        with _loading():
+    if (outcome := again.resume(folder, console=screens.console())) is None:
+        with loading():
             from pipeline.train import launch
 
-        return screens.conclude(launch.resume(folder, runs_dir=options.runs_dir, console=screens.console(), group=group), options)
-    finally:
-        if group is not None and group.alive:
-            group.end()
+        outcome = launch.resume(folder, runs_dir=options.runs_dir, console=screens.console())
+    return screens.conclude(outcome, options)
 
 
 def continue_run(options: Any, settings: list[str]) -> int:

@@ -108,9 +108,10 @@ def cluster(**head: Any) -> Iterator[Any]:
     """A head without work and two nodes for workers and tasks, on this machine."""
     from ray.cluster_utils import Cluster
 
-    local = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **head})
+    store = {"object_store_memory": int(1e9)}  # Ray's test cluster has 0.15 GB: full of batches it would spill, as no real node does
+    local = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **store, **head})
     try:
-        nodes = [local.add_node(num_cpus=2) for _ in range(2)]
+        nodes = [local.add_node(num_cpus=2, **store) for _ in range(2)]
         local.wait_for_nodes()
         yield local, nodes
     finally:

@@ -44,7 +44,7 @@ class Tracker:
         self._wake, self._known, self._closing, self._stop = (threading.Event() for _ in range(4))
         self._rewinds = self._failures = 0
         self._client: Any = None
-        self._params: dict[str, str] = {}
+        self._params: Callable[[], Mapping[str, object]] = dict
         self._thread: threading.Thread | None = None
         self.problem: str | None = None  # the last failure, for the user's screen
         if state["run_id"] and state["attached"]:
@@ -60,12 +60,13 @@ class Tracker:
         uri: str | None,
         experiment: str,
         name: str,
-        params: Mapping[str, object],
+        params: Callable[[], Mapping[str, object]],
         tags: Mapping[str, object],
     ) -> Tracker:
         """Start tracking, or go on with the MLflow run named in the folder's `tracking.json`.
 
         Args:
+            params: asked for at the start of a run, and where its server has lost it.
             uri: tracking server; None = the SQLite database beside the run folder.
         """
         folder = folder.resolve()
@@ -75,14 +76,14 @@ class Tracker:
         state |= {"started": time.time(), "params": {}, "artifacts": [], "tags": {}}
         former = _read_state(folder)
         if former and (former["uri"], former["experiment"]) == (uri, experiment):
-            state |= former
-        given = {key: str(value)[:VALUE_CHARACTERS] for key, value in params.items()}
-        state["params"] |= {} if state["run_id"] else given  # MLflow's parameters cannot change: those of the first life stand
-        state["tags"] |= {key: str(value)[:VALUE_CHARACTERS] for key, value in tags.items()}
+            state |= former  # MLflow's parameters cannot change: those of the first life stand
+        else:
+            state["params"] = _words(params())
+        state["tags"] |= _words(tags)
         state |= {"status": "RUNNING", "ended": None, "attached": False}
         drop_torn_line(folder / "metrics.jsonl")
         tracker = cls(folder, state)
-        tracker._params = given
+        tracker._params = params
         tracker._save()
         tracker._thread = threading.Thread(target=tracker._work, name="tracking", daemon=True)
         tracker._thread.start()
@@ -135,7 +136,7 @@ class Tracker:
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
         """Set tags of the MLflow run."""
-        self._change(lambda state: state["tags"].update({key: str(value)[:VALUE_CHARACTERS] for key, value in tags.items()}))
+        self._change(lambda state: state["tags"].update(_words(tags)))
 
     def rewind(self, step: int) -> None:
         """Forget every point after `step`, the position of the checkpoint that the run goes on from."""
@@ -221,7 +222,7 @@ class Tracker:
         run_id = self._state["run_id"]
         if run_id and not is_active(client, run_id):
             run_id, self._state["sent"] = None, 0  # deleted on the server: it gets a new run with everything
-            self._state["params"] = self._params | self._state["params"]
+            self._state["params"] = _words(self._params()) | self._state["params"]
         if run_id is None:
             where = experiment_id(client, self._state["uri"], self._state["experiment"])
             # a request that timed out may have made the run all the same
@@ -329,6 +330,11 @@ def _mlflow_metrics(lines: Iterable[bytes]) -> list[Any]:
         for point in points
         for key, value in point["metrics"].items()
     ]
+
+
+def _words(values: Mapping[str, object]) -> dict[str, str]:
+    """As MLflow takes them."""
+    return {key: str(value)[:VALUE_CHARACTERS] for key, value in values.items()}
 
 
 def _mlflow_name(key: str) -> str:

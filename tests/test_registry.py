@@ -142,7 +142,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (runs / "first" / "run.json").write_text(json.dumps({"name": "first", "status": "finished", "created": 1.0}))
     (runs / "begun").mkdir()
     (runs / "begun" / "run.json").write_text(json.dumps({"name": "begun", "status": "created", "created": 2.0}))
-    tracker = Tracker.open(runs / "first", uri=uri, experiment="tests", name="first", params={"lr": 1}, tags={})
+    tracker = Tracker.open(runs / "first", uri=uri, experiment="tests", name="first", params=lambda: {"lr": 1}, tags={})
     run_id = tracker.run_id()
     assert run_id
     tags = {"method": "swav", "recipe": "swav-small", "data_fingerprint": "abc"}

@@ -27,8 +27,9 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def start(folder: Path, uri: str | None, **changes: Any) -> Tracker:
-    settings: dict[str, Any] = {"experiment": "tests", "name": folder.name, "params": {"lr": 0.1}, "tags": {"method": "swav"}}
-    return Tracker.open(folder, uri=uri, **settings | changes)
+    settings: dict[str, Any] = {"experiment": "tests", "name": folder.name, "params": {"lr": 0.1}, "tags": {"method": "swav"}} | changes
+    params = settings.pop("params")
+    return Tracker.open(folder, uri=uri, params=lambda: params, **settings)
 
 
 def state(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import io
 import json
@@ -27,10 +26,9 @@ from methods.parts.norms import SyncBatchNorm, average_statistics, synchronized
 from methods.parts.views import Views
 from pipeline.config import TrainConfig, override, resolve
 from pipeline.recipes import load_recipe
-from pipeline.runs import create_run
 from pipeline.train import relay_actor
 from pipeline.train.display import Display
-from pipeline.train.group import CPU_WORKER, GPU_WORKER, Group, Shape, begin_again, fits, kept
+from pipeline.train.group import CPU_WORKER, GPU_WORKER, fits
 from pipeline.train.guards import TrainingStopped
 from pipeline.train.loop import agreed, mean_over_workers
 from pipeline.train.relay import Listener, Relay
@@ -217,31 +215,6 @@ def test_workers_agree(tmp_path: Path) -> None:
 )
 def test_workers_fit_only_beside_a_whole_cpu(workers: int, share: dict, nodes: list, fit: bool) -> None:
     assert fits(workers, share, nodes) is fit
-
-
-@pytest.mark.parametrize(("workers", "status", "held", "begins"), [
-    ("2", "running", False, True),
-    ("2", "finished", False, False),
-    ("2", "running", True, False),  # by another process
-    ("1:2", "running", False, False),  # how many there will be is not known yet
-    ("64", "running", False, False),  # they do not fit now
-])  # fmt: skip
-def test_the_workers_of_a_run_that_is_resumed_begin_first(
-    workers: str, status: str, held: bool, begins: bool, ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = create_run(tmp_path, "run", "swav-small")
-    assert begin_again(folder) is None, "there has been no group yet"
-    folder.update(group={"workers": 2, "of another version": True})
-    assert begin_again(folder) is None
-    count = int(workers.split(":")[-1])
-    folder.update(status=status, **kept(Shape(count, CPU_WORKER, again=":" not in workers, timeout_s=5.0)))
-    monkeypatch.setattr(Group, "_fit", lambda self, trainer: None)
-    with folder.working() if held else contextlib.nullcontext():
-        group = begin_again(folder)
-    assert (group is not None) == begins
-    if group is not None:
-        assert group.shape == Shape(2, CPU_WORKER, again=True, timeout_s=5.0)
-        group.end()
 
 
 @pytest.mark.parametrize("value", ["two", "2:", "4:2", "-1", ":3", "0:4"])

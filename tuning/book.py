@@ -87,7 +87,7 @@ class Book(tune.Callback):
             uri=config.track.uri or default_uri(self.sweep.path.parent),
             experiment=config.track.experiment,
             name=f"{self.sweep.name}/{of.path.name}",
-            params=flatten(config) | {"method": find(config.method).name},
+            params=lambda: flatten(config) | {"method": find(config.method).name},
             tags={
                 "mlflow.parentRunId": self.facts["mlflow_run"] or "",
                 "sweep": self.sweep.name,

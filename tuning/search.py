@@ -18,7 +18,7 @@ from pipeline.ingest.manifest import Manifest
 from pipeline.ingest.sources import open_source
 from pipeline.runs import hold
 from pipeline.tracking import Tracker
-from pipeline.train.launch import interruptible
+from pipeline.train.conduct import interruptible
 from pipeline.train.prepare import with_absolute_paths
 from tuning import draws
 from tuning.ending import champion, conclude, introduce
@@ -210,8 +210,10 @@ def fit(sweep: Sweep, console: Console) -> int:
             uri=facts["track_uri"],
             experiment=config.track.experiment,
             name=sweep.name,
-            params={f"space.{key}": range_["text"] for key, range_ in facts["space"].items()}
-            | {key: facts[key] for key in ("search", "scheduler", "score", "trials", "seeds", "seed", "total_steps", "workers")},
+            params=lambda: (
+                {f"space.{key}": range_["text"] for key, range_ in facts["space"].items()}
+                | {key: facts[key] for key in ("search", "scheduler", "score", "trials", "seeds", "seed", "total_steps", "workers")}
+            ),
             tags={"recipe": facts["recipe"], "method": facts["method"], "kind": "sweep"},
         )
         from tuning.book import Book, settle

@@ -3,6 +3,8 @@
 checkpoints/step-00000300/state.pt    tensors and plain values only
 checkpoints/step-00000300/NAME-0.pt   a piece of a table by image id, if the method has one
 checkpoints/last.json, best.json      {"folder": "step-00000300", "step": 300, ...}, replaced after the folder is whole
+
+torch is loaded where a state is read or written: to look where a run stands takes none.
 """
 
 from __future__ import annotations
@@ -14,14 +16,14 @@ import shutil
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from methods.parts.errors import ConfigError
 from pipeline import mirror
 from pipeline.runs import write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 State = dict[str, Any]
 
@@ -61,6 +63,8 @@ def save(checkpoints: Path, state: State, *, step: int, best: bool = False, keep
 
 
 def _write(path: Path, content: Any) -> None:
+    import torch
+
     with open(path, "wb") as file:
         torch.save(content, file)
         file.flush()
@@ -141,6 +145,8 @@ def load(folder: Path) -> State:
     Raises:
         ConfigError: the file is not readable as a checkpoint.
     """
+    import torch
+
     try:
         state: State = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         counts = state.get("id_tables", {}).items()
@@ -151,16 +157,20 @@ def load(folder: Path) -> State:
 
 
 def _piece(path: Path) -> Tensor:
+    import torch
+
     piece: Tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # a worker reads its own rows only
     return piece
 
 
 def state_hash(state: State) -> str:
     """SHA-256 over every value of a state, tensors by their bytes; independent of memory layout."""
+    import torch
+
     digest = hashlib.sha256()
     for path, value in _leaves("", state):
         digest.update(path.encode())
-        if isinstance(value, Tensor):
+        if isinstance(value, torch.Tensor):
             flat = value.detach().cpu().contiguous().flatten()
             digest.update(str(flat.dtype).encode() + flat.view(torch.uint8).numpy().tobytes())
         else:

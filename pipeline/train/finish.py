@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from rich.console import Console
+
 from methods.parts.contract import find
+from methods.parts.errors import ConfigError
 from pipeline import registry, tracking
 from pipeline.config import RunConfig, from_yaml
 from pipeline.runs import RunFolder, find_run
-from pipeline.tracking import default_uri
+from pipeline.tracking import Tracker, default_uri
 
 
 def publish(folder: RunFolder, run_id: str | None) -> registry.Registered:
@@ -31,6 +34,18 @@ def publish(folder: RunFolder, run_id: str | None) -> registry.Registered:
     )
     folder.update(model=model.uri, model_version=model.version)
     return model
+
+
+def register(folder: RunFolder, tracker: Tracker, console: Console) -> registry.Registered | None:
+    """Register a finished run's backbone, if `track.register`; a registry that is down must not fail the run, whose weights are safe."""
+    if not from_yaml(folder.config_text()).track.register:
+        return None
+    console.print("registering ...", highlight=False)
+    try:
+        return publish(folder, tracker.run_id(timeout=60.0))
+    except ConfigError as error:
+        console.print(f"not registered: {error}; later: manyviews sync {folder.name}", highlight=False, soft_wrap=True)
+        return None
 
 
 def sync(reference: str, *, runs_dir: Path) -> tuple[int, registry.Registered | None]:

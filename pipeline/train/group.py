@@ -1,8 +1,4 @@
-"""One group of workers under Ray Train, as the driver holds it.
-
-Nothing here is slow to load: a run that is resumed starts its workers first, and the driver loads what it needs itself
-while they come up.
-"""
+"""One group of workers under Ray Train, as the driver holds it. Nothing here is slow to load."""
 
 from __future__ import annotations
 
@@ -40,25 +36,39 @@ class Shape:
     """How many workers, and the resources of each.
 
     With `again`, Ray Train starts so many of them again after a loss; without, the group ends, and the driver chooses anew.
-    `timeout_s` ends a collective call that waits for a worker.
+    `timeout_s` ends a collective call that waits for a worker, `wait_s` the wait for room after a loss; after `max_restarts`
+    of them from one checkpoint the run gives up.
     """
 
     workers: int
     share: dict[str, float]
     again: bool
     timeout_s: float
+    wait_s: float
+    max_restarts: int
+
+    @classmethod
+    def of(cls, facts: dict[str, Any]) -> Shape | None:
+        """That of a run's last group as its facts tell it (`kept`); None if they do not."""
+        try:
+            return cls(**facts["group"])
+        except (KeyError, TypeError):  # none yet, a number that may change, or written by another version of this project
+            return None
 
 
 class Group:
     """Workers that start at once and wait for what they are given.
+
+    Args:
+        prepares: they wait for nothing; rank 0 prepares the run, which has a checkpoint, from its folder.
 
     Attributes:
         relay: the line to rank 0.
         outcome: what rank 0 returned, or the error with which the group ended; empty while it is `alive`.
     """
 
-    def __init__(self, run: Path, shape: Shape) -> None:
-        self.run, self.shape = run, shape
+    def __init__(self, run: Path, shape: Shape, prepares: bool = False) -> None:
+        self.run, self.shape, self.prepares = run, shape, prepares
         os.environ.update({key: value for key, value in SETTINGS.items() if key not in os.environ})
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -87,6 +97,7 @@ class Group:
             "relay": self.relay,
             "run": str(self.run),
             "remote": mirror.remote_of(self.run),
+            "prepares": self.prepares,
             "tasks": None if joins_cluster() else max(1, round(spare / shape.workers)),
             "timeout_s": shape.timeout_s,
         }
@@ -122,25 +133,18 @@ class Group:
         shutil.rmtree(self.run / self._scratch, ignore_errors=True)
 
 
-def begin_again(folder: RunFolder) -> Group | None:
-    """A group like the run's last one, if that can be had at once and the run is not finished."""
-    facts = folder.state()
-    if facts.get("status") == "finished" or "group" not in facts or folder.locked():
-        return None
-    try:
-        shape = Shape(**facts["group"])
-    except TypeError:  # written by another version of this project
-        return None
+def begin_again(folder: RunFolder, shape: Shape) -> Group | None:
+    """A group for a run with a checkpoint, which it prepares itself; None if it does not fit now."""
     start_ray(extra_cpus=1)
     import ray
 
     if not fits(shape.workers, shape.share, [node["Resources"] for node in ray.nodes() if node["Alive"]]):
         return None
-    return Group(folder.path, shape)
+    return Group(folder.path, shape, prepares=True)
 
 
 def kept(shape: Shape) -> dict[str, Any]:
-    """Of a group, what `begin_again` needs of it, for `run.json`; nothing of one whose number of workers may change."""
+    """Of a group, what `Shape.of` reads again, for `run.json`; nothing of one whose number of workers may change."""
     return {"group": dataclasses.asdict(shape)} if shape.again else {}
 
 

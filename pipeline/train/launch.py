@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,47 +12,17 @@ from torch import nn
 
 from methods.parts.contract import find
 from methods.parts.errors import ConfigError
-from pipeline import mirror, registry
-from pipeline.config import RunConfig, flatten, from_yaml, to_yaml
-from pipeline.evaluate.protocols import Scores
-from pipeline.ingest.stream import start_ray
+from pipeline import registry
+from pipeline.config import RunConfig, from_yaml, to_yaml
 from pipeline.runs import RunFolder, create_run, write_atomic
-from pipeline.tracking import EndStatus, Tracker
 from pipeline.train import checkpoint
-from pipeline.train.display import Display
-from pipeline.train.finish import publish, tracking_uri
-from pipeline.train.group import Group
-from pipeline.train.guards import TrainingStopped
+from pipeline.train.conduct import Course, Outcome, conduct, tracked
+from pipeline.train.display import Screen
+from pipeline.train.introduction import introduction
 from pipeline.train.loop import Position
-from pipeline.train.prepare import Prepared, choose_device, prepare
-from pipeline.train.work import work
+from pipeline.train.prepare import Prepared, prepare, prepare_again
+from pipeline.train.work import Done, work
 from pipeline.train.workers import train_with_workers
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """How a run ended. `status` is finished, interrupted or failed."""
-
-    folder: RunFolder
-    status: str
-    message: str = ""
-    scores: Scores | None = None
-    model: registry.Registered | None = None
-
-    @property
-    def recipe(self) -> str:
-        return str(self.folder.state().get("recipe", ""))
-
-    @property
-    def tracking_uri(self) -> str:
-        return tracking_uri(from_yaml(self.folder.config_text()), self.folder)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for `--json`."""
-        scores = self.scores.to_dict() if self.scores else None
-        model = {"uri": self.model.uri, "version": self.model.version} if self.model else None
-        return self.folder.state() | {"folder": str(self.folder.path), "message": self.message, "scores": scores, "registered": model}
-
 
 # ---------------------------------------------------------------------------- the three ways to begin
 
@@ -98,22 +63,15 @@ def continue_run(earlier: RunFolder, config: RunConfig, *, runs_dir: Path, run: 
     )
 
 
-def resume(folder: RunFolder, *, runs_dir: Path, console: Console, group: Group | None = None) -> Outcome:
-    """Go on with a run: same plan, same config, from its last checkpoint (or from the start if it has none).
-
-    Args:
-        group: workers that have been started for it.
-    """
-    facts = folder.state()
-    if facts.get("status") == "finished":
+def resume(folder: RunFolder, *, runs_dir: Path, console: Console) -> Outcome:
+    """Go on with a run: same plan, same config, from its last checkpoint (or from the start if it has none)."""
+    if folder.state().get("status") == "finished":
         raise ConfigError(f"run={folder.name}: it is finished; `manyviews continue {folder.name} --train.steps N` starts a new phase")
-    config = from_yaml(folder.config_text())
     fresh = checkpoint.pointed_to(folder.checkpoints) is None
-    ready = prepare(config, given_weights(config, runs_dir) if fresh else None)
-    if facts.get("fingerprint") not in (None, ready.manifest.fingerprint):
-        raise ConfigError(f"data.path={ready.config.data.path}: the images have changed since the run began; restore them, or use continue")
+    config = from_yaml(folder.config_text())
+    ready = prepare_again(folder, given_weights(config, runs_dir) if fresh else None)
     with folder.working():
-        return _train(ready, folder, console, None, group)
+        return _train(ready, folder, console, None)
 
 
 def last_state(folder: RunFolder) -> checkpoint.State:
@@ -135,113 +93,21 @@ def _begin(ready: Prepared, *, runs_dir: Path, run: str | None, console: Console
 # ---------------------------------------------------------------------------- the run itself
 
 
-def _train(ready: Prepared, folder: RunFolder, console: Console, state: checkpoint.State | None, group: Group | None = None) -> Outcome:
+def _train(ready: Prepared, folder: RunFolder, console: Console, state: checkpoint.State | None) -> Outcome:
     config, facts = ready.config, ready.resolved.facts
-    start = checkpoint.last_step(folder.checkpoints)
-    tracker = Tracker.open(
-        folder.path,
-        uri=config.track.uri,
-        experiment=config.track.experiment,
-        name=folder.name,
-        params=flatten(config) | {"method": find(config.method).name},
-        tags={"recipe": config.recipe, "method": find(config.method).name, "data_fingerprint": ready.manifest.fingerprint},
+    course = Course(facts.total_steps, facts.global_batch_size, ready.method.chance_loss())
+    folder.update(**dataclasses.asdict(course))
+    tracker = tracked(
+        folder, tags={"recipe": config.recipe, "method": find(config.method).name, "data_fingerprint": ready.manifest.fingerprint}
     )
+    start = checkpoint.last_step(folder.checkpoints)
     tracker.rewind(start)
-    introduce(ready, folder, console, start)
-    outcome = Outcome(folder, "failed", "ended unexpectedly")
-    try:
-        start_ray(extra_cpus=1 if config.train.worker_range[1] else 0)  # first: it installs a SIGTERM handler of its own
-        chance = ready.method.chance_loss()
-        display = Display(console, total_steps=facts.total_steps, start_step=start, batch=facts.global_batch_size, chance=chance)
-        with interruptible() as stop, display:
-            if config.train.worker_range[1]:
-                heard: dict[str, Any] = {"stop": stop.is_set, "news": tracker.wake, "before": tracker.rewind}
-                done = train_with_workers(ready, folder, state, screen=display, group=group, **heard)
-            else:
-                done = work(ready, folder, state, screen=display, report=tracker.log, stop=stop.is_set)
-        if not done.complete:
-            outcome = Outcome(folder, "interrupted", f"stopped at step {done.step}; its checkpoint is whole")
-            return outcome
-        for picture in done.pictures:
-            tracker.artifact(folder.figures / picture)
-        model = register(folder, tracker, console) if config.track.register else None
-        outcome = Outcome(folder, "finished", scores=done.scores, model=model)
-        return outcome
-    except (TrainingStopped, checkpoint.DiskFull) as error:
-        outcome = Outcome(folder, "failed", str(error))
-        return outcome
-    except KeyboardInterrupt:
-        outcome = Outcome(folder, "interrupted", "stopped at once; the last checkpoint is whole")
-        return outcome
-    finally:
-        ends: dict[str, EndStatus] = {"finished": "FINISHED", "interrupted": "KILLED"}
-        folder.update(status=outcome.status, message=outcome.message, ended=time.time())
-        unsent = tracker.close(ends.get(outcome.status, "FAILED"))
-        with contextlib.suppress(OSError):
-            mirror.push(folder.path, only="tracking.json")
-        if unsent:
-            console.print(f"{unsent} entries have not reached MLflow; they are kept. Later: manyviews sync {folder.name}", soft_wrap=True)
+    for line in introduction(ready, folder, start):
+        console.print(line, highlight=False, soft_wrap=True)
 
+    def train(screen: Screen, stop: Callable[[], bool]) -> Done:
+        if config.train.worker_range[1]:
+            return train_with_workers(ready, folder, state, screen=screen, stop=stop, news=tracker.wake, before=tracker.rewind)
+        return work(ready, folder, state, screen=screen, report=tracker.log, stop=stop)
 
-def register(folder: RunFolder, tracker: Tracker, console: Console) -> registry.Registered | None:
-    """Register the finished run's backbone; a registry that is down must not fail the run, whose weights are safe."""
-    console.print("registering ...", highlight=False)
-    try:
-        return publish(folder, tracker.run_id(timeout=60.0))
-    except ConfigError as error:
-        console.print(f"not registered: {error}; later: manyviews sync {folder.name}", highlight=False, soft_wrap=True)
-        return None
-
-
-# ---------------------------------------------------------------------------- surroundings
-
-
-@contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM ask the loop to stop after the current step; a second one stops at once."""
-    stop = threading.Event()
-
-    def ask(signum: int, frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    earlier = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for s, handler in earlier.items():
-            signal.signal(s, handler)
-
-
-def introduce(ready: Prepared, folder: RunFolder, console: Console, start: int) -> None:
-    """What is about to happen, in a few lines."""
-    device, precision = choose_device(ready.config)
-    config, facts = ready.config, ready.resolved.facts
-    manifest = ready.manifest
-    labels = f"{len(manifest.class_names)} classes" if manifest.class_names else "no labels"
-    size = sum(p.numel() for p in ready.method.evaluation_backbone().parameters()) / 1e6
-    say = lambda key, text: console.print(f"[bold]{key:9}[/bold] {text}", highlight=False, soft_wrap=True)  # noqa: E731
-    say("run", str(folder.path))
-    training = "" if facts.num_images is None else f"{facts.num_images:,} training images of "
-    say("data", f"{config.data.path}: {training}{manifest.describe()}, {labels}")
-    for path, reason in manifest.skipped[:3]:
-        say("", f"skipped {path}: {reason}")
-    if len(manifest.skipped) > 3:
-        say("", f"... and {len(manifest.skipped) - 3} more files skipped; `manyviews doctor --data.path` lists them")
-    for name, group in config.views.items():
-        if group.count:
-            say("views", f"{name}: {group.describe()}")
-    kind = str(precision).removeprefix("torch.")
-    where = f"{config.train.workers} workers" if config.train.worker_range[1] else f"{kind} on {device.type}"
-    say("model", f"{find(config.method).name}, {config.backbone.name} ({size:.1f} M parameters), {where}")
-    epochs = f"{facts.total_steps / facts.steps_per_epoch:.3g} epochs"
-    if facts.num_images is not None:
-        epochs = f"{facts.total_steps * facts.global_batch_size / facts.num_images:.3g} passes over the data"
-    begin = f" from step {start}" if start else ""
-    say("plan", f"{facts.total_steps:,} steps of {facts.global_batch_size} images{begin} ({epochs})")
-    for sentence in ready.method.advice(facts):
-        say("[yellow]advice[/yellow]   ", sentence)
+    return conduct(folder, course, tracker, console, train, extra_cpus=1 if config.train.worker_range[1] else 0)

@@ -14,11 +14,12 @@ from methods.parts.backbones import build_backbone
 from methods.parts.contract import Method, RunFacts, find
 from methods.parts.errors import ConfigError
 from methods.parts.vit import require_whole_patches, save_memory, vits
-from pipeline.config import Resolved, RunConfig, resolve
+from pipeline.config import Resolved, RunConfig, from_yaml, resolve
 from pipeline.ingest.manifest import Manifest
 from pipeline.ingest.sources import absolute_source, open_source
 from pipeline.ingest.stream import Stream
 from pipeline.machine import available_cores
+from pipeline.runs import RunFolder
 from pipeline.train import checkpoint
 
 
@@ -71,6 +72,18 @@ def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = 
         finish=(data.mean, data.std) if data.finish == "tasks" else None,
     )
     return Prepared(config, stream, resolved, build_method(config, facts, start_from))
+
+
+def prepare_again(folder: RunFolder, start_from: Callable[[nn.Module], None] | None = None) -> Prepared:
+    """Prepare a run that goes on: with its config, on the images it began with.
+
+    Raises:
+        ConfigError: as `prepare`; or the images have changed.
+    """
+    ready = prepare(from_yaml(folder.config_text()), start_from)
+    if folder.state().get("fingerprint") not in (None, ready.manifest.fingerprint):
+        raise ConfigError(f"data.path={ready.config.data.path}: the images have changed since the run began; restore them, or use continue")
+    return ready
 
 
 def build_method(config: RunConfig, facts: RunFacts, start_from: Callable[[nn.Module], None] | None = None) -> Method:

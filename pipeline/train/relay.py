@@ -29,7 +29,11 @@ class Mute:
 
 
 class Remote:
-    """Rank 0's screen: what it is told goes to the driver in the background. Points go straight to the run's folder."""
+    """Rank 0's screen: what it is told goes to the driver in the background. Points go straight to the run's folder.
+
+    Attributes:
+        first: no worker of this group was lost before.
+    """
 
     def __init__(self, relay: Any, folder: Path, batch: int, start_step: int) -> None:
         self.relay, self.folder, self.pace = relay, folder, Pace(batch, start_step)
@@ -46,6 +50,7 @@ class Remote:
         import ray
 
         life = ray.get(self.relay.begun.remote())
+        self.first = life == 0
         ray.get(self.relay.send.remote([("begin", {"step": step})]))
         while not ray.get(self.relay.may_begin.remote(life)):
             time.sleep(PAUSE / 2)

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from pipeline import mirror
 from pipeline.runs import RunFolder
 from pipeline.train import checkpoint
+from pipeline.train.introduction import introduction
+from pipeline.train.prepare import prepare_again
 from pipeline.train.relay import Mute, Remote
 from pipeline.train.work import Done, work
 
@@ -25,8 +27,8 @@ def run(settings: dict[str, Any]) -> Done | None:
 
     Args:
         settings: `run`, the run's folder, and `remote`, the object store whose copy that is; `tasks` at a time that cut for
-            this worker; `timeout_s` of a collective call; the `relay` to the driver, which gives the rest: `prepared`, a list
-            with one reference, to the run's `Prepared` and what it starts from, and `evaluate`, as in `work`.
+            this worker; `timeout_s` of a collective call; `prepares`, whether rank 0 prepares the run; the `relay` to the
+            driver, which else gives the rest: see `handed`.
 
     Returns:
         How it ended; None from other ranks than 0.
@@ -40,8 +42,7 @@ def run(settings: dict[str, Any]) -> Done | None:
         if settings["remote"]:
             path = mirror.second_copy(settings["remote"], f"worker-{context.get_local_rank()}")
         folder = RunFolder(path)
-        while (given := ray.get(settings["relay"].given.remote(settings["run"]))) is None:
-            time.sleep(0.1)
+        given = handed(settings, folder)
         ready, state = ray.get(given["prepared"][0])
         common = {"local_workers": context.get_local_world_size(), "tasks": settings["tasks"], "evaluate": given["evaluate"]}
         with process_group(settings["timeout_s"]) as common["device"]:
@@ -50,6 +51,9 @@ def run(settings: dict[str, Any]) -> Done | None:
                 return None
             start = checkpoint.last_step(folder.checkpoints)
             remote = Remote(settings["relay"], folder.path, ready.resolved.facts.global_batch_size, start)
+            if settings["prepares"] and remote.first:
+                for line in introduction(ready, folder, start):
+                    remote.say(line)
             try:
                 return work(ready, folder, state, screen=remote, report=remote.report, stop=remote.stopping.is_set, **common)
             finally:
@@ -60,6 +64,23 @@ def run(settings: dict[str, Any]) -> Done | None:
         if not from_a_peer(error):  # starting again would not help: the driver ends the run
             ray.get(settings["relay"].send.remote([("failed", {"error": error})]))
         raise
+
+
+def handed(settings: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
+    """What all workers of a group begin with: `prepared`, a list with one reference, to the run's `Prepared` and what it starts
+    from where it has no checkpoint; and `evaluate`, as in `work`. Keep it: with rank 0's the reference would end."""
+    import ray
+    from ray.train import get_context
+    from ray.train.collective import broadcast_from_rank_zero
+
+    if settings["prepares"]:
+        first = get_context().get_world_rank() == 0
+        given: dict[str, Any] | None = {"prepared": [ray.put((prepare_again(folder), None))], "evaluate": True} if first else None
+        heard: dict[str, Any] = broadcast_from_rank_zero(given)
+        return given or heard
+    while (given := ray.get(settings["relay"].given.remote(settings["run"]))) is None:
+        time.sleep(0.1)
+    return given
 
 
 @contextlib.contextmanager

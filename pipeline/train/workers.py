@@ -16,18 +16,12 @@ from pipeline.config import TrainConfig, divisors
 from pipeline.ingest.ray_data import joins_cluster
 from pipeline.runs import RunFolder
 from pipeline.train import checkpoint
+from pipeline.train.attend import WorkersLost, attend
 from pipeline.train.display import Screen
 from pipeline.train.group import CPU_WORKER, GPU_WORKER, Group, Shape, answering, fits, kept
 from pipeline.train.guards import TrainingStopped
 from pipeline.train.prepare import Prepared
-from pipeline.train.relay import Listener
 from pipeline.train.work import Done
-
-POLL = 0.2  # s
-
-
-class WorkersLost(RuntimeError):
-    """Workers died, or their machines did; the run can go on from its last checkpoint."""
 
 
 def train_with_workers(
@@ -40,16 +34,14 @@ def train_with_workers(
     news: Callable[[], None],
     before: Callable[[int], None],
     evaluate: bool = True,
-    group: Group | None = None,
+    doubtful: bool = False,
 ) -> Done:
     """Train on as many workers as are asked for and fit; go on after losses.
 
     Args:
-        group: workers that have been started for this run; None = they are started here.
-        stop: asked a few times a second; True ends the run with a whole checkpoint.
-        news: called when points may have been written.
-        before: called with the step from which every attempt starts.
+        stop, news, before: as in `attend`.
         evaluate: as in `work`.
+        doubtful: workers were lost just now, and perhaps a node with them.
 
     Raises:
         ConfigError: so many workers do not fit.
@@ -62,13 +54,12 @@ def train_with_workers(
     losses: list[int] = []
     while True:
         mirror.pull(folder.path)  # what the last workers saved
-        if group is None:
-            group = start(config, ready.config.data.lanes, folder, say=screen.say, doubtful=bool(losses))
+        group = start(config, ready.config.data.lanes, folder, say=screen.say, doubtful=doubtful)
         group.give(given)
         try:
-            return _attend(group, config, folder, screen=screen, stop=stop, news=news, before=before)
+            return attend(group, folder, screen=screen, stop=stop, news=news, before=before)
         except WorkersLost as loss:
-            group = None
+            doubtful = True
             losses.append(checkpoint.last_step(folder.checkpoints))
             if losses.count(losses[-1]) > config.max_restarts:
                 raise TrainingStopped(f"{loss}, {len(losses)} times without a new checkpoint; look at their machines") from None
@@ -78,7 +69,8 @@ def train_with_workers(
 def start(config: TrainConfig, lanes: int, folder: RunFolder, *, say: Callable[[str], None], doubtful: bool = False) -> Group:
     """Start as many workers as fit; the arguments and errors are those of `place`."""
     workers, share = place(config, lanes, say=say, doubtful=doubtful)
-    shape = Shape(workers, share, again=len(set(config.worker_range)) == 1, timeout_s=config.progress_timeout_s)
+    again = len(set(config.worker_range)) == 1
+    shape = Shape(workers, share, again, timeout_s=config.progress_timeout_s, wait_s=config.wait_s, max_restarts=config.max_restarts)
     folder.update(**kept(shape))
     return Group(folder.path, shape)
 
@@ -142,62 +134,3 @@ def _ask_for(workers: int, share: dict[str, float]) -> None:
 
 def _words(resources: dict[str, float]) -> str:
     return ", ".join(f"{amount:g} {key}" for key, amount in resources.items())
-
-
-# ---------------------------------------------------------------------------- one group of workers
-
-
-def _attend(
-    group: Group,
-    config: TrainConfig,
-    folder: RunFolder,
-    *,
-    screen: Screen,
-    stop: Callable[[], bool],
-    news: Callable[[], None],
-    before: Callable[[int], None],
-) -> Done:
-    """Listen to a group until it ends."""
-    listener = Listener(group.relay, screen, folder.path, before, config.max_restarts)
-    try:
-        while group.alive:
-            group.wait(POLL)
-            if listener.listen(stop()):
-                news()
-            _check_progress(time.monotonic() - listener.heard_at, config, group.shape)
-        listener.listen(stop())
-        news()
-    finally:
-        group.end()
-    outcome = group.outcome[0]
-    if isinstance(outcome, Done):
-        mirror.pull(folder.path)
-        return outcome
-    raise _meaning(outcome)
-
-
-def _check_progress(silence_s: float, config: TrainConfig, shape: Shape) -> None:
-    import ray
-
-    if silence_s > config.progress_timeout_s:
-        raise TrainingStopped(
-            f"no step in {silence_s:.0f} s; the cluster may lack a free CPU for cutting images, or a worker hangs "
-            "(longer steps than that: raise train.progress_timeout_s)"
-        )
-    workers = shape.workers
-    if silence_s > config.wait_s and not fits(workers, shape.share, [node["Resources"] for node in ray.nodes() if node["Alive"]]):
-        raise TrainingStopped(
-            f"a node is gone and {workers} workers have not fitted for {silence_s:.0f} s; add nodes and resume, "
-            f"or give a range such as train.workers=1:{workers} to a new phase"
-        )
-
-
-def _meaning(error: BaseException) -> BaseException:
-    """What a run that ended with an error means. The errors of our own code have reached the driver before."""
-    from ray.train import TrainingFailedError
-
-    if not isinstance(error, TrainingFailedError):
-        return error
-    failures = getattr(error, "worker_failures", None) or {}
-    ranks = ", ".join(str(rank) for rank in sorted(failures))
-    return WorkersLost(f"lost worker {ranks}" if ranks else f"Ray Train failed ({str(error).strip().splitlines()[-1]})")

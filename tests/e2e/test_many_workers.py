@@ -57,7 +57,7 @@ def trained(ray_with_room: None, tmp_path_factory: pytest.TempPathFactory) -> di
         folders[method] = create_run(root, method, method)
         run = str(folders[method].path)
         relay.give.remote(run, {"prepared": [ray.put((ready, None))], "evaluate": True})
-        settings[method] = {"relay": relay, "run": run, "remote": None, "tasks": 1, "timeout_s": 600.0}
+        settings[method] = {"relay": relay, "run": run, "remote": None, "tasks": 1, "timeout_s": 600.0, "prepares": False}
 
     def in_turn(settings: dict[str, Any]) -> dict[str, Any]:
         from pipeline.train.worker import run

@@ -1,0 +1,89 @@
+"""The driver beside its workers: it listens to a group until that ends. Nothing here is slow to load."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from pipeline import mirror
+from pipeline.runs import RunFolder
+from pipeline.train.display import Screen
+from pipeline.train.group import Group, Shape, fits
+from pipeline.train.guards import TrainingStopped
+from pipeline.train.relay import Listener
+
+if TYPE_CHECKING:
+    from pipeline.train.work import Done
+
+POLL = 0.2  # s
+
+
+class WorkersLost(RuntimeError):
+    """Workers died, or their machines did; the run can go on from its last checkpoint."""
+
+
+def attend(
+    group: Group,
+    folder: RunFolder,
+    *,
+    screen: Screen,
+    stop: Callable[[], bool],
+    news: Callable[[], None],
+    before: Callable[[int], None],
+) -> Done:
+    """Listen to a group until it ends.
+
+    Args:
+        stop: asked a few times a second; True ends the run with a whole checkpoint.
+        news: called when points may have been written.
+        before: called with the step from which every attempt starts.
+
+    Raises:
+        WorkersLost: the group is gone, and Ray Train does not start it again.
+        TrainingStopped, checkpoint.DiskFull: as in `work`; or workers were lost `train.max_restarts` times in a row.
+        ConfigError: what rank 0 has found.
+    """
+    listener = Listener(group.relay, screen, folder.path, before, group.shape.max_restarts)
+    try:
+        while group.alive:
+            group.wait(POLL)
+            if listener.listen(stop()):
+                news()
+            _check_progress(time.monotonic() - listener.heard_at, group.shape)
+        listener.listen(stop())
+        news()
+    finally:
+        group.end()
+    outcome: Any = group.outcome[0]
+    if isinstance(outcome, BaseException):
+        raise _meaning(outcome)
+    mirror.pull(folder.path)
+    return outcome  # type: ignore[no-any-return]
+
+
+def _check_progress(silence_s: float, shape: Shape) -> None:
+    import ray
+
+    if silence_s > shape.timeout_s:
+        raise TrainingStopped(
+            f"no step in {silence_s:.0f} s; the cluster may lack a free CPU for cutting images, or a worker hangs "
+            "(longer steps than that: raise train.progress_timeout_s)"
+        )
+    workers = shape.workers
+    if silence_s > shape.wait_s and not fits(workers, shape.share, [node["Resources"] for node in ray.nodes() if node["Alive"]]):
+        raise TrainingStopped(
+            f"a node is gone and {workers} workers have not fitted for {silence_s:.0f} s; add nodes and resume, "
+            f"or give a range such as train.workers=1:{workers} to a new phase"
+        )
+
+
+def _meaning(error: BaseException) -> BaseException:
+    """What a run that ended with an error means. The errors of our own code have reached the driver before."""
+    from ray.train import TrainingFailedError
+
+    if not isinstance(error, TrainingFailedError):
+        return error
+    failures = getattr(error, "worker_failures", None) or {}
+    ranks = ", ".join(str(rank) for rank in sorted(failures))
+    return WorkersLost(f"lost worker {ranks}" if ranks else f"Ray Train failed ({str(error).strip().splitlines()[-1]})")
