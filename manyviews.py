@@ -303,9 +303,9 @@ def runs(options: Any, settings: list[str]) -> int:
     states = [folder.state() | {"folder": str(folder.path)} for folder in folders]
     sweeps = [] if options.run else verbs_of_tuning.listed(options.runs_dir)
     if options.run:
-        screens.show_table(["", ""], [(key, value) for key, value in states[0].items()])
+        screens.show_run(states[0], options)
     elif states or sweeps:
-        screens.show_runs(states, sweeps)
+        screens.show_runs(states, sweeps, options)
     else:
         print(f"no runs in {options.runs_dir}; start one with: manyviews pretrain swav-small")
     screens.write_json(options, [*states, *sweeps])

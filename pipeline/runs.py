@@ -110,7 +110,7 @@ class RunFolder:
         """
         holder = self.state()
         with hold(self.path, f"run={self.name}: process {holder.get('pid')} on {holder.get('host')} is training it; stop that one first"):
-            self.update(status="running", pid=os.getpid(), host=socket.gethostname())
+            self.update(status="running", message="", ended=None, pid=os.getpid(), host=socket.gethostname())
             yield
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,8 +15,7 @@ if TYPE_CHECKING:
 
 def conclude(outcome: Outcome, options: Any) -> int:
     """Say how a run ended and what can be done next."""
-    screen, name = console(), outcome.folder.name
-    where = "" if options.runs_given == "runs" else f" --runs-dir {options.runs_given}"
+    screen, name, where = console(), outcome.folder.name, _where(options)
     write_json(options, outcome.to_dict())
     if outcome.status == "interrupted":
         screen.print(f"{outcome.message}\ngo on with: manyviews resume {name}{where}", highlight=False, soft_wrap=True)
@@ -84,11 +84,11 @@ def console() -> Any:
     return Console()
 
 
-def show_table(columns: list[str], rows: list[tuple[Any, ...]]) -> None:
+def show_table(columns: list[str], rows: list[tuple[Any, ...]], *, heads: bool = True) -> None:
     """Columns that fold where the screen is narrow."""
     from rich.table import Table
 
-    table = Table(show_edge=False, pad_edge=False)
+    table = Table(show_edge=False, pad_edge=False) if heads else Table.grid(padding=(0, 2))
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
@@ -96,22 +96,40 @@ def show_table(columns: list[str], rows: list[tuple[Any, ...]]) -> None:
     console().print(table)
 
 
-def show_runs(states: list[dict[str, Any]], sweeps: list[dict[str, Any]]) -> None:
+def show_run(state: dict[str, Any], options: Any) -> None:
+    """What `RunFolder.state` tells of one run, as far as a person wants to know; `--json` has all of it."""
+    who = f" (process {state.get('pid')} on {state.get('host')})" if state["status"] == "running" else ""
+    rows = {
+        "run": state["name"],
+        "state": state["status"] + who,
+        "because": state.get("message"),
+        "recipe": state.get("recipe"),
+        "step": _step(state),
+        "kNN held-out": percent(state.get("knn")),
+        "workers": state.get("group", {}).get("workers"),
+        "began": _moment(state.get("created")),
+        "ended": _moment(state.get("ended")),
+        "model": state.get("model"),
+        "final state": state.get("state_sha256"),
+        "folder": state["folder"],
+        "how to go on": next_command(state, options),
+    }
+    show_table(["", ""], [(name, value) for name, value in rows.items() if value], heads=False)
+
+
+def show_runs(states: list[dict[str, Any]], sweeps: list[dict[str, Any]], options: Any) -> None:
     """A line for each run, as `RunFolder.state` tells of it, and for each sweep."""
     if states:
         show_table(
             ["run", "state", "step", "kNN held-out", "how to go on"],
-            [
-                (s["name"], s["status"], f"{s.get('step', 0)}/{s.get('total_steps', '?')}", percent(s.get("knn")), next_command(s))
-                for s in states
-            ],
+            [(s["name"], _status(s), _step(s), percent(s.get("knn")), next_command(s, options)) for s in states],
         )
     if states and sweeps:
         print()
     if sweeps:
         rows: list[tuple[Any, ...]] = []
         for s in sweeps:
-            follows = f"manyviews {'report' if s['status'] == 'finished' else 'resume'} {s['name']}"
+            follows = f"manyviews {'report' if s['status'] == 'finished' else 'resume'} {s['name']}{_where(options)}"
             searched = ", ".join(key.rsplit(".", 1)[-1] for key in s["space"])
             best = f"{s['best_words']} {s['score']}" if s["best_score"] is not None else ""
             rows.append((s["name"], s["status"], f"{s['ended_trials']}/{s['trials']}", searched, best, follows))
@@ -122,14 +140,27 @@ def percent(fraction: float | None) -> str:
     return "" if fraction is None else f"{100 * fraction:.1f} %"
 
 
-def next_command(state: dict[str, Any]) -> str:
-    name = state["name"]
-    return {
-        "finished": f"manyviews evaluate {name}",
-        "interrupted": f"manyviews resume {name}",
-        "failed": f"manyviews resume {name}  ({state.get('message', '')[:60]})",
-        "created": f"manyviews resume {name}",
-    }.get(state["status"], "")
+def next_command(state: dict[str, Any], options: Any) -> str:
+    """What a user does next with a run; nothing while it runs."""
+    verb = {"finished": "evaluate", "interrupted": "resume", "failed": "resume", "created": "resume"}.get(state["status"])
+    return f"manyviews {verb} {state['name']}{_where(options)}" if verb else ""
+
+
+def _where(options: Any) -> str:
+    """The part of a command that says where runs lie, unless in the usual place."""
+    return "" if options.runs_given == "runs" else f" --runs-dir {options.runs_given}"
+
+
+def _status(state: dict[str, Any]) -> str:
+    return f"failed ({state.get('message', '')[:60]})" if state["status"] == "failed" else str(state["status"])
+
+
+def _step(state: dict[str, Any]) -> str:
+    return f"{state.get('step', 0)}/{state.get('total_steps', '?')}"
+
+
+def _moment(seconds: float | None) -> str | None:
+    return None if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def write_json(options: Any, value: Any) -> None:

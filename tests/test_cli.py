@@ -137,6 +137,23 @@ def test_lists_for_machines(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "list.json").read_text()) == []
 
 
+def test_one_run_is_shown_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine").mkdir()
+    facts = {"name": "mine", "status": "running", "recipe": "swav-small", "step": 40, "total_steps": 250, "knn": 0.5, "created": 1.7e9}
+    facts |= {"chance": [3.4657, "ln K"], "group": {"workers": 2, "share": {"CPU": 0.25}}}
+    (tmp_path / "mine" / "run.json").write_text(json.dumps(facts))
+    said = tmp_path / "said.json"
+    assert manyviews.main(["runs", "mine", "--runs-dir", str(tmp_path), "--json", str(said)]) == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    shown = {line[0]: line[1].strip() for line in lines if len(line) == 2}
+    assert shown["state"] == "interrupted", "no process holds it"
+    assert shown["step"] == "40/250" and shown["workers"] == "2" and shown["kNN"] == "held-out  50.0 %"
+    assert shown["began"].startswith("2023-11-1"), "a date, not a number of seconds"
+    assert "manyviews resume mine --runs-dir" in shown["how"]
+    assert "ended" not in shown and "share" not in str(shown), "what is not known or of no use is not shown"
+    assert json.loads(said.read_text())[0]["group"] == facts["group"], "machines get everything"
+
+
 def test_views_draws_what_training_sees(tmp_path: Path) -> None:
     folder = images(tmp_path / "images", 12)
     picture = tmp_path / "views.png"
