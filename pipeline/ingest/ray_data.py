@@ -16,7 +16,12 @@ import numpy as np
 
 from methods.parts.errors import ConfigError
 
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
+}
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # of workers: each task has one core
 # Ray starts all workers at niceness 15, trainers and tasks alike; a trainer that waits for its turn keeps all others waiting
 PRIORITY = {"RAY_worker_niceness": "0"}  # of a local Ray's workers; tasks step back by themselves

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline import mirror
 from pipeline.runs import RunFolder
@@ -42,24 +42,27 @@ def attend(
     Raises:
         WorkersLost: the group is gone, and Ray Train does not start it again.
         TrainingStopped, checkpoint.DiskFull: as in `work`; or workers were lost `train.max_restarts` times in a row.
-        ConfigError: what rank 0 has found.
+        Exception: what a worker has found.
     """
+    import ray
+
     listener = Listener(group.relay, screen, folder.path, before, group.shape.max_restarts)
     try:
-        while group.alive:
-            group.wait(POLL)
+        while not group.wait(POLL):
             if listener.listen(stop()):
                 news()
             _check_progress(time.monotonic() - listener.heard_at, group.shape)
+        done, loss = group.result()
         listener.listen(stop())
         news()
+    except ray.exceptions.RayActorError as error:
+        raise WorkersLost("the process that held the workers died") from error
     finally:
         group.end()
-    outcome: Any = group.outcome[0]
-    if isinstance(outcome, BaseException):
-        raise _meaning(outcome)
+    if done is None:
+        raise WorkersLost(loss)
     mirror.pull(folder.path)
-    return outcome  # type: ignore[no-any-return]
+    return done
 
 
 def _check_progress(silence_s: float, shape: Shape) -> None:
@@ -76,14 +79,3 @@ def _check_progress(silence_s: float, shape: Shape) -> None:
             f"a node is gone and {workers} workers have not fitted for {silence_s:.0f} s; add nodes and resume, "
             f"or give a range such as train.workers=1:{workers} to a new phase"
         )
-
-
-def _meaning(error: BaseException) -> BaseException:
-    """What a run that ended with an error means. The errors of our own code have reached the driver before."""
-    from ray.train import TrainingFailedError
-
-    if not isinstance(error, TrainingFailedError):
-        return error
-    failures = getattr(error, "worker_failures", None) or {}
-    ranks = ", ".join(str(rank) for rank in sorted(failures))
-    return WorkersLost(f"lost worker {ranks}" if ranks else f"Ray Train failed ({str(error).strip().splitlines()[-1]})")
