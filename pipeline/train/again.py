@@ -39,7 +39,6 @@ def resume(folder: RunFolder, *, console: Console) -> Outcome | None:
             step = checkpoint.last_step(folder.checkpoints)
             console.print(f"{folder.name}: {shape.workers} workers go on from step {step} ...", highlight=False, soft_wrap=True)
             tracker = tracked(folder)
-            tracker.wake()  # to load MLflow takes a core, which is idle now and will not be at the first steps
             return conduct(folder, course, tracker, console, lambda screen, stop: _train(group, folder, tracker, screen, stop))
         finally:
             if group.alive:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # logical CPUs of a worker: less than one without a GPU, because Ray Data hangs unless a whole one stays free somewhere
 CPU_WORKER: dict[str, float] = {"CPU": 0.25}
 GPU_WORKER: dict[str, float] = {"CPU": 1.0, "GPU": 1.0}
+
+
 @dataclass(frozen=True)
 class Shape:
     """How many workers, and the resources of each.
@@ -67,10 +69,8 @@ class Group:
         relay = ray.remote(num_cpus=0, concurrency_groups={"train": 1}, scheduling_strategy=here)(relay_actor.Relay)
         self.relay = relay.remote()
         self._scratch = f".ray-{uuid.uuid4().hex[:8]}"
-        self._end = self.relay.train.options(concurrency_group="train").remote(self._settings(), self._places())
-        if joins_cluster():  # a local Ray has started processes already
-            begun = ray.remote(lambda: None).options(num_cpus=shape.share["CPU"], max_retries=0)
-            self._begun = [begun.remote() for _ in range(shape.workers)]  # their processes will be the workers'
+        place = {"workers": shape.workers, "share": shape.share, "again": shape.again, "storage": str(run), "name": self._scratch}
+        self._end = self.relay.train.options(concurrency_group="train").remote(self._settings(), place)
 
     def _settings(self) -> dict[str, Any]:
         import ray
@@ -84,11 +84,6 @@ class Group:
             "tasks": None if joins_cluster() else max(1, round(spare / shape.workers)),
             "timeout_s": shape.timeout_s,
         }
-
-    def _places(self) -> dict[str, Any]:
-        shape = self.shape
-        own = {"storage": str(self.run), "name": self._scratch, "asks": joins_cluster()}
-        return {"workers": shape.workers, "share": shape.share, "again": shape.again} | own
 
     def give(self, parts: dict[str, Any]) -> None:
         """What the workers wait for: `prepared`, a list with one reference, and `evaluate`; see `worker.run`."""
@@ -165,4 +160,3 @@ def answering(nodes: list[dict[str, Any]], patience_s: float = 10.0) -> list[dic
             ray.get(reference)
             found.append(asked[reference])
     return found
-

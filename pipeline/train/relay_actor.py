@@ -64,8 +64,8 @@ class Relay:
 
         Args:
             settings: for `enter`, but for `relay`.
-            group: `workers`, the `share` of resources of each, whether they start `again` after a loss, whether an autoscaler
-                is asked for room, and Ray Train's own folder as `storage` and `name`.
+            group: `workers`, the `share` of resources of each, whether they start `again` after a loss, and Ray Train's own
+                folder as `storage` and `name`.
 
         Returns:
             What rank 0 returned, pickled, because what it needs is slow to load; or none, and the words of why the workers ended.
@@ -78,7 +78,7 @@ class Relay:
         from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 
         share = group["share"]
-        trainer = trainer_class(group["asks"])(
+        trainer = trainer_class()(
             enter,
             train_loop_config=settings | {"relay": ray.get_runtime_context().current_actor},
             scaling_config=ScalingConfig(num_workers=group["workers"], use_gpu="GPU" in share, resources_per_worker=share),
@@ -111,18 +111,16 @@ class Exchange:
         return given[0]
 
 
-def trainer_class(asks: bool) -> type[Any]:
+def trainer_class() -> type[Any]:
     """Ray Train's general trainer, with its controller in this process and without helper processes that have nothing to do here.
 
     Each is some 4 CPU seconds, and the workers would wait for them. Its trainer for torch would also load torch before it can start a
     worker; the workers make their process group themselves (`worker.process_group`). Of the helpers, one serves `datasets=`,
     which is not used; one frees the workers' places when the controller has died, but they end with this process, and Ray
-    frees what it had; and one asks an autoscaler for the workers' places while the controller waits: a local Ray has none.
-    Workers get no environment of their own, so that Ray can use processes that it has started already. Nothing public leaves
-    these out: with another Ray than the known one they are as Ray Train has them.
-
-    Args:
-        asks: whether to ask an autoscaler.
+    frees what it had; and one asks an autoscaler for the workers' places while the controller waits: that they fit is known, and
+    if they must start again, Ray itself tells an autoscaler of places that are wanted. Workers get no environment of their
+    own, so that Ray can use processes that it has started already. Nothing public leaves these out: with another Ray than
+    the known one they are as Ray Train has them.
     """
     import ray
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # the outer one of this name is of the former Ray Train
@@ -158,9 +156,7 @@ def trainer_class(asks: bool) -> type[Any]:
             return [callback for callback in super()._create_default_callbacks() if type(callback).__name__ not in spare]
 
         def _initialize_and_run_controller(self, **parts: Any) -> Any:
-            if not asks:
-                parts |= {"scaling_policy": Unasking(parts["scaling_policy"].scaling_config)}
-            controller = Controller(**parts)
+            controller = Controller(**parts | {"scaling_policy": Unasking(parts["scaling_policy"].scaling_config)})
             asyncio.run(controller.run())
             return controller.get_result()
 
