@@ -26,7 +26,9 @@ __all__ = ["EndStatus", "Tracker", "default_uri", "read_points", "sync"]
 
 EndStatus = Literal["FINISHED", "FAILED", "KILLED"]
 METRICS_PER_CALL, PARAMS_PER_CALL, VALUE_CHARACTERS = 1000, 100, 6000  # MLflow's own limits
-HEAD_START_S = 60.0  # at most, before the first point: loading MLflow and making a database would slow the start of training
+# loading MLflow and making a database takes a core for seconds, which would slow the start of training: it waits for the first
+# point, at most so many seconds, and then for others to have started
+FIRST_POINT_S, SETTLING_S = 60.0, 10.0
 LONGEST_PAUSE = 60.0  # s between attempts on a server that does not answer
 
 
@@ -41,7 +43,7 @@ class Tracker:
         self._state = state
         self._lock = threading.Lock()  # guards the state and metrics.jsonl; never held while the server or the disk is waited for
         self._saving = threading.Lock()  # one writer of tracking.json; taken before `_lock`, never after it
-        self._wake, self._known, self._closing, self._stop = (threading.Event() for _ in range(4))
+        self._wake, self._asked, self._known, self._closing, self._stop = (threading.Event() for _ in range(5))
         self._rewinds = self._failures = 0
         self._client: Any = None
         self._params: Callable[[], Mapping[str, object]] = dict
@@ -92,6 +94,7 @@ class Tracker:
     def run_id(self, timeout: float = 60.0) -> str | None:
         """The MLflow run's id, waiting at most `timeout` s for the server; None if it does not answer or failed twice in a row."""
         deadline = time.monotonic() + timeout
+        self._asked.set()
         self._wake.set()
         while not self._known.wait(min(0.1, max(0.0, deadline - time.monotonic()))):
             if self._failures >= 2 or time.monotonic() >= deadline:
@@ -109,6 +112,7 @@ class Tracker:
             self._state |= {"status": status, "ended": time.time()}
         self._save()
         self._closing.set()
+        self._asked.set()
         self._wake.set()
         if self._thread is not None:
             self._thread.join(timeout_s)
@@ -179,7 +183,8 @@ class Tracker:
             write_json(self.folder / "tracking.json", state)
 
     def _work(self) -> None:
-        self._wake.wait(HEAD_START_S)
+        self._wake.wait(FIRST_POINT_S)
+        self._asked.wait(SETTLING_S)
         while not self._stop.is_set():
             self._wake.clear()
             closing = self._closing.is_set()

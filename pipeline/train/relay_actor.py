@@ -75,10 +75,11 @@ class Relay:
         import ray
 
         os.environ.update({key: value for key, value in SETTINGS.items() if key not in os.environ})
+        make = trainer_class()
         from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 
         share = group["share"]
-        trainer = trainer_class()(
+        trainer = make(
             enter,
             train_loop_config=settings | {"relay": ray.get_runtime_context().current_actor},
             scaling_config=ScalingConfig(num_workers=group["workers"], use_gpu="GPU" in share, resources_per_worker=share),
@@ -96,7 +97,7 @@ class Relay:
 class Exchange:
     """In place of Ray Train's actor for collective calls, which loads all of Ray Train to pass a few values on."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self) -> None:
         self.calls: dict[int, tuple[dict[int, Any], Any]] = {}
 
     async def broadcast_from_rank_zero(self, *, world_rank: int, world_size: int, data: Any, collective_seq: int, **others: Any) -> Any:
@@ -111,6 +112,28 @@ class Exchange:
         return given[0]
 
 
+class Exchanges:
+    """Starts one for each group of workers, the first one ahead. For Ray Train it stands where its actor's class is."""
+
+    def __init__(self) -> None:
+        self.ahead = [self._start()]
+
+    def options(self, **where: Any) -> Exchanges:
+        """As of an actor's class; each is on this node anyway."""
+        return self
+
+    def remote(self, **settings: Any) -> Any:
+        """As of an actor's class."""
+        return self.ahead.pop() if self.ahead else self._start()
+
+    def _start(self) -> Any:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        return ray.remote(num_cpus=0, scheduling_strategy=here)(Exchange).remote()
+
+
 def trainer_class() -> type[Any]:
     """Ray Train's general trainer, with its controller in this process and without helper processes that have nothing to do here.
 
@@ -122,13 +145,16 @@ def trainer_class() -> type[Any]:
     own, so that Ray can use processes that it has started already. Nothing public leaves these out: with another Ray than
     the known one they are as Ray Train has them.
     """
-    import ray
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # the outer one of this name is of the former Ray Train
-
-    if not ray.__version__.startswith(KNOWN):
-        return DataParallelTrainer
     import asyncio
 
+    import ray
+
+    known = ray.__version__.startswith(KNOWN)
+    exchanges = Exchanges() if known else None  # one starts while Ray Train loads
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # the outer one of this name is of the former Ray Train
+
+    if not known:
+        return DataParallelTrainer
     from ray.train.v2._internal.execution.controller.controller import TrainController
     from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
     from ray.train.v2._internal.execution.worker_group import WorkerGroup, worker_group
@@ -140,7 +166,7 @@ def trainer_class() -> type[Any]:
 
         def _cancel_resource_request(self) -> None: ...
 
-    worker_group.SynchronizationActor = ray.remote(num_cpus=0)(Exchange)
+    worker_group.SynchronizationActor = exchanges
 
     class Workers(WorkerGroup):
         @staticmethod
