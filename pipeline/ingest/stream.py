@@ -29,6 +29,7 @@ PASS_BYTES = 128 * 2**20  # views of one Ray Data execution, or one group of win
 EVALUATION_BYTES = 16 * 2**20  # pixels one evaluation task returns
 ALONE_S = 3.0  # an evaluation that this process can decode in so many s is not worth the start of tasks
 HEAD_START_S = 5.0  # of the trainer's own first batch and step over the tasks, at most
+OWN_IMAGES = 256  # the trainer cuts itself where they are more than a window's: of small windows one is over before the tasks deliver
 OWN_PART = 64  # images the trainer cuts itself before it looks whether the tasks have delivered; twelve megapixels each: 4 s
 
 
@@ -135,12 +136,13 @@ class Stream:
             yield from batches_of(blocks, self.manifest, self.plan, self.views, items, step)
 
     def _first_batches(self, items: _Items, delivered: threading.Event) -> Iterator[Batch]:
-        """Batches cut in this process, until the tasks have `delivered`, and at most those of one window."""
+        """Batches cut in this process, until the tasks have `delivered`, and at most those of one window or `OWN_IMAGES`."""
         if self.finish is not None or not self.manifest.rereadable:
             return
         plan = copy.copy(self.plan)  # its order of the images goes with it
         names = [name for name, group in self.views.items() if group.count]
-        for step in range(items.start_step, min(items.start_step + plan.chunks_per_window, items.total_steps)):
+        steps = max(plan.chunks_per_window, OWN_IMAGES // (items.lanes * plan.chunk))
+        for step in range(items.start_step, min(items.start_step + steps, items.total_steps)):
             epoch, within = divmod(step, plan.steps_per_epoch)
             ids = plan.batch(epoch, within).reshape(plan.lanes, plan.chunk)[items.rank :: items.world_size].reshape(-1)
             parts = []

@@ -91,9 +91,14 @@ def test_batches_cut_here_are_those_of_the_tasks(ray_local: None, tmp_path: Path
 
     monkeypatch.setattr(stream, "cut_images", noted)  # the tasks' own is another
     monkeypatch.setattr(stream, "OWN_PART", 16)
+    monkeypatch.setattr(stream, "OWN_IMAGES", 200)
     monkeypatch.setattr(stream, "announced", lambda execution, count, delivered: execution)  # as if they were slow
     mixed = [collect(manifest, plan, 20, start) for start in (0, 5)]
     assert 2 <= len(here) <= 32 and set(here) == {16}, "of each stream one window at most"
+    here.clear()
+    small = collect(manifest, make_plan(manifest, window=8), 20, 5)
+    assert 2 < len(here) <= 2 * 200 // 32, "windows of one chunk: as many images as are allowed, or up to the first bad one"
+    assert all(same(a, b) for a, b in zip(collect(manifest, make_plan(manifest, window=8), 20)[5:], small, strict=True))
     monkeypatch.setattr(Manifest, "rereadable", False)
     count = len(here)
     by_tasks = collect(manifest, plan, 20)
