@@ -18,7 +18,7 @@ from pipeline.config import from_yaml, override, to_yaml
 from pipeline.points import append_line, encode, read_points
 from pipeline.recipes import load_recipe
 from pipeline.runs import RunFolder, create_run
-from pipeline.train import again
+from pipeline.train import again, relay_actor
 from pipeline.train.attend import WorkersLost
 from pipeline.train.display import Display
 from pipeline.train.group import CPU_WORKER, Group, Shape, kept
@@ -41,7 +41,7 @@ def test_a_run_goes_on_with_workers_that_prepare_it_themselves(
         (folder.checkpoints / "last.json").unlink()
     groups: list[Group] = []
     done = SimpleNamespace(step=3, complete=False)
-    monkeypatch.setattr(Group, "_fit", lambda self, trainer: self.outcome.append(done))
+    monkeypatch.setattr(relay_actor.Relay, "train", lambda self, settings, group: (None, ""))
 
     def attend(group: Group, folder: RunFolder, **how: Any) -> Any:
         groups.append(group)
@@ -67,7 +67,7 @@ def test_what_rank_0_refuses_ends_the_run_with_its_words(ray_local: None, tmp_pa
     def refused(*_: Any, **__: Any) -> Any:
         raise ConfigError("data.path=photos: the images have changed since the run began")
 
-    monkeypatch.setattr(Group, "_fit", lambda self, trainer: self.outcome.append(None))
+    monkeypatch.setattr(relay_actor.Relay, "train", lambda self, settings, group: (None, ""))
     monkeypatch.setattr(again, "attend", refused)
     with pytest.raises(ConfigError, match="the images have changed"):
         again.resume(folder, console=Console(quiet=True))
