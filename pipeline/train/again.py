@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -14,10 +13,8 @@ from pipeline.train import checkpoint
 from pipeline.train.attend import WorkersLost, attend
 from pipeline.train.conduct import Course, Outcome, conduct, tracked
 from pipeline.train.display import Screen
+from pipeline.train.done import Done
 from pipeline.train.group import Group, Shape, begin_again
-
-if TYPE_CHECKING:
-    from pipeline.train.work import Done
 
 
 def resume(folder: RunFolder, *, console: Console) -> Outcome | None:

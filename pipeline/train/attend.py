@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from pipeline import mirror
 from pipeline.runs import RunFolder
 from pipeline.train.display import Screen
+from pipeline.train.done import Done
 from pipeline.train.group import Group, Shape, fits
 from pipeline.train.guards import TrainingStopped
 from pipeline.train.relay import Listener
-
-if TYPE_CHECKING:
-    from pipeline.train.work import Done
 
 POLL = 0.2  # s
 

@@ -24,12 +24,12 @@ from pipeline.runs import RunFolder
 from pipeline.tracking import EndStatus, Tracker
 from pipeline.train import checkpoint
 from pipeline.train.display import Display, Screen
+from pipeline.train.done import Done
 from pipeline.train.guards import TrainingStopped
 
 if TYPE_CHECKING:
     from pipeline.evaluate.protocols import Scores
     from pipeline.registry import Registered
-    from pipeline.train.work import Done
 
 
 @dataclasses.dataclass(frozen=True)

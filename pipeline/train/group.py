@@ -9,15 +9,13 @@ import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline import mirror
 from pipeline.ingest.ray_data import joins_cluster, start_ray
 from pipeline.runs import RunFolder
 from pipeline.train import relay_actor
-
-if TYPE_CHECKING:
-    from pipeline.train.work import Done
+from pipeline.train.done import Done
 
 # logical CPUs of a worker: less than one without a GPU, because Ray Data hangs unless a whole one stays free somewhere
 CPU_WORKER: dict[str, float] = {"CPU": 0.25}

@@ -18,10 +18,11 @@ from pipeline.runs import RunFolder, create_run, write_atomic
 from pipeline.train import checkpoint
 from pipeline.train.conduct import Course, Outcome, conduct, tracked
 from pipeline.train.display import Screen
+from pipeline.train.done import Done
 from pipeline.train.introduction import introduction
 from pipeline.train.loop import Position
 from pipeline.train.prepare import Prepared, prepare, prepare_again
-from pipeline.train.work import Done, work
+from pipeline.train.work import work
 from pipeline.train.workers import train_with_workers
 
 # ---------------------------------------------------------------------------- the three ways to begin

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +19,16 @@ from methods.parts.vit import compile_blocks
 from pipeline import registry
 from pipeline.evaluate.clusters import Clusters
 from pipeline.evaluate.online import Online
-from pipeline.evaluate.protocols import Scores, final_scores
+from pipeline.evaluate.protocols import final_scores
 from pipeline.gallery import run_figures
 from pipeline.ingest.stream import Batch
 from pipeline.runs import RunFolder, write_atomic, write_json
 from pipeline.train import checkpoint
 from pipeline.train.display import Screen
+from pipeline.train.done import Done
 from pipeline.train.loop import Position, Report, Trainer
 from pipeline.train.optim import build_optimizer
 from pipeline.train.prepare import Prepared, choose_device, keep_freed_memory, set_threads, untrained
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a worker's training ended. Only rank 0 has scores and names of pictures."""
-
-    step: int
-    complete: bool
-    scores: Scores | None = None
-    pictures: list[str] = field(default_factory=list)
 
 
 def work(

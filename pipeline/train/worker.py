@@ -16,10 +16,11 @@ import torch.distributed as dist
 from pipeline import mirror
 from pipeline.runs import RunFolder
 from pipeline.train import checkpoint
+from pipeline.train.done import Done
 from pipeline.train.introduction import introduction
 from pipeline.train.prepare import prepare_again
 from pipeline.train.relay import Mute, Remote
-from pipeline.train.work import Done, work
+from pipeline.train.work import work
 
 
 def run(settings: dict[str, Any]) -> Done | None:

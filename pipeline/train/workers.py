@@ -18,10 +18,10 @@ from pipeline.runs import RunFolder
 from pipeline.train import checkpoint
 from pipeline.train.attend import WorkersLost, attend
 from pipeline.train.display import Screen
+from pipeline.train.done import Done
 from pipeline.train.group import CPU_WORKER, GPU_WORKER, Group, Shape, answering, fits, kept
 from pipeline.train.guards import TrainingStopped
 from pipeline.train.prepare import Prepared
-from pipeline.train.work import Done
 
 
 def train_with_workers(
