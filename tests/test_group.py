@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from pipeline.train import relay_actor
 from pipeline.train.attend import WorkersLost, attend
 from pipeline.train.group import CPU_WORKER, Group, Shape
 from pipeline.train.relay import Mute
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +143,21 @@ def wait_for(path: Path, seconds: float = 60.0) -> str:
         assert time.monotonic() < deadline, f"no {path.name}"
         time.sleep(0.1)
     return path.read_text()
+
+
+def test_a_worker_comes_forward_with_all_its_threads_where_that_is_allowed() -> None:
+    code = (
+        "import os, threading\n"
+        "own = os.getpriority(os.PRIO_PROCESS, 0)\n"
+        "os.nice(3)\n"
+        "try: os.setpriority(os.PRIO_PROCESS, 0, own)\n"
+        "except PermissionError: own += 3\n"
+        "else: os.nice(3)\n"
+        "from pipeline.train.relay_actor import come_forward\n"
+        "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+        "come_forward()\n"
+        "print(own, *{os.getpriority(os.PRIO_PROCESS, int(t)) for t in os.listdir('/proc/self/task')})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    wanted, *found = done.stdout.split()
+    assert found == [wanted], "all threads alike: as this process if that is allowed, else as before"
