@@ -136,14 +136,14 @@ def test_workers_end_with_what_holds_them(dies: bool, begin: Callable[..., Group
             attend(group, RunFolder(tmp_path), screen=Mute(), stop=lambda: False, news=lambda: None, before=lambda step: None)
     else:
         group.end()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while any(map(psutil.pid_exists, workers)):
         assert time.monotonic() < deadline, "a worker outlived its group"
         time.sleep(0.1)
     assert ray.is_initialized(), "a driver that goes on needs no other Ray"
 
 
-def wait_for(path: Path, seconds: float = 60.0) -> str:
+def wait_for(path: Path, seconds: float = 120.0) -> str:
     """What a worker has written."""
     deadline = time.monotonic() + seconds
     while not (path.exists() and path.read_text()):
