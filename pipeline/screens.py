@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def conclude(outcome: Outcome, options: Any) -> int:
     """Say how a run ended and what can be done next."""
-    screen, name, where = console(), outcome.folder.name, _where(options)
+    screen, name, where = console(), outcome.folder.name, where_runs_lie(options)
     write_json(options, outcome.to_dict())
     if outcome.status == "interrupted":
         screen.print(f"{outcome.message}\ngo on with: manyviews resume {name}{where}", highlight=False, soft_wrap=True)
@@ -129,7 +129,7 @@ def show_runs(states: list[dict[str, Any]], sweeps: list[dict[str, Any]], option
     if sweeps:
         rows: list[tuple[Any, ...]] = []
         for s in sweeps:
-            follows = f"manyviews {'report' if s['status'] == 'finished' else 'resume'} {s['name']}{_where(options)}"
+            follows = f"manyviews {'report' if s['status'] == 'finished' else 'resume'} {s['name']}{where_runs_lie(options)}"
             searched = ", ".join(key.rsplit(".", 1)[-1] for key in s["space"])
             best = f"{s['best_words']} {s['score']}" if s["best_score"] is not None else ""
             rows.append((s["name"], s["status"], f"{s['ended_trials']}/{s['trials']}", searched, best, follows))
@@ -143,10 +143,10 @@ def percent(fraction: float | None) -> str:
 def next_command(state: dict[str, Any], options: Any) -> str:
     """What a user does next with a run; nothing while it runs."""
     verb = {"finished": "evaluate", "interrupted": "resume", "failed": "resume", "created": "resume"}.get(state["status"])
-    return f"manyviews {verb} {state['name']}{_where(options)}" if verb else ""
+    return f"manyviews {verb} {state['name']}{where_runs_lie(options)}" if verb else ""
 
 
-def _where(options: Any) -> str:
+def where_runs_lie(options: Any) -> str:
     """The part of a command that says where runs lie, unless in the usual place."""
     return "" if options.runs_given == "runs" else f" --runs-dir {options.runs_given}"
 

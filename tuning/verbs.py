@@ -139,10 +139,10 @@ def shown(reference: str, options: Any, write: Callable[[Any, Any], None], conso
     found = sweep.find(reference, Path(options.runs_dir))
     if found is None:
         return False
+    from pipeline.screens import where_runs_lie
     from tuning.screen import conclusion
 
-    where = "" if options.runs_given == "runs" else f" --runs-dir {options.runs_given}"
-    conclusion(console, found, where, None)
+    conclusion(console, found, where_runs_lie(options), None)
     write(options, summary(found))
     return True
 
