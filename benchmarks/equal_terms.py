@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightly_parts import lightly_parts
+from pipeline.train.relay import Mute
 from torch import Tensor, nn
 
 from methods.parts.backbones import build_backbone
@@ -40,7 +41,6 @@ from pipeline.settings import configured
 from pipeline.train.loop import Trainer
 from pipeline.train.optim import build_optimizer
 from pipeline.train.prepare import build_method, choose_device, keep_freed_memory
-from pipeline.train.relay import Mute
 
 
 class Lightly(Method):

@@ -233,7 +233,7 @@ def plan(config: RunConfig | None, have: Mapping[str, float], nodes: list[Mappin
         have: the cluster's resources in sum.
         nodes: each node's.
     """
-    from pipeline.train.group import CPU_WORKER, GPU_WORKER, fits
+    from pipeline.train.placement import CPU_WORKER, GPU_WORKER, fits
 
     low, high = config.train.worker_range if config else (0, 0)
     if high == 0:

@@ -99,6 +99,7 @@ class TrainConfig:
     steps: int | None = None  # optimizer steps; given, it overrides epochs
     steps_per_epoch: int | None = None  # unit of every length in epochs; None = one pass over the images; a stream: needs it
     workers: int | str = 0  # 0 = in this process; N = so many under Ray Train; LOW:HIGH = as many as fit. They must divide data.lanes
+    accelerator: Literal["auto", "gpu", "cpu"] = "auto"  # of each worker; auto: a GPU if the cluster has one now, gpu: wait for one
     seed: int = 0
     first_epoch: tyro.conf.Suppress[int] = 0  # passes that an earlier phase has behind it; `continue` sets it
     precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 autocast where the device is faster with it

@@ -49,6 +49,11 @@ class RunFolder:
         return self.path.name
 
     @property
+    def remote(self) -> str | None:
+        """The URI of the folder in an object store, of which this is a local copy; None for a plain folder."""
+        return mirror.remote_of(self.path)
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.evaluate.probes import ProbeScores
     from pipeline.evaluate.protocols import Scores
-    from pipeline.train.conduct import Outcome
+    from pipeline.train.launch import Outcome
 
 
 def conclude(outcome: Outcome, options: Any) -> int:

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pipeline.train.attend import WorkersLost
+from pipeline.train.group import CPU_WORKER, Group, Shape, kept
 from rich.console import Console
 
 from methods.parts.errors import ConfigError
@@ -19,9 +21,7 @@ from pipeline.points import append_line, encode, read_points
 from pipeline.recipes import load_recipe
 from pipeline.runs import RunFolder, create_run
 from pipeline.train import again, relay_actor
-from pipeline.train.attend import WorkersLost
 from pipeline.train.display import Display
-from pipeline.train.group import CPU_WORKER, Group, Shape, kept
 from pipeline.train.prepare import prepare_again
 
 

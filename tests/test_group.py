@@ -13,13 +13,13 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from pipeline.train.attend import WorkersLost, attend
+from pipeline.train.group import CPU_WORKER, Group, Shape
+from pipeline.train.relay import Mute
 
 from pipeline.ingest.ray_data import start_ray
 from pipeline.runs import RunFolder
 from pipeline.train import relay_actor
-from pipeline.train.attend import WorkersLost, attend
-from pipeline.train.group import CPU_WORKER, Group, Shape
-from pipeline.train.relay import Mute
 
 ROOT = Path(__file__).parent.parent
 

@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pipeline.train.group import CPU_WORKER, GPU_WORKER, fits
+from pipeline.train.relay import Listener, Relay
+from pipeline.train.worker import from_a_peer
 from rich.console import Console
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -28,11 +31,8 @@ from pipeline.config import TrainConfig, override, resolve
 from pipeline.recipes import load_recipe
 from pipeline.train import relay_actor
 from pipeline.train.display import Display
-from pipeline.train.group import CPU_WORKER, GPU_WORKER, fits
 from pipeline.train.guards import TrainingStopped
 from pipeline.train.loop import agreed, mean_over_workers
-from pipeline.train.relay import Listener, Relay
-from pipeline.train.worker import from_a_peer
 from tests.parity.common import in_processes
 from tests.test_methods import BATCH, SMALL, built
 

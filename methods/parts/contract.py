@@ -47,6 +47,7 @@ class Progress:
     steps_per_epoch: int
     micro_step: int = 0
     micro_steps: int = 1
+    reports: bool = True  # the loop reports the metrics of this step; else they need not be computed
     generator: torch.Generator | None = None  # the same on every rank
 
     @property

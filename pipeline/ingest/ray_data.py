@@ -26,6 +26,9 @@ THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # of workers: 
 # Ray starts all workers at niceness 15, trainers and tasks alike; a trainer that waits for its turn keeps all others waiting
 PRIORITY = {"RAY_worker_niceness": "0"}  # of a local Ray's workers; tasks step back by themselves
 TASK_NICENESS = 10
+# A local Ray has no dashboard. Asked for the state of its controller, Ray Train would take that of any other Ray on this machine, not
+# find the controller there and end the workers. An address where nothing listens makes the question fail, which it takes as no answer.
+NO_DASHBOARD = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
 ROOT = Path(__file__).resolve().parents[2]  # the checkout, or site-packages
 
 
@@ -49,7 +52,7 @@ def start_ray(num_cpus: int | None = None, extra_cpus: int = 0, resources: dict[
         _join(os.environ["RAY_ADDRESS"])
         return
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    workers = THREADS | PRIORITY | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+    workers = THREADS | PRIORITY | NO_DASHBOARD | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
     long = len(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "") > 40  # Unix sockets allow 107 bytes
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     before = {key: os.environ.get(key) for key in workers}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -52,7 +52,8 @@ class Trainer:
             nothing can be measured, and on other ranks. `score`, or else `knn`, chooses the best checkpoint.
         online_clusters: maps the method to where it puts some training images, or None if it has no clusters and on other ranks.
         report: takes `(step, metrics)`; the sink decides where they go.
-        stop: asked after every step; True on any worker ends the run with a whole checkpoint.
+        stop: True on any worker ends the run with a whole checkpoint. Every worker asks its own.
+        ask_every: steps between two questions to `stop`, and between exchanges of bad images; a question may wait for all workers.
     """
 
     config: RunConfig
@@ -68,6 +69,7 @@ class Trainer:
     online: Callable[[torch.nn.Module], Mapping[str, float]] | None = None
     online_clusters: Callable[[Method], Clusters] | None = None
     stop: Callable[[], bool] = lambda: False
+    ask_every: int = 1
     position: Position = field(default_factory=Position)
     saved_step: int | None = None
     last_knn: float | None = None
@@ -98,9 +100,11 @@ class Trainer:
             TrainingStopped: a loss that is no number, or too many images that cannot be decoded.
             checkpoint.DiskFull: a checkpoint could not be written.
         """
-        total, every = self.resolved.facts.total_steps, self.resolved.checkpoint_every
+        total = self.resolved.facts.total_steps
         guards = Guards(self.method, patience_steps=min(2 * self.resolved.facts.steps_per_epoch, total // 2))
         outputs: list[StepOutput] = []  # since the last point
+        bad: list[BadSlot] = []  # since the last exchange
+        stopping = False
         measures = bool(all_reduce_max(torch.tensor(int(bool(self.online or self.online_clusters)))))
         if self.position.step == 0:
             self.measure()
@@ -109,11 +113,14 @@ class Trainer:
         self.method.train()
         for batch in batches:
             outputs.append(self.step(batch))
-            stopping, bad = agreed(self.stop(), batch.bad)
-            self.note_bad(bad)
+            bad += batch.bad
             step = self.position.step
-            save = step % every == 0 or step == total or stopping
-            measure = measures and (step % self.resolved.knn_every == 0 or step == total)
+            save, measure = self.saves(step), measures and self.measures(step)
+            if save or measure or step % self.ask_every == 0:
+                stopping, found = exchange(self.stop(), bad)
+                self.note_bad(found)
+                bad = []
+                save = save or stopping
             if save or measure or step % self.config.train.log_every == 0:
                 metrics = self.flush(outputs)
                 outputs = []
@@ -133,13 +140,27 @@ class Trainer:
             if stopping:
                 return
 
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step` completed ones."""
+        return step % self.resolved.checkpoint_every == 0 or step == self.resolved.facts.total_steps
+
+    def measures(self, step: int) -> bool:
+        """Whether the online kNN is due after `step` completed steps."""
+        return step % self.resolved.knn_every == 0 or step == self.resolved.facts.total_steps
+
     def step(self, batch: Batch) -> StepOutput:
         """One optimizer step over one global batch."""
         config, facts = self.config.train, self.resolved.facts
         due = self.position.step + config.first_epoch * facts.steps_per_epoch
         if batch.step != due:
             raise RuntimeError(f"the stream gave the batch of step {batch.step}, but that of step {due} is due; please report this")
-        start = Progress(step=self.position.step, total_steps=facts.total_steps, steps_per_epoch=facts.steps_per_epoch)
+        done = self.position.step + 1
+        start = Progress(
+            step=self.position.step,
+            total_steps=facts.total_steps,
+            steps_per_epoch=facts.steps_per_epoch,
+            reports=done % config.log_every == 0 or self.saves(done) or self.measures(done),
+        )
         progress = self.seeded(start, 0)  # the start of an epoch may draw too
         if progress.step % facts.steps_per_epoch == 0:
             self.method.start_epoch(progress)
@@ -164,7 +185,7 @@ class Trainer:
                 average_gradients(self.method.parameters())
             optim = self.config.optim
             norm = prepare_step(self.optimizer, self.resolved, progress.step, optim.clip_norm, optim.clip_scope)
-            if norm is not None:
+            if norm is not None and progress.reports:
                 micro_outputs[-1].metrics["gradient_norm"] = norm
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -172,7 +193,7 @@ class Trainer:
         self.position.step += 1
         if self.position.step % facts.steps_per_epoch == 0:
             self.method.end_epoch(progress)
-        return joined(micro_outputs)
+        return merge_outputs(micro_outputs)
 
     def gradients_stay(self, unless: bool) -> contextlib.AbstractContextManager[None]:
         """DDP averages gradients in the last micro-batch only."""
@@ -188,14 +209,21 @@ class Trainer:
         return Progress(**{**vars(progress), "micro_step": micro_step, "micro_steps": micro_steps, "generator": generator})
 
     def flush(self, outputs: list[StepOutput]) -> dict[str, float]:
-        """Means over the steps since the last point and over the workers; checked, shown and reported."""
+        """Report the mean loss of the steps since the last point, and the meters of those that had them; means over the workers."""
         step = self.position.step
-        losses = mean_over_workers([float(o.loss) for o in outputs if o.loss is not None])
+        meters = [output.metrics for output in outputs if output.metrics]
+        names = list(meters[-1]) if meters else []
+        values: list[Tensor | float] = [o.loss for o in outputs if o.loss is not None]
+        count = len(values)
+        values += [m[name] for name in names for m in meters if name in m]
+        numbers = mean_over_workers(to_host(values))
+        losses = numbers[:count]
         check_finite(losses, step - len(losses) + 1, self.saved_step)
         metrics = {"loss": sum(losses) / len(losses)} if losses else {}
-        names = list(outputs[-1].metrics)
-        every = [[float(o.metrics[name]) for o in outputs if name in o.metrics] for name in names]
-        metrics |= dict(zip(names, mean_over_workers([sum(values) / len(values) for values in every]), strict=True))
+        left = iter(numbers[count:])
+        for name in names:
+            found = [next(left) for m in meters if name in m]
+            metrics[name] = sum(found) / len(found)
         chance = self.method.chance_loss()
         if chance and "loss" in metrics:
             metrics["loss_chance"] = chance[0]
@@ -247,9 +275,7 @@ class Trainer:
 
     def restore(self, state: checkpoint.State) -> None:
         """The inverse of `state`."""
-        self.method.load_state_dict(state["method"])
-        for name, table in self.method.id_tables().items():
-            table.load(state["id_tables"][name])
+        restore_method(self.method, state)
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
@@ -287,12 +313,26 @@ class Trainer:
             )
 
 
-def agreed(stop: bool, bad: list[BadSlot]) -> tuple[bool, list[BadSlot]]:
-    """What one worker knows, all know: whether to stop, and the images that could not be decoded."""
+def restore_method(method: Method, state: checkpoint.State) -> None:
+    """Fill a method from a checkpoint, its tables by image id included."""
+    method.load_state_dict(state["method"])
+    for name, table in method.id_tables().items():
+        table.load(state["id_tables"][name])
+
+
+def exchange(stop: bool, bad: list[BadSlot]) -> tuple[bool, list[BadSlot]]:
+    """Tell all workers what each knows: whether to stop, and the images that could not be decoded."""
     if world_size() == 1:
         return stop, bad
     flags = all_reduce_sum(torch.tensor([int(stop), len(bad)]))
     return bool(flags[0]), [slot for part in all_gather_objects(bad) for slot in part] if flags[1] else []
+
+
+def to_host(values: list[Tensor | float]) -> list[float]:
+    """Scalars as numbers; those on the device come in one copy."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    numbers = iter(torch.stack([tensor.detach().float() for tensor in tensors]).tolist() if tensors else [])
+    return [next(numbers) if isinstance(value, Tensor) else float(value) for value in values]
 
 
 def mean_over_workers(values: list[float]) -> list[float]:
@@ -319,13 +359,15 @@ def micro_batches(batch: Batch, count: int) -> list[Batch]:
     ]
 
 
-def joined(parts: list[StepOutput]) -> StepOutput:
-    """One output for the step: mean loss and metrics of its micro-batches."""
+def merge_outputs(parts: list[StepOutput]) -> StepOutput:
+    """One output for the step: mean loss and meters of its micro-batches."""
+    if len(parts) == 1:
+        return StepOutput(loss=parts[0].loss, metrics=parts[0].metrics)
     losses = [p.loss for p in parts if p.loss is not None]
     metrics: dict[str, Any] = {}
     for name in parts[-1].metrics:
-        values = [torch.as_tensor(p.metrics[name], dtype=torch.float64) for p in parts if name in p.metrics]
-        metrics[name] = torch.stack(values).mean()
+        values = [p.metrics[name] for p in parts if name in p.metrics]
+        metrics[name] = sum(values[1:], start=values[0]) / len(values)
     return StepOutput(loss=torch.stack(losses).mean() if losses else None, metrics=metrics)
 
 

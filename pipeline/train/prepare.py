@@ -74,7 +74,7 @@ def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = 
     return Prepared(config, stream, resolved, build_method(config, facts, start_from))
 
 
-def prepare_again(folder: RunFolder, start_from: Callable[[nn.Module], None] | None = None) -> Prepared:
+def prepare_resume(folder: RunFolder, start_from: Callable[[nn.Module], None] | None = None) -> Prepared:
     """Prepare a run that goes on: with its config, on the images it began with.
 
     Raises:

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import ray
+from pipeline.train.relay import Listener, Mute, Relay
+from pipeline.train.workers import CPU_WORKER
 from ray.train import RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
@@ -21,8 +23,6 @@ from pipeline.recipes import entries, load_recipe
 from pipeline.runs import RunFolder, create_run
 from pipeline.train import checkpoint
 from pipeline.train.prepare import prepare
-from pipeline.train.relay import Listener, Mute, Relay
-from pipeline.train.workers import CPU_WORKER
 from tests.e2e.test_one_machine import here
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]

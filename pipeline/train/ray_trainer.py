@@ -1,0 +1,281 @@
+"""Training on several workers: attempts of Ray Train's `TorchTrainer`, and what follows the loss of a worker.
+
+Ray Train places the workers, joins them in a process group and notices their deaths. Checkpoints and positions are ours, the same
+in one process and in many. Each attempt is one `fit`; after a loss the driver begins the next one at the run's last checkpoint,
+on as many workers as fit then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from methods.parts.errors import ConfigError
+from pipeline.ingest.ray_data import joins_cluster
+from pipeline.runs import RunFolder
+from pipeline.train import checkpoint
+from pipeline.train.display import Screen
+from pipeline.train.guards import TrainingStopped
+from pipeline.train.placement import Resources, place_workers, worker_resources
+from pipeline.train.prepare import Prepared
+from pipeline.train.reporting import RemoteReporter, deliver, open_channel
+from pipeline.train.work import Evaluation, TrainResult, evaluate_checkpoint, train
+
+POLL_S = 0.25  # between two looks of the driver at its workers
+
+
+class WorkersLost(RuntimeError):
+    """An attempt ended by a failure that starting again may cure."""
+
+
+def train_with_workers(
+    ready: Prepared,
+    folder: RunFolder,
+    state: checkpoint.State | None,
+    *,
+    screen: Screen,
+    stop: Callable[[], bool],
+    on_message: Callable[[], None],
+    on_attempt: Callable[[int], None],
+) -> TrainResult:
+    """Train on as many workers as are asked for and fit; go on after losses and preemptions.
+
+    Args:
+        state: what to start from where the run has no checkpoint; None = the weights of `ready`.
+        stop: asked a few times a second; True ends the run with a whole checkpoint.
+        on_message: called when points may have been written.
+        on_attempt: called with the step from which an attempt starts, before it does.
+
+    Raises:
+        ConfigError: so many workers do not fit.
+        TrainingStopped, checkpoint.DiskFull: as in `train`; or `train.max_restarts` attempts failed from one checkpoint.
+    """
+    import ray
+
+    config = ready.config.train
+    prepared = [ray.put((ready, state))]
+    failures: Counter[int] = Counter()  # of attempts, by the step from which they began
+    leaving: set[str] = set()  # ids of nodes that are being taken away
+    while True:
+        start = checkpoint.last_step(folder.checkpoints)
+        on_attempt(start)
+        workers, resources = place_workers(
+            config, ready.config.data.lanes, say=screen.say, stop=stop, probe=bool(failures), without=leaving
+        )
+        try:
+            result = _attempt(ready, folder, prepared, workers, resources, screen=screen, stop=stop, on_message=on_message)
+        except WorkersLost as loss:
+            if stop():
+                return TrainResult(checkpoint.last_step(folder.checkpoints), complete=False)
+            failures[start] += 1
+            if failures[start] > config.max_restarts:
+                raise TrainingStopped(f"{loss}, {failures[start]} times without a checkpoint after step {start}") from loss
+            screen.say(f"[yellow]warning:[/yellow] {loss}; going on from the last checkpoint")
+            continue
+        if not result.preempted:
+            return result
+        leaving |= set(result.preempted)
+        screen.say(f"a node is being taken away; going on from step {result.step} on the nodes that remain")
+
+
+def _attempt(
+    ready: Prepared,
+    folder: RunFolder,
+    prepared: list[Any],
+    workers: int,
+    resources: Resources,
+    *,
+    screen: Screen,
+    stop: Callable[[], bool],
+    on_message: Callable[[], None],
+) -> TrainResult:
+    """One `fit`, in a thread, because in the main thread it would take Ctrl-C for itself and end without a checkpoint."""
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    config = ready.config.train
+    channel, scratch = open_channel(), f".ray-{uuid.uuid4().hex[:8]}"
+    spare = ray.cluster_resources().get("CPU", 1) - workers * resources["CPU"]
+    trainer = TorchTrainer(
+        worker_main,
+        train_loop_config={
+            "prepared": prepared,
+            "run": str(folder.path),
+            "channel": channel,
+            "tasks": None if joins_cluster() else max(1, round(spare)),
+        },
+        torch_config=TorchConfig("cpu:gloo,cuda:nccl" if "GPU" in resources else "gloo", timeout_s=round(config.progress_timeout_s)),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu="GPU" in resources, resources_per_worker=resources),
+        run_config=RunConfig(
+            name=scratch,
+            storage_path=str(folder.path),
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),  # attempts are ours
+        ),
+    )
+    results: list[TrainResult] = []
+    errors: list[Exception] = []
+
+    def fit() -> None:
+        try:
+            results.append(trainer.fit().return_value)
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=fit, name="fit", daemon=True)
+    heard = time.monotonic()
+    try:
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL_S)
+            messages = ray.get(channel.collect.remote(stop()))
+            deliver(messages, screen, folder)
+            if messages:
+                heard = time.monotonic()
+                on_message()
+            _check_progress(time.monotonic() - heard, config.progress_timeout_s)
+    finally:
+        ray.kill(channel)  # workers that still run see it and exit
+        thread.join(30)
+        shutil.rmtree(folder.path / scratch, ignore_errors=True)
+    if errors:
+        raise failure_of(errors[0]) from errors[0]
+    return results[0]
+
+
+def _check_progress(silence_s: float, limit_s: float) -> None:
+    if silence_s > limit_s:
+        raise TrainingStopped(
+            f"no step in {silence_s:.0f} s; the cluster may lack a free CPU for cutting images, or a worker hangs "
+            "(longer steps than that: raise train.progress_timeout_s)"
+        )
+
+
+def failure_of(error: Exception) -> Exception:
+    """What the failure of a `fit` means for the run: the error that ends it, or `WorkersLost`.
+
+    An error of this project, memory that is used up, a package that a node lacks, and a device assertion that no peer's death explains
+    would come again.
+    """
+    failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
+    died = [rank for rank, failure in failures.items() if type(failure).__module__.startswith("ray.")]
+    for failure in failures.values():
+        if isinstance(failure, (ConfigError, TrainingStopped, checkpoint.DiskFull)):
+            return failure
+        if isinstance(failure, ImportError):
+            return TrainingStopped(
+                f"a worker cannot import this project ({type(failure).__name__}: {failure}); "
+                "install the packages of the driver's environment there (`manyviews doctor` compares them)"
+            )
+        if "device-side assert" in str(failure) and not died:
+            return TrainingStopped(f"an assertion failed on the device: {_first_line(failure)}")
+    if died:
+        return WorkersLost(f"lost worker {', '.join(map(str, sorted(died)))}")
+    if failures:
+        rank, failure = min(failures.items())
+        return WorkersLost(f"worker {rank} failed ({type(failure).__name__}: {_first_line(failure)})")
+    return WorkersLost(f"Ray Train failed ({_first_line(error)})")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[-1][:300]
+
+
+# ---------------------------------------------------------------------------- in a worker
+
+
+def worker_main(settings: dict[str, Any]) -> TrainResult:
+    """Train as one of the workers; what `TorchTrainer` runs in each.
+
+    Args:
+        settings: `prepared`, a list with the reference to the run's `Prepared` and the state to start from; the folder `run`; the
+            `channel` to the driver; and how many `tasks` cut images at the same time for all workers.
+    """
+    import ray
+    from ray.train import get_context, get_preemption_info
+    from ray.train.collective import broadcast_from_rank_zero
+    from ray.train.torch import get_device
+
+    raise_priority()
+    context = get_context()
+    ready, state = ray.get(settings["prepared"][0])
+    config, folder = ready.config.train, RunFolder(Path(settings["run"]))
+    preempted: list[str] = []
+    reporter = RemoteReporter(
+        settings["channel"],
+        folder,
+        rank=context.get_world_rank(),
+        batch=ready.resolved.facts.global_batch_size,
+        start_step=checkpoint.last_step(folder.checkpoints),
+    )
+
+    def stop() -> bool:
+        info = get_preemption_info()  # a barrier: every worker must ask, whatever else it knows
+        if info is not None and not preempted:
+            preempted.extend(info.preempted_node_ids)
+        return bool(preempted) or reporter.stopping.is_set()
+
+    try:
+        result = train(
+            ready,
+            folder,
+            state,
+            screen=reporter,
+            report=reporter.report,
+            stop=stop,
+            ask_every=config.log_every,
+            device=get_device(),
+            local_workers=context.get_local_world_size(),
+            tasks=settings["tasks"],
+            share=broadcast_from_rank_zero,
+        )
+    finally:
+        reporter.close()
+    if result.complete or reporter.stopping.is_set():
+        return result
+    return TrainResult(result.step, complete=False, preempted=tuple(preempted))
+
+
+def raise_priority() -> None:
+    """Give all threads of this process the usual niceness, where that is allowed.
+
+    Ray starts workers at 15, trainers and tasks alike, and a trainer that waits for its turn keeps all others waiting.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not allowed, or not Linux
+        for thread in os.listdir("/proc/self/task"):
+            os.setpriority(os.PRIO_PROCESS, int(thread), 0)
+
+
+# ---------------------------------------------------------------------------- after training
+
+
+def evaluate_in_task(ready: Prepared, folder: RunFolder, *, stop: Callable[[], bool]) -> Evaluation | None:
+    """Evaluate and export a complete run in one Ray task with the resources of one worker, so that the other GPUs are free.
+
+    Returns:
+        What it found; None if `stop` ended it.
+    """
+    import ray
+
+    resources = worker_resources(ready.config.train)
+    task = ray.remote(evaluate_checkpoint).options(
+        num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), max_retries=ready.config.train.max_restarts
+    )
+    found = task.remote(ready, str(folder.path))
+    while not ray.wait([found], timeout=POLL_S)[0]:
+        if stop():
+            ray.cancel(found, force=True)
+            return None
+    try:
+        evaluation: Evaluation = ray.get(found)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    return evaluation
