@@ -172,7 +172,7 @@ def disturbed_workers(runs: Path, name: str = "lost") -> tuple[str, dict[str, fl
 def shrunk(runs: Path, name: str = "elastic") -> float:
     """A run of 1 to 2 workers loses a node by force; returns the seconds until it went on with one, and sees it finish."""
     # three quarters of a CPU for each worker: beside a whole one for the tasks, one node of two CPUs has room for one of them
-    code = "import pipeline.train.workers as w, manyviews; w.CPU_WORKER['CPU'] = 0.75; raise SystemExit(manyviews.main())"
+    code = "import pipeline.train.placement as p, manyviews; p.CPU_WORKER['CPU'] = 0.75; raise SystemExit(manyviews.main())"
     with cluster() as (local, nodes):
         arguments = [*WORKERS, "--train.workers=1:2", f"--run={name}", f"--runs-dir={runs}"]
         process = subprocess.Popen(

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from lightly_parts import lightly_parts
-from pipeline.train.relay import Mute
 from torch import Tensor, nn
 
 from methods.parts.backbones import build_backbone
@@ -38,6 +37,7 @@ from pipeline.ingest.stream import Batch
 from pipeline.ingest.window import decode_all
 from pipeline.runs import RunFolder
 from pipeline.settings import configured
+from pipeline.train.display import NullReporter
 from pipeline.train.loop import Trainer
 from pipeline.train.optim import build_optimizer
 from pipeline.train.prepare import build_method, choose_device, keep_freed_memory
@@ -127,7 +127,7 @@ class Trained:
                 folder=RunFolder(Path(folder)),
                 device=device,
                 precision=precision,
-                display=Mute(),  # type: ignore[arg-type]
+                display=NullReporter(config.train.global_batch_size),
                 report=lambda step, metrics: self.losses.append(metrics.get("loss", 0.0)),
                 images=len(images.pixels),
                 saved_step=resolved.facts.total_steps,  # writes no checkpoint

@@ -52,12 +52,12 @@ def place_workers(
 
     low, high = config.worker_range
     choices = [w for w in divisors(lanes) if low <= w <= high]
-    resources = worker_resources(config)
     deadline = time.monotonic() + (config.wait_s if joins_cluster() else 0.0)
     waiting = False
     while True:
         alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in without]
         nodes = [node["Resources"] for node in (responsive_nodes(alive) if probe else alive)]
+        resources = worker_resources(config)
         fitting = [w for w in choices if fits(w, resources, nodes)]
         if fitting or time.monotonic() >= deadline or stop():
             break
@@ -69,6 +69,8 @@ def place_workers(
     if waiting:
         request_resources(bundles=[])
     if fitting:
+        if joins_cluster() and config.accelerator == "auto" and "GPU" not in resources:
+            say("the cluster has no GPU now: training on CPUs; --train.accelerator gpu waits for GPUs")
         return max(fitting), resources
     there = "; ".join(_words({k: n.get(k, 0) for k in ("CPU", "GPU") if n.get(k)}) or "none" for n in nodes)
     raise ConfigError(

@@ -61,7 +61,7 @@ def train_with_workers(
     import ray
 
     config = ready.config.train
-    prepared = [ray.put((ready, state))]
+    settings = {"prepared": [ray.put((ready, state))], "run": str(folder.path)}
     failures: Counter[int] = Counter()  # of attempts, by the step from which they began
     leaving: set[str] = set()  # ids of nodes that are being taken away
     while True:
@@ -71,7 +71,17 @@ def train_with_workers(
             config, ready.config.data.lanes, say=screen.say, stop=stop, probe=bool(failures), without=leaving
         )
         try:
-            result = _attempt(ready, folder, prepared, workers, resources, screen=screen, stop=stop, on_message=on_message)
+            result: TrainResult = run_workers(
+                worker_main,
+                settings,
+                folder,
+                workers,
+                resources,
+                screen=screen,
+                timeout_s=config.progress_timeout_s,
+                stop=stop,
+                on_message=on_message,
+            )
         except WorkersLost as loss:
             if stop():
                 return TrainResult(checkpoint.last_step(folder.checkpoints), complete=False)
@@ -86,34 +96,43 @@ def train_with_workers(
         screen.say(f"a node is being taken away; going on from step {result.step} on the nodes that remain")
 
 
-def _attempt(
-    ready: Prepared,
+def run_workers(
+    function: Callable[[dict[str, Any]], Any],
+    settings: dict[str, Any],
     folder: RunFolder,
-    prepared: list[Any],
     workers: int,
     resources: Resources,
     *,
     screen: Screen,
-    stop: Callable[[], bool],
-    on_message: Callable[[], None],
-) -> TrainResult:
-    """One `fit`, in a thread, because in the main thread it would take Ctrl-C for itself and end without a checkpoint."""
+    timeout_s: float,
+    stop: Callable[[], bool] = lambda: False,
+    on_message: Callable[[], None] = lambda: None,
+) -> Any:
+    """One `fit`, in a thread, because in the main thread it would take Ctrl-C for itself and end without a checkpoint.
+
+    Args:
+        function: what every worker runs with `settings`, to which this adds the `channel` to the driver and how many `tasks` may cut
+            images at the same time for all workers.
+        timeout_s: of a collective call, and of the wait for a message.
+
+    Returns:
+        What rank 0 returned.
+
+    Raises:
+        WorkersLost: a failure that starting again may cure.
+        Exception: another one; see `failure_of`.
+    """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    config = ready.config.train
     channel, scratch = open_channel(), f".ray-{uuid.uuid4().hex[:8]}"
     spare = ray.cluster_resources().get("CPU", 1) - workers * resources["CPU"]
+    tasks = None if joins_cluster() else max(1, int(spare))  # in a cluster as many as it has room for, so that its pool grows
     trainer = TorchTrainer(
-        worker_main,
-        train_loop_config={
-            "prepared": prepared,
-            "run": str(folder.path),
-            "channel": channel,
-            "tasks": None if joins_cluster() else max(1, round(spare)),
-        },
-        torch_config=TorchConfig("cpu:gloo,cuda:nccl" if "GPU" in resources else "gloo", timeout_s=round(config.progress_timeout_s)),
+        function,
+        train_loop_config=settings | {"channel": channel, "tasks": tasks},
+        torch_config=TorchConfig("cpu:gloo,cuda:nccl" if "GPU" in resources else "gloo", timeout_s=round(timeout_s)),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu="GPU" in resources, resources_per_worker=resources),
         run_config=RunConfig(
             name=scratch,
@@ -121,7 +140,7 @@ def _attempt(
             failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),  # attempts are ours
         ),
     )
-    results: list[TrainResult] = []
+    results: list[Any] = []
     errors: list[Exception] = []
 
     def fit() -> None:
@@ -141,7 +160,7 @@ def _attempt(
             if messages:
                 heard = time.monotonic()
                 on_message()
-            _check_progress(time.monotonic() - heard, config.progress_timeout_s)
+            _check_progress(time.monotonic() - heard, timeout_s)
     finally:
         ray.kill(channel)  # workers that still run see it and exit
         thread.join(30)
