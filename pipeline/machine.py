@@ -1,17 +1,25 @@
-"""What this machine offers a run: Python, packages, cores, memory, devices, disk. Each finding is a `Check`."""
+"""The machine of this process: what it offers, as a `Check` for each finding, and how a training process is set up on it."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import platform
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from methods.parts.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.config import RunConfig
 
 Verdict = Literal["ok", "warn", "fail"]
 GIB = 2**30
@@ -172,3 +180,49 @@ def disk(runs_dir: Path) -> Iterable[Check]:
     verdict: Verdict = "ok" if free >= 5 * GIB else "warn" if free >= GIB else "fail"
     remedy = "" if verdict == "ok" else "checkpoints of large backbones take gigabytes: free some space, or use another --runs-dir"
     yield Check("disk", verdict, f"{free / GIB:.1f} GiB free at {place}", remedy)
+
+
+# ---------------------------------------------------------------------------- a training process
+
+
+def choose_device(config: RunConfig) -> tuple[torch.device, torch.dtype]:
+    """The device and the type of autocast. `auto` takes bf16 where the hardware multiplies it natively."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.train.precision == "float32":
+        return device, torch.float32
+    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+    return device, torch.bfloat16 if config.train.precision == "bf16" or native else torch.float32
+
+
+def thread_count(config: RunConfig, local_workers: int = 1) -> int:
+    """Torch threads of a worker: its share of the machine's cores; alone it leaves one for the tasks that cut images."""
+    cores = int(available_cores())
+    return config.train.threads or max(1, cores // local_workers if local_workers > 1 else cores - 1)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what a step frees for the next one, on Linux with glibc.
+
+    By itself it gives large tensors back to the system, and every step pays for fresh pages, by the thousand.
+    The process keeps its peak size instead.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX in malloc.h
+    library = ctypes.CDLL(None)
+    library.mallopt(trim_threshold, 2**31 - 1)
+    library.mallopt(mmap_max, 0)
+
+
+def set_threads(config: RunConfig, state: Mapping[str, Any] | None, local_workers: int = 1) -> None:
+    """Pin the thread count; in deterministic mode a resumed run must have the same one, because sums depend on it."""
+    import torch
+
+    wanted = thread_count(config, local_workers)
+    if config.train.deterministic:
+        if state and state["threads"] != wanted:
+            raise ConfigError(f"train.threads={wanted}: the run began with {state['threads']} and is deterministic; give it as many cores")
+        torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(wanted)

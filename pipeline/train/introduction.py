@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from methods.parts.contract import find
+from pipeline.machine import choose_device
 from pipeline.runs import RunFolder
-from pipeline.train.prepare import Prepared, choose_device
+from pipeline.train.prepare import Prepared
 
 
 def introduction(ready: Prepared, folder: RunFolder, start: int) -> list[str]:

@@ -22,13 +22,14 @@ from pipeline.evaluate.online import Online
 from pipeline.evaluate.protocols import final_scores
 from pipeline.gallery import run_figures
 from pipeline.ingest.stream import Batch
+from pipeline.machine import choose_device, keep_freed_memory, set_threads
 from pipeline.runs import RunFolder, write_atomic, write_json
 from pipeline.train import checkpoint
 from pipeline.train.display import Screen
 from pipeline.train.done import Done
 from pipeline.train.loop import Position, Report, Trainer
 from pipeline.train.optim import build_optimizer
-from pipeline.train.prepare import Prepared, choose_device, keep_freed_memory, set_threads, untrained
+from pipeline.train.prepare import Prepared, untrained
 
 
 def work(
