@@ -22,7 +22,7 @@ from pipeline.evaluate.online import Online
 from pipeline.evaluate.protocols import final_scores
 from pipeline.gallery import run_figures
 from pipeline.ingest.stream import Batch
-from pipeline.machine import choose_device, keep_freed_memory, set_threads
+from pipeline.machine import choose_device, keep_freed_memory, set_precision, set_threads
 from pipeline.runs import RunFolder, write_atomic, write_json
 from pipeline.train import checkpoint
 from pipeline.train.display import Screen
@@ -112,6 +112,7 @@ def assemble(
     state = checkpoint.load(own) if own else state
     chosen, precision = choose_device(config)
     device = device or chosen
+    set_precision(config, device)
     set_threads(config, state, local_workers)
     if device.type == "cpu":
         keep_freed_memory()
