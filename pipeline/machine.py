@@ -202,7 +202,7 @@ def native_bf16(device: torch.device) -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has("amx_bf16")
 
 
-def set_precision(config: RunConfig, device: torch.device) -> None:
+def set_precision(device: torch.device, deterministic: bool = False) -> None:
     """Set what float32 means in this process, before its first step.
 
     float32 is IEEE in every matrix product and convolution, in a float32 run and in those parts of a bf16 run that leave autocast
@@ -210,14 +210,14 @@ def set_precision(config: RunConfig, device: torch.device) -> None:
     each shape and keeps the fastest; shapes do not change from step to step.
 
     Raises:
-        ConfigError: `train.deterministic` on a GPU.
+        ConfigError: `deterministic` on a GPU.
     """
     import torch
 
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = device.type == "cuda"
-    if config.train.deterministic:
+    if deterministic:
         if device.type == "cuda":
             # no deterministic kernel: the backward pass of bicubic interpolation, by which ViTs resize their positions, and others
             raise ConfigError(

@@ -47,17 +47,16 @@ def test_auto_on_a_cpu_takes_bf16_with_amx_only(monkeypatch: pytest.MonkeyPatch,
 def test_float32_is_never_tf32(restored_flags: None, device: torch.device) -> None:
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
-    set_precision(RunConfig(), device)
+    set_precision(device)
     assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
     assert torch.backends.cudnn.benchmark is (device.type == "cuda")
 
 
 def test_deterministic_mode_is_set_on_a_cpu_and_refused_on_a_gpu(restored_flags: None) -> None:
-    config = RunConfig(train=TrainConfig(deterministic=True))
     with pytest.raises(ConfigError, match=r"^train\.deterministic=True: .*CUDA_VISIBLE_DEVICES="):
-        set_precision(config, CUDA)
+        set_precision(CUDA, deterministic=True)
     assert not torch.are_deterministic_algorithms_enabled()
-    set_precision(config, CPU)
+    set_precision(CPU, deterministic=True)
     assert torch.are_deterministic_algorithms_enabled()
 
 

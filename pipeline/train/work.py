@@ -112,7 +112,7 @@ def assemble(
     state = checkpoint.load(own) if own else state
     chosen, precision = choose_device(config)
     device = device or chosen
-    set_precision(config, device)
+    set_precision(device, config.train.deterministic)
     set_threads(config, state, local_workers)
     if device.type == "cpu":
         keep_freed_memory()
