@@ -76,6 +76,9 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("model", metavar="RUN_OR_MODEL", help="a run, an exported folder, or models:/NAME@best")
     add.add_argument("--data.path", dest="data_path", required=True, metavar="PATH", help="images, as for pretrain")
     add.add_argument("--to", type=Path, required=True, metavar="DIR", help="where the Parquet files go")
+    words = "GPUs of each actor that embeds, such as 1 or 0.5; 0 = CPUs (default: 1 where there are GPUs)"
+    add.add_argument("--gpus", type=float, metavar="N", help=words)
+    add.add_argument("--bf16", action="store_true", help="bf16 instead of float32: faster on a GPU, features are rounded")
     add.add_argument("--track.uri", dest="uri", metavar="URI", help="tracking server of models:/ (default: the runs folder's own)")
 
     add = verb("views", views, "draw a contact sheet: the crops and augmentations that a recipe makes of your images", settings=COMMON)
@@ -221,7 +224,7 @@ def embed(options: Any, settings: list[str]) -> int:
     from pipeline.embed import embed as run
 
     folder = registry.resolve_model(options.model, runs_dir=options.runs_dir, uri=options.uri)
-    report = run(folder, DataConfig(path=options.data_path), options.to)
+    report = run(folder, DataConfig(path=options.data_path), options.to, gpus=options.gpus, bf16=options.bf16)
     screens.console().print(f"{report.rows:,} embeddings in {options.to} ({report.images_per_s:,.0f} images/s)", highlight=False)
     if report.bad:
         screens.console().print(f"{report.bad} images could not be decoded; {options.to / BAD} lists them", highlight=False)

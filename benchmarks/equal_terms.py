@@ -35,12 +35,13 @@ from pipeline.ingest.decode import evaluation_crop
 from pipeline.ingest.sources import open_source
 from pipeline.ingest.stream import Batch
 from pipeline.ingest.window import decode_all
+from pipeline.machine import choose_device, keep_freed_memory
 from pipeline.runs import RunFolder
 from pipeline.settings import configured
 from pipeline.train.display import NullReporter
 from pipeline.train.loop import Trainer
 from pipeline.train.optim import build_optimizer
-from pipeline.train.prepare import build_method, choose_device, keep_freed_memory
+from pipeline.train.prepare import build_method
 
 
 class Lightly(Method):

@@ -27,10 +27,11 @@ from methods.parts.contract import Method, ParamGroup, Progress, find
 from methods.parts.errors import ConfigError
 from methods.parts.views import Views
 from pipeline.config import RunConfig, resolve
+from pipeline.machine import choose_device, keep_freed_memory
 from pipeline.recipes import entries, load_recipe
 from pipeline.settings import configured
 from pipeline.train.optim import build_optimizer
-from pipeline.train.prepare import build_method, choose_device, keep_freed_memory
+from pipeline.train.prepare import build_method
 
 
 @dataclass

@@ -102,11 +102,12 @@ class TrainConfig:
     accelerator: Literal["auto", "gpu", "cpu"] = "auto"  # of each worker; auto: a GPU if the cluster has one now, gpu: wait for one
     seed: int = 0
     first_epoch: tyro.conf.Suppress[int] = 0  # passes that an earlier phase has behind it; `continue` sets it
-    precision: Literal["auto", "float32", "bf16"] = "auto"  # auto: bf16 autocast where the device is faster with it
+    # bf16: autocast; auto: bf16 where the hardware multiplies it natively, else float32. float32 is IEEE everywhere, TF32 is never used
+    precision: Literal["auto", "float32", "bf16"] = "auto"
     threads: int | None = None  # torch threads of a worker; None = its share of the machine's cores, alone all but one
     gradient_checkpointing: bool = False  # ViTs: blocks keep their inputs only and are computed again in the backward pass
     compile: bool = False  # ViTs: torch.compile of the blocks; needs a C++ compiler, pays off in long runs on a GPU
-    deterministic: bool = False  # bit-identical after a resume; pins the thread count
+    deterministic: bool = False  # on CPUs: bit-identical after a resume; pins the thread count
     checkpoint_every: int | None = None  # steps; None = once an epoch, at least every 500 steps
     keep_every: int | None = None  # also keep the checkpoint of every n-th step
     log_every: int = 10  # steps between points in MLflow

@@ -47,9 +47,11 @@ def diagnose(
         ("tracking", lambda: _tracking(runs_dir, uri)),
     ):
         checks += _guard(name, look)
-    if ray:
-        on_cluster = joins_cluster()
-        checks += _guard("cluster", lambda: cluster.checks(runs_dir, config, uri)) if on_cluster else _guard("Ray", _ray)
+    if ray and joins_cluster():
+        checks += _guard("cluster", lambda: cluster.checks(runs_dir, config, uri))
+    else:
+        checks += _guard("Ray", _ray) if ray else []
+        checks += _guard("workers", lambda: cluster.placement(config)) if config else []
     if data is not None:
         checks += _guard("data", lambda: _data(data, config))
     return checks

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.config import RunConfig, resolve
 from pipeline.ingest.manifest import Row
-from pipeline.machine import Check, available_cores
+from pipeline.machine import Check, available_cores, choose_device, thread_count
 
 BUDGET_S = 2.0  # for the timed steps; the first one, which makes kernels, comes on top
 
@@ -45,7 +45,7 @@ def measure(config: RunConfig, rows: Sequence[Row], num_images: int | None) -> C
     from pipeline.ingest.photometric import finish_views
     from pipeline.ingest.stream import Batch
     from pipeline.ingest.window import cut_images, finish_columns
-    from pipeline.train.prepare import build_method, choose_device, thread_count
+    from pipeline.train.prepare import build_method
 
     facts = resolve(config, num_images).facts
     device, precision = choose_device(config)
@@ -141,7 +141,6 @@ def stream(config: RunConfig, num_images: int | None) -> Check:
     """The row of the doctor about the stream: what was chosen, and why."""
     from pipeline.ingest.stream import PASS_BYTES
     from pipeline.ingest.window import block_bytes
-    from pipeline.train.prepare import thread_count
 
     window = resolve(config, num_images).window
     block = block_bytes(config.views, window, finished=config.data.finish == "tasks")

@@ -1,17 +1,25 @@
-"""What this machine offers a run: Python, packages, cores, memory, devices, disk. Each finding is a `Check`."""
+"""The machine of this process: what it offers, as a `Check` for each finding, and how a training process is set up on it."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import platform
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from methods.parts.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.config import RunConfig
 
 Verdict = Literal["ok", "warn", "fail"]
 GIB = 2**30
@@ -121,15 +129,16 @@ def device() -> Iterable[Check]:
             good = free > total / 2
             found = f"{torch.cuda.get_device_name(i)}, {free / GIB:.0f} of {total / GIB:.0f} GiB free"
             yield Check(f"GPU {i}", "ok" if good else "warn", found, "" if good else "another process uses it: see nvidia-smi")
-        bf16 = torch.cuda.is_bf16_supported()
-        yield Check("bf16", "ok", "fast on this GPU" if bf16 else "not on this GPU: train.precision=auto uses float32")
+        bf16 = native_bf16(torch.device("cuda"))
+        yield Check("bf16", "ok", "fast on this GPU" if bf16 else "only emulated on this GPU: train.precision=auto uses float32")
         return
     if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"):
         remedy = "install a torch build for your CUDA driver, or check CUDA_VISIBLE_DEVICES"
         yield Check("GPU", "fail", f"NVIDIA driver present, but torch {torch.__version__} sees no GPU", remedy)
     else:
         yield Check("GPU", "warn", "none", "the -small recipes are made for a CPU; for larger ones use a machine with a GPU")
-    words = "fast on this CPU (AMX)" if cpu_has("amx_bf16") else "slow on this CPU, without AMX: train.precision=auto uses float32"
+    bf16 = native_bf16(torch.device("cpu"))
+    words = "fast on this CPU (AMX)" if bf16 else "slow on this CPU, without AMX: train.precision=auto uses float32"
     yield Check("bf16", "ok", words)
 
 
@@ -172,3 +181,101 @@ def disk(runs_dir: Path) -> Iterable[Check]:
     verdict: Verdict = "ok" if free >= 5 * GIB else "warn" if free >= GIB else "fail"
     remedy = "" if verdict == "ok" else "checkpoints of large backbones take gigabytes: free some space, or use another --runs-dir"
     yield Check("disk", verdict, f"{free / GIB:.1f} GiB free at {place}", remedy)
+
+
+# ---------------------------------------------------------------------------- a training process
+
+
+def choose_device(config: RunConfig) -> tuple[torch.device, torch.dtype]:
+    """Return the device and the dtype of autocast; `auto` is bf16 where the hardware multiplies it natively."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    asked = config.train.precision
+    return device, torch.bfloat16 if asked == "bf16" or (asked == "auto" and native_bf16(device)) else torch.float32
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Return whether the hardware multiplies bf16 itself: NVIDIA from Ampere on, CPUs with AMX. Emulation is slower than float32."""
+    import torch
+
+    return torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has("amx_bf16")
+
+
+def set_precision(device: torch.device, deterministic: bool = False) -> None:
+    """Set what float32 means in this process, before its first step.
+
+    float32 is IEEE in every matrix product and convolution, in a float32 run and in those parts of a bf16 run that leave autocast
+    (losses, prototypes, momentum updates): TF32, which keeps 10 bits of the mantissa, is off. cuDNN times its algorithms once for
+    each shape and keeps the fastest; shapes do not change from step to step.
+
+    Raises:
+        ConfigError: `deterministic` on a GPU.
+    """
+    import torch
+
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = device.type == "cuda"
+    if deterministic:
+        if device.type == "cuda":
+            # no deterministic kernel: the backward pass of bicubic interpolation, by which ViTs resize their positions, and others
+            raise ConfigError(
+                "train.deterministic=True: is for CPUs, since some CUDA kernels have no deterministic form; leave it out "
+                "(a resumed run still sees the same batches and views), or hide the GPU with CUDA_VISIBLE_DEVICES="
+            )
+        torch.use_deterministic_algorithms(True)
+
+
+def thread_count(config: RunConfig, local_workers: int = 1) -> int:
+    """Torch threads of a worker: its share of the machine's cores; alone it leaves one for the tasks that cut images."""
+    cores = int(available_cores())
+    return config.train.threads or max(1, cores // local_workers if local_workers > 1 else cores - 1)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what a step frees for the next one, on Linux with glibc.
+
+    By itself it gives large tensors back to the system, and every step pays for fresh pages, by the thousand.
+    The process keeps its peak size instead.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX in malloc.h
+    library = ctypes.CDLL(None)
+    library.mallopt(trim_threshold, 2**31 - 1)
+    library.mallopt(mmap_max, 0)
+
+
+def set_threads(config: RunConfig, state: Mapping[str, Any] | None, local_workers: int = 1) -> None:
+    """Pin the thread count; in deterministic mode a resumed run must have the same one, because sums depend on it.
+
+    Raises:
+        ConfigError: a deterministic run began with another count.
+    """
+    import torch
+
+    wanted = thread_count(config, local_workers)
+    if config.train.deterministic and state and state["threads"] != wanted:
+        raise ConfigError(f"train.threads={wanted}: the run began with {state['threads']} and is deterministic; give it as many cores")
+    torch.set_num_threads(wanted)
+
+
+def memory_advice(error: BaseException, config: RunConfig) -> str:
+    """Return a sentence for `torch.OutOfMemoryError`: what was asked for, and the settings that need less."""
+    import torch
+    from timm.models import is_model_in_modules
+
+    from methods.parts.contract import find
+
+    train = config.train
+    settings = [f"lower train.global_batch_size={train.global_batch_size}"]
+    if find(config.method).method.accumulation == "exact":
+        settings.append(f"raise train.accumulation_steps={train.accumulation_steps}")
+    if is_model_in_modules(config.backbone.name, ["vision_transformer", "deit"]) and not train.gradient_checkpointing:
+        settings.append("give --train.gradient-checkpointing")
+    if choose_device(config)[1] is torch.float32:
+        settings.append("use train.precision=bf16")
+    settings.append(f"share the batch among more GPUs than train.workers={train.workers} has")
+    words = ". ".join(str(error).split(". ")[:3]).rstrip(".")
+    return f"{words}. To need less memory, {', '.join(settings[:-1])}, or {settings[-1]}"

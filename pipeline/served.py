@@ -1,13 +1,15 @@
-"""The registered model: MLflow runs this file to make it (models from code), so nothing is pickled.
+"""The registered model: MLflow runs this file to make it (models from code), so nothing is pickled. It uses a GPU where there is one.
 
 Input: a DataFrame with the column `image`, each cell an encoded image of any format and size as `bytes`, the same in base64 as
-`str`, or decoded pixels as a uint8 array `(H, W, 3)`. Output: `(N, D)` float32 embeddings.
+`str`, or decoded pixels as a uint8 array `(H, W, 3)`. Output: `(N, D)` float32 embeddings. MLflow's own variable
+`MLFLOW_DEFAULT_PREDICTION_DEVICE` chooses another device, such as `cpu`.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,14 @@ class Embedder(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     """Embeds images with an exported backbone."""
 
     def load_context(self, context: Any) -> None:
+        import torch
+
         from pipeline.exports import load_export
 
-        self.backbone, self.spec = load_export(Path(context.artifacts["export"]))
+        asked = os.environ.get("MLFLOW_DEFAULT_PREDICTION_DEVICE")
+        self.device = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
+        backbone, self.spec = load_export(Path(context.artifacts["export"]))
+        self.backbone = backbone.to(self.device)
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> np.ndarray:
         import torch
@@ -39,7 +46,8 @@ class Embedder(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         for start in range(0, len(cells), BATCH):
             crops = [self._crop(cell, start + i) for i, cell in enumerate(cells[start : start + BATCH])]
             images = torch.from_numpy(np.stack(crops))
-            embeddings[start : start + BATCH] = extract(self.backbone, images, mean=self.spec.mean, std=self.spec.std).numpy()
+            features = extract(self.backbone, images, mean=self.spec.mean, std=self.spec.std, device=self.device)
+            embeddings[start : start + BATCH] = features.numpy()
         return embeddings
 
     def _crop(self, cell: Any, position: int) -> np.ndarray:

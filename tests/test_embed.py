@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -136,3 +137,32 @@ def test_wrong_model_or_data_leave_no_folder(images: Path, model: Path, tmp_path
     with pytest.raises(ConfigError):
         embed(model, DataConfig(path=str(tmp_path / "nowhere")), tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def test_a_gpu_that_is_not_there_is_refused(ray_local: None, model: Path, images: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^gpus=0\.5: there is no GPU here"):
+        embed(model, DataConfig(path=str(images)), tmp_path / "a", gpus=0.5)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.fixture
+def ray_with_a_gpu() -> Iterator[None]:
+    """A Ray that believes to have one."""
+    import ray
+
+    ray.shutdown()
+    ray.init("local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+def test_actors_that_hold_gpus_write_what_tasks_write(
+    result: tuple[Path, EmbedReport], model: Path, images: Path, ray_with_a_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows of the tasks; the device of the actors is the CPU here."""
+    monkeypatch.setattr("pipeline.embed.GPU", "cpu")
+    report = embed(model, DataConfig(path=str(images), max_bad_fraction=0.2), tmp_path / "a", batch_size=4, window=5)
+    assert (report.rows, report.bad) == (21, 2)
+    ours, expected = pq.read_table(tmp_path / "a"), pq.read_table(result[0])
+    assert ours.drop(["embedding"]).equals(expected.drop(["embedding"]))
+    np.testing.assert_allclose(ours["embedding"].to_pylist(), expected["embedding"].to_pylist(), atol=1e-5)

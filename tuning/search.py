@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from methods.parts.errors import ConfigError
 from pipeline.config import RunConfig, resolve
 from pipeline.ingest.manifest import Manifest
 from pipeline.ingest.sources import open_source
+from pipeline.machine import available_cores
 from pipeline.runs import hold
 from pipeline.tracking import Tracker
 from pipeline.train.launch import interruptible
@@ -92,7 +92,7 @@ def tune(config: RunConfig, asked: Asked, *, runs_dir: Path, name: str | None, c
         "workers": config.train.worker_range[1],
         "asked_concurrent": asked.concurrent,
         "gpus": asked.gpus,
-        "cores": os.cpu_count() or 1,
+        "cores": int(available_cores()),
         "track_uri": track_uri(config, runs_dir),
         "mlflow_run": None,
         **plan,

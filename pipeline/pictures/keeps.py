@@ -27,9 +27,9 @@ from methods.parts.vit import ViT
 from pipeline import inversion
 from pipeline.canvas import BLUE, GRAY, INK, cell, picture_at, show, write
 from pipeline.evaluate.features import Triple, extract
+from pipeline.machine import choose_device
 from pipeline.pictures import picture
 from pipeline.pictures.subject import Subject
-from pipeline.train.prepare import choose_device
 
 IMAGES, LOOKS = 4000, 2  # that a decoder learns from, and looks at each
 SHOWN, SAMPLES = 8, 4  # images in the picture, and samples of each

@@ -18,9 +18,11 @@ from torch import nn
 from methods.parts.contract import find
 from methods.parts.errors import ConfigError
 from pipeline import mirror, registry
+from pipeline.cluster import placement_advice
 from pipeline.config import RunConfig, flatten, from_yaml, to_yaml
 from pipeline.evaluate.protocols import Scores
 from pipeline.ingest.ray_data import start_ray
+from pipeline.machine import choose_device
 from pipeline.runs import RunFolder, create_run, write_atomic
 from pipeline.tracking import EndStatus, Tracker
 from pipeline.train import checkpoint
@@ -28,7 +30,7 @@ from pipeline.train.display import Display
 from pipeline.train.finish import register, tracking_uri
 from pipeline.train.guards import TrainingStopped
 from pipeline.train.loop import Position
-from pipeline.train.prepare import Prepared, choose_device, prepare, prepare_resume
+from pipeline.train.prepare import Prepared, prepare, prepare_resume
 from pipeline.train.ray_trainer import evaluate_in_task, train_with_workers
 from pipeline.train.work import Evaluation, evaluate_and_export, train
 
@@ -252,6 +254,6 @@ def run_summary(ready: Prepared, folder: RunFolder, start: int) -> list[str]:
         epochs = f"{facts.total_steps * facts.global_batch_size / facts.num_images:.3g} passes over the data"
     begin = f" from step {start}" if start else ""
     say("plan", f"{facts.total_steps:,} steps of {facts.global_batch_size} images{begin} ({epochs})")
-    for sentence in ready.method.advice(facts):
+    for sentence in [*ready.method.advice(facts), *placement_advice(config)]:
         say("[yellow]advice[/yellow]   ", sentence)
     return lines

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import platform
 from collections.abc import Callable
 
 import torch
@@ -18,9 +16,7 @@ from pipeline.config import Resolved, RunConfig, from_yaml, resolve
 from pipeline.ingest.manifest import Manifest
 from pipeline.ingest.sources import absolute_source, open_source
 from pipeline.ingest.stream import Stream
-from pipeline.machine import available_cores
 from pipeline.runs import RunFolder
-from pipeline.train import checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,42 +122,3 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 def untrained(config: RunConfig, resolved: Resolved) -> nn.Module:
     """The backbone as it was before the first step, had it started from random weights."""
     return build_method(config, resolved.facts).evaluation_backbone()
-
-
-def choose_device(config: RunConfig) -> tuple[torch.device, torch.dtype]:
-    """The device and the type of autocast. `auto` takes bf16 where the hardware multiplies it natively."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if config.train.precision == "float32":
-        return device, torch.float32
-    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
-    return device, torch.bfloat16 if config.train.precision == "bf16" or native else torch.float32
-
-
-def thread_count(config: RunConfig, local_workers: int = 1) -> int:
-    """Torch threads of a worker: its share of the machine's cores; alone it leaves one for the tasks that cut images."""
-    cores = int(available_cores())
-    return config.train.threads or max(1, cores // local_workers if local_workers > 1 else cores - 1)
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what a step frees for the next one, on Linux with glibc.
-
-    By itself it gives large tensors back to the system, and every step pays for fresh pages, by the thousand.
-    The process keeps its peak size instead.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX in malloc.h
-    library = ctypes.CDLL(None)
-    library.mallopt(trim_threshold, 2**31 - 1)
-    library.mallopt(mmap_max, 0)
-
-
-def set_threads(config: RunConfig, state: checkpoint.State | None, local_workers: int = 1) -> None:
-    """Pin the thread count; in deterministic mode a resumed run must have the same one, because sums depend on it."""
-    wanted = thread_count(config, local_workers)
-    if config.train.deterministic:
-        if state and state["threads"] != wanted:
-            raise ConfigError(f"train.threads={wanted}: the run began with {state['threads']} and is deterministic; give it as many cores")
-        torch.use_deterministic_algorithms(True)
-    torch.set_num_threads(wanted)

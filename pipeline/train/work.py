@@ -21,12 +21,14 @@ from pipeline.evaluate.online import Online
 from pipeline.evaluate.protocols import Scores, final_scores
 from pipeline.gallery import run_figures
 from pipeline.ingest.stream import Batch
+from pipeline.machine import choose_device, keep_freed_memory, memory_advice, set_precision, set_threads
 from pipeline.runs import RunFolder, write_atomic, write_json
 from pipeline.train import checkpoint
 from pipeline.train.display import Screen
+from pipeline.train.guards import TrainingStopped
 from pipeline.train.loop import Position, Report, Trainer, restore_method
 from pipeline.train.optim import build_optimizer
-from pipeline.train.prepare import Prepared, choose_device, keep_freed_memory, set_threads, untrained
+from pipeline.train.prepare import Prepared, untrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +71,15 @@ def train(
     The others are those of `build_trainer`.
 
     Raises:
-        TrainingStopped: a loss that is no number, or too many bad images.
+        TrainingStopped: a loss that is no number, too many bad images, or too little memory.
         checkpoint.DiskFull: a checkpoint could not be written.
     """
     trainer = build_trainer(ready, folder, state, screen=screen, report=report, stop=stop, **how)
     try:
         with contextlib.closing(batches(ready, trainer, tasks, share)) as stream:
             trainer.run(stream)
+    except torch.OutOfMemoryError as error:
+        raise TrainingStopped(memory_advice(error, ready.config)) from error
     except BaseException:
         with contextlib.suppress(checkpoint.DiskFull):
             trainer.uploads.wait()  # the checkpoint that the message speaks of
@@ -116,6 +120,7 @@ def build_trainer(
     state = checkpoint.load(own) if own else state
     chosen, precision = choose_device(config)
     device = device or chosen
+    set_precision(device, config.train.deterministic)
     set_threads(config, state, local_workers)
     if device.type == "cpu":
         keep_freed_memory()
