@@ -129,7 +129,7 @@ def conduct(
         ends: dict[str, EndStatus] = {"finished": "FINISHED", "interrupted": "KILLED"}
         folder.update(status=outcome.status, message=outcome.message, ended=time.time())
         unsent = tracker.close(ends.get(outcome.status, "FAILED"))
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(ConfigError):
             mirror.push(folder.path, only="tracking.json")
         if unsent:
             console.print(f"{unsent} entries have not reached MLflow; they are kept. Later: manyviews sync {folder.name}", soft_wrap=True)

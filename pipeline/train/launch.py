@@ -12,7 +12,7 @@ from torch import nn
 
 from methods.parts.contract import find
 from methods.parts.errors import ConfigError
-from pipeline import registry
+from pipeline import mirror, registry
 from pipeline.config import RunConfig, from_yaml, to_yaml
 from pipeline.runs import RunFolder, create_run, write_atomic
 from pipeline.train import checkpoint
@@ -87,7 +87,7 @@ def _begin(ready: Prepared, *, runs_dir: Path, run: str | None, console: Console
     write_atomic(folder.path / "config.yaml", to_yaml(ready.config).encode())
     folder.update(recipe=ready.config.recipe, fingerprint=ready.manifest.fingerprint, total_steps=ready.resolved.facts.total_steps, step=0)
     with folder.working():
-        checkpoint.send(folder.path, 0)
+        mirror.push(folder.path)
         return _train(ready, folder, console, state)
 
 

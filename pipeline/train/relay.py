@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.mirror import remote_of
 from pipeline.points import append_line, encode
+from pipeline.runs import RunFolder
 from pipeline.train.display import Pace, Screen
 from pipeline.train.guards import TrainingStopped
 from pipeline.train.relay_actor import Relay as Relay
@@ -35,7 +35,7 @@ class Remote:
         first: no worker of this group was lost before.
     """
 
-    def __init__(self, relay: Any, folder: Path, batch: int, start_step: int) -> None:
+    def __init__(self, relay: Any, folder: RunFolder, batch: int, start_step: int) -> None:
         self.relay, self.folder, self.pace = relay, folder, Pace(batch, start_step)
         self.stopping = threading.Event()
         self._said: list[tuple[str, dict[str, Any]]] = []
@@ -74,11 +74,12 @@ class Remote:
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         """One point: on the shared storage first, so that a killed driver loses none."""
         line = encode(step, metrics)
-        with contextlib.suppress(OSError):  # a full disk stops the run at its next checkpoint, with a clear message
-            append_line(self.folder, line)
-        if remote_of(self.folder):  # the driver has a copy of its own
+        if self.folder.place.is_remote:  # the driver has a copy, which it sends
             with self._lock:
                 self._said.append(("point", {"line": line}))
+            return
+        with contextlib.suppress(OSError):  # a full disk stops the run at its next checkpoint, with a clear message
+            append_line(self.folder.path, line)
 
     def close(self) -> None:
         """Send what is left."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Generator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,17 +14,18 @@ from methods.parts.contract import find
 from methods.parts.distributed import rank, world_size
 from methods.parts.norms import synchronized
 from methods.parts.vit import compile_blocks
-from pipeline import registry
+from pipeline import mirror, registry
 from pipeline.evaluate.clusters import Clusters
 from pipeline.evaluate.online import Online
 from pipeline.evaluate.protocols import final_scores
 from pipeline.gallery import run_figures
 from pipeline.ingest.stream import Batch
-from pipeline.runs import RunFolder, write_atomic, write_json
+from pipeline.place import Place
+from pipeline.runs import RunFolder, write_json
 from pipeline.train import checkpoint
 from pipeline.train.display import Screen
 from pipeline.train.done import Done
-from pipeline.train.loop import Position, Report, Trainer
+from pipeline.train.loop import Report, Trainer
 from pipeline.train.optim import build_optimizer
 from pipeline.train.prepare import Prepared, choose_device, keep_freed_memory, set_threads, untrained
 
@@ -57,21 +56,13 @@ def work(
         checkpoint.DiskFull: a checkpoint could not be written.
     """
     trainer, online = assemble(ready, folder, state, screen=screen, report=report, stop=stop, device=device, local_workers=local_workers)
-    try:
-        with contextlib.closing(batches(ready, trainer.position.step, tasks)) as stream:
-            trainer.run(stream)
-    except BaseException:
-        with contextlib.suppress(checkpoint.DiskFull):
-            trainer.uploads.wait()  # the checkpoint that the message speaks of
-        raise
-    trainer.uploads.wait()
+    with contextlib.closing(batches(ready, trainer.position.step, tasks)) as stream:
+        trainer.run(stream)
     done = Done(trainer.position.step, trainer.position.step >= ready.resolved.facts.total_steps)
     if not done.complete:
         return done
-    final = trainer.state()
     if rank() > 0:
         return done
-    folder.update(state_sha256=checkpoint.state_hash(final))
     method = trainer.method
     if not evaluate:
         exported(ready, folder, method.evaluation_backbone(), done.step, trainer.last_knn)
@@ -91,7 +82,7 @@ def assemble(
     stop: Callable[[], bool],
     device: torch.device | None = None,
     local_workers: int = 1,
-    pointer: Path | None = None,
+    pointer: Place | None = None,
     kept: dict[Any, Any] | None = None,
 ) -> tuple[Trainer, Online]:
     """A trainer at the step from which the run goes on, and what measures its backbone.
@@ -141,8 +132,6 @@ def assemble(
         if own is None or pointer is not None:  # a continued run owns its beginning, and so does one that takes over another's state
             trainer.saved_step = None
             trainer.save()
-    if rank() == 0:
-        keep_listed_bad(folder, trainer.position)
     return trainer, online
 
 
@@ -168,7 +157,7 @@ def evaluated(
     pictures = run_figures(ready, folder, backbone, scores, clusters, device)
     report(done.step, scores.metrics())
     exported(ready, folder, backbone, done.step, last_knn, scores.tags())
-    checkpoint.send(folder.path, done.step, config.train.keep_every)
+    mirror.push(folder.path)
     return dataclasses.replace(done, scores=scores, pictures=[picture.name for picture in pictures])
 
 
@@ -189,10 +178,3 @@ def exported(
     registry.export(
         backbone, config.backbone, folder.model, size=config.evaluation_size, mean=config.data.mean, std=config.data.std, facts=facts
     )
-
-
-def keep_listed_bad(folder: RunFolder, position: Position) -> None:
-    """After a restart the list of bad images holds just those of the checkpoint; later ones are found again."""
-    if folder.bad_images.exists():
-        lines = [line for line in folder.bad_images.read_text().splitlines() if json.loads(line)["id"] in position.bad]
-        write_atomic(folder.bad_images, "".join(line + "\n" for line in lines).encode())

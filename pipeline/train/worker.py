@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline import mirror
 from pipeline.runs import RunFolder
 from pipeline.train import checkpoint
 from pipeline.train.done import Done
@@ -27,7 +26,7 @@ def run(settings: dict[str, Any]) -> Done | None:
     """Train as one of the workers.
 
     Args:
-        settings: `run`, the run's folder, and `remote`, the object store whose copy that is; `tasks` at a time that cut for
+        settings: `run`, the run's folder, and `remote`, the URI of the one whose copy that is; `tasks` at a time that cut for
             this worker; `timeout_s` of a collective call; `prepares`, whether rank 0 prepares the run; the `relay` to the
             driver, which else gives the rest: see `handed`.
 
@@ -39,10 +38,7 @@ def run(settings: dict[str, Any]) -> Done | None:
 
     context = get_context()
     try:
-        path = Path(settings["run"])
-        if settings["remote"]:
-            path = mirror.second_copy(settings["remote"], f"worker-{context.get_local_rank()}")
-        folder = RunFolder(path)
+        folder = RunFolder(settings["remote"] or Path(settings["run"]))
         given = handed(settings, folder)
         ready, state = ray.get(given["prepared"][0])
         common = {"local_workers": context.get_local_world_size(), "tasks": settings["tasks"], "evaluate": given["evaluate"]}
@@ -51,7 +47,7 @@ def run(settings: dict[str, Any]) -> Done | None:
                 work(ready, folder, state, screen=Mute(), report=lambda step, metrics: None, stop=lambda: False, **common)
                 return None
             start = checkpoint.last_step(folder.checkpoints)
-            remote = Remote(settings["relay"], folder.path, ready.resolved.facts.global_batch_size, start)
+            remote = Remote(settings["relay"], folder, ready.resolved.facts.global_batch_size, start)
             if settings["prepares"] and remote.first:
                 for line in introduction(ready, folder, start):
                     remote.say(line)
