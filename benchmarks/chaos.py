@@ -27,6 +27,9 @@ from typing import Any
 
 import psutil
 
+from pipeline.runs import RunFolder
+from pipeline.train import checkpoint
+
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 200
 # eleven steps make an epoch, a checkpoint is written every other step: kills fall inside epochs and into writes
@@ -72,7 +75,7 @@ def facts(runs: Path, name: str) -> dict[str, object]:
 def undisturbed(runs: Path, name: str = "undisturbed", settings: list[str] = RUN) -> str:
     """Run to the end; returns the hash of the final state."""
     finish(start([*settings, f"--run={name}"], runs), "the undisturbed run")
-    return str(facts(runs, name)["state_sha256"])
+    return checkpoint.hash_of_last(RunFolder(runs / name).checkpoints)
 
 
 def disturbed(
@@ -95,7 +98,7 @@ def disturbed(
             print(f"killed after the checkpoint of step {steps[-1]}", flush=True)
         process = start(["resume", name], runs)
     finish(process, "the last resume")
-    return str(facts(runs, name)["state_sha256"]), steps
+    return checkpoint.hash_of_last(RunFolder(runs / name).checkpoints), steps
 
 
 # ---------------------------------------------------------------------------- several workers
@@ -167,7 +170,7 @@ def disturbed_workers(runs: Path, name: str = "lost") -> tuple[str, dict[str, fl
         process = start(["resume", name], runs, **address)
         took["driver"] = progress(process, runs, name, beyond=step)
         finish(process, "the resumed run")
-    return str(facts(runs, name)["state_sha256"]), took
+    return checkpoint.hash_of_last(RunFolder(runs / name).checkpoints), took
 
 
 def preempted(runs: Path, name: str = "preempted") -> tuple[str, dict[str, float]]:
@@ -270,7 +273,7 @@ def disturbed_job(runs: Path, name: str = "stopped") -> tuple[str, dict[str, flo
         ended(job)
         if str(client.get_job_status(job)) != "SUCCEEDED":
             raise SystemExit(client.get_job_logs(job)[-3000:])
-    return str(facts(runs, name)["state_sha256"]), took
+    return checkpoint.hash_of_last(RunFolder(runs / name).checkpoints), took
 
 
 def argv(process: psutil.Process) -> list[str]:

@@ -110,7 +110,6 @@ def show_run(state: dict[str, Any], options: Any) -> None:
         "began": _moment(state.get("created")),
         "ended": _moment(state.get("ended")),
         "model": state.get("model"),
-        "final state": state.get("state_sha256"),
         "folder": state["folder"],
         "how to go on": next_command(state, options),
     }

@@ -22,6 +22,7 @@ from pipeline.config import RunConfig, to_yaml
 from pipeline.ingest.manifest import Manifest
 from pipeline.ingest.sources import open_source
 from pipeline.ingest.stream import Batch
+from pipeline.place import Place
 from pipeline.points import append_line, encode, parse, read_lines
 from pipeline.runs import RunFolder, write_atomic, write_json
 from pipeline.train import checkpoint
@@ -72,7 +73,7 @@ class Life:
         kept: open data and images that later trials of this process use again.
     """
 
-    def __init__(self, task: Mapping[str, Any], pointer: Path | None, kept: dict[Any, Any]) -> None:
+    def __init__(self, task: Mapping[str, Any], pointer: Place | None, kept: dict[Any, Any]) -> None:
         self.began = time.monotonic()
         self.held = contextlib.ExitStack()
         sweep, self.folder, config = settings_of(task)
@@ -124,6 +125,7 @@ class Life:
         if "score" in self.measured:
             result["score"] = float(self.measured["score"])
         if step >= self.total:
+            self.trainer.writer.wait()
             export_backbone(self.ready, self.folder)
             self.leave("finished", "")
             return result | {"state": "finished"}
@@ -134,6 +136,10 @@ class Life:
 
     def leave(self, status: str, message: str) -> None:
         """End the data pipeline, let go of the folder and of the memory."""
+        try:
+            self.trainer.writer.wait()
+        except checkpoint.DiskFull as error:
+            status, message = "failed", str(error)
         self.stretches.close()  # type: ignore[attr-defined]
         self.batches.close()  # type: ignore[attr-defined]
         self.folder.update(status=status, message=message, ended=time.time())
@@ -154,7 +160,7 @@ class InProcess(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         self.task = config
-        self.pointer: Path | None = None
+        self.pointer: Place | None = None
         self.life: Life | None = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -181,12 +187,14 @@ class InProcess(tune.Trainable):
         return result | {"done": result["state"] != "running"}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
+        if self.life is not None:
+            self.life.trainer.writer.wait()
         folder = Sweep(Path(self.task["sweep"])).trial(self.task["number"]).run
         write_json(Path(checkpoint_dir) / "pointer.json", {"folder": str(checkpoint.pointed_to(folder.checkpoints) or "")})
 
     def load_checkpoint(self, checkpoint_dir: Any) -> None:
         folder = json.loads((Path(checkpoint_dir) / "pointer.json").read_text())["folder"]
-        self.pointer = Path(folder) if folder else None
+        self.pointer = Place(folder) if folder else None
 
     def leave(self) -> None:
         if self.life is not None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from methods.parts.distributed import all_gather_rows, all_reduce_sum, rank, world_size
 from methods.parts.errors import ConfigError
 
-PIECE = 1 << 24  # rows of a piece of a checkpoint
+PIECE_BYTES = 1 << 26  # of a piece of a checkpoint: 16 million labels
 
 
 class IdTable:
@@ -75,17 +77,33 @@ class IdTable:
         self.rows.fill_(value)
 
     def pieces(self) -> list[Tensor]:
-        """The whole table on the CPU, `PIECE` rows at a time."""
-        return [self._piece(start, min(start + PIECE, self.num_images)).cpu() for start in range(0, max(1, self.num_images), PIECE)]
+        """Return copies of all rows on the CPU, at most `PIECE_BYTES` each, on rank 0; other ranks send their rows and get none.
 
-    def _piece(self, start: int, stop: int) -> Tensor:
+        Rank 0 receives the rows of one worker and one piece at a time. Where tables are whole on every worker, nothing is sent.
+        """
+        step = max(1, PIECE_BYTES // (self.rows[:0].element_size() * math.prod(self.shape)))
+        starts = range(0, max(1, self.num_images), step)
+        gathered = (self._piece(start, min(start + step, self.num_images)) for start in starts)
+        return [piece for piece in gathered if piece is not None]
+
+    def _piece(self, start: int, stop: int) -> Tensor | None:
         if not self.sharded or world_size() == 1:
-            return self.rows[start:stop]
-        piece = self.rows.new_zeros((stop - start, *self.rows.shape[1:]))
-        low, high = max(start, self.first), min(stop, self.stop)
-        if low < high:
-            piece[low - start : high - start] = self.rows[low - self.first : high - self.first]
-        return all_reduce_sum(piece)
+            return self.rows[start:stop].to("cpu", copy=True) if rank() == 0 else None
+        piece = torch.empty((stop - start, *self.shape), dtype=self.dtype) if rank() == 0 else None
+        for owner in range(world_size()):
+            first, end = range_of(owner, self.num_images)
+            low, high = max(start, first), min(stop, end)
+            if low >= high:
+                continue
+            if piece is not None:
+                part = piece[low - start : high - start]
+                if owner == 0:
+                    part.copy_(self.rows[low:high])
+                else:
+                    dist.recv(part, src=owner)
+            elif owner == rank():
+                dist.send(self.rows[low - first : high - first].to("cpu").contiguous(), dst=0)
+        return piece
 
     def load(self, pieces: list[Tensor]) -> None:
         """The inverse of `pieces`, for any number of workers.
@@ -106,7 +124,12 @@ class IdTable:
 
 def own_range(num_images: int) -> tuple[int, int]:
     """This worker's first id, and the next worker's."""
-    return rank() * num_images // world_size(), (rank() + 1) * num_images // world_size()
+    return range_of(rank(), num_images)
+
+
+def range_of(owner: int, num_images: int) -> tuple[int, int]:
+    """The first id of a worker, and of the next one."""
+    return owner * num_images // world_size(), (owner + 1) * num_images // world_size()
 
 
 def first_of_each(ids: Tensor) -> Tensor:

@@ -6,16 +6,16 @@ with a manifest: file systems and threads are made once per process, when they a
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from methods.parts.errors import ConfigError
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SCHEMES = ("s3", "gs", "hf")
 THREADS = 16  # requests each process has under way; an answer takes 20 to 100 ms, whatever its size
-OPEN_ATTEMPTS, READ_ATTEMPTS = 3, 10  # a wrong address is said within seconds; a long run rides out a busy store
+OPEN_ATTEMPTS, READ_ATTEMPTS, WRITE_ATTEMPTS = 3, 10, 10  # a wrong address is said within seconds; a long run rides out a busy store
 OPEN_HANDLES = 64  # objects each process keeps open, so that their size is asked once
 MERGE_GAP, MERGE_MOST = 64 * 2**10, 16 * 2**20  # bytes: parts of one file this near are read at once, up to this length
 
@@ -208,17 +208,55 @@ def open_file(path: str, attempts: int | None = None) -> pa.NativeFile:
     return system.open_input_file(key)
 
 
+def open_stream(path: str) -> IO[bytes] | pa.NativeFile:
+    """A file to read once, from its beginning."""
+    if not is_remote(path):
+        return open(path, "rb")
+    system, key = _at(path, READ_ATTEMPTS)
+    return system.open_input_stream(key)
+
+
+# ---------------------------------------------------------------------------- writing
+
+
+def open_output(path: str) -> pa.NativeFile:
+    """A new object; it exists when the stream is closed."""
+    system, key = _at(path, WRITE_ATTEMPTS)
+    return system.open_output_stream(key)
+
+
 def write(path: str, data: bytes) -> None:
     """Write a whole object; a reader sees the old one or the new one."""
-    system, key = _at(path, OPEN_ATTEMPTS)
-    with system.open_output_stream(key) as out:
+    with open_output(path) as out:
         out.write(data)
 
 
+def copy(source: str, destination: str) -> None:
+    """Copy a file, or everything below a folder, between disk and store."""
+    from pyarrow import fs
+
+    (system, path), (other, target) = (
+        _at(place, WRITE_ATTEMPTS) if is_remote(place) else (fs.LocalFileSystem(), place) for place in (source, destination)
+    )
+    fs.copy_files(path, target, source_filesystem=system, destination_filesystem=other)
+
+
+def folders(folder: str) -> list[str]:
+    """The names of the folders directly in one, sorted; none if it does not exist."""
+    if not is_remote(folder):
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if os.path.isdir(folder) else []
+    from pyarrow.fs import FileSelector, FileType
+
+    system, key = _at(folder, OPEN_ATTEMPTS)
+    found = system.get_file_info(FileSelector(key, allow_not_found=True))
+    return sorted(info.base_name for info in found if info.type == FileType.Directory)
+
+
 def remove_tree(path: str) -> None:
-    """Remove every object below a path."""
+    """Remove every object below a path; none is no error."""
     system, key = _at(path, OPEN_ATTEMPTS)
-    system.delete_dir(key)
+    with contextlib.suppress(FileNotFoundError):
+        system.delete_dir(key)
 
 
 def _read_local(part: Part) -> bytes:
@@ -339,7 +377,7 @@ def short(error: Exception) -> str:
     return re.sub(r"\s*\(Request ID[^)]*\)", "", words)[:200]
 
 
-@contextmanager
+@contextlib.contextmanager
 def explained(path: str, key: str = "data.path") -> Iterator[None]:
     """Turn whatever an object store answers into one sentence with a remedy; local errors pass.
 

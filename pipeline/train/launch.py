@@ -122,7 +122,7 @@ def _begin(ready: Prepared, *, runs_dir: Path, run: str | None, console: Console
     write_atomic(folder.path / "config.yaml", to_yaml(ready.config).encode())
     folder.update(recipe=ready.config.recipe, fingerprint=ready.manifest.fingerprint, total_steps=ready.resolved.facts.total_steps, step=0)
     with folder.working():
-        checkpoint.send(folder.path, 0)
+        mirror.push(folder.path)
         return _run(ready, folder, console, state)
 
 

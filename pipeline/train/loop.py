@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class Position:
     step: int = 0  # completed optimizer steps
     best_knn: float = -1.0  # or the best `score`, where one is measured
     best_step: int = -1
-    bad: dict[int, str] = field(default_factory=dict)  # id of every image that could not be decoded -> reason
+    bad: dict[int, tuple[str, str]] = field(default_factory=dict)  # id of every image that could not be decoded -> path, reason
 
 
 @dataclass
@@ -71,12 +72,12 @@ class Trainer:
     stop: Callable[[], bool] = lambda: False
     ask_every: int = 1
     position: Position = field(default_factory=Position)
-    saved_step: int | None = None
+    saved_step: int | None = None  # the same on every rank; whole once `writer.wait` has returned
     last_knn: float | None = None
-    uploads: checkpoint.Uploads = field(default_factory=checkpoint.Uploads)
     measured: Mapping[str, float] = field(default_factory=dict)  # last
 
     def __post_init__(self) -> None:
+        self.writer = checkpoint.CheckpointWriter(self.folder.checkpoints, self.config.train.keep_every)
         self.forward: nn.Module = self.method
         if world_size() > 1 and not self.config.train.deterministic:
             devices = None if self.device.type == "cpu" else [self.device]
@@ -88,8 +89,11 @@ class Trainer:
         Raises:
             TrainingStopped, checkpoint.DiskFull: as in `stretches`.
         """
-        for _ in self.stretches(batches):
-            pass
+        try:
+            for _ in self.stretches(batches):
+                pass
+        finally:
+            self.writer.wait()  # also before an error that tells of a good checkpoint
 
     def stretches(self, batches: Iterator[Batch]) -> Iterator[Mapping[str, float]]:
         """Train as `run` does, and pause wherever something is measured, with what was found; before the first step too.
@@ -264,7 +268,10 @@ class Trainer:
             self.display.say(f"[yellow]warning:[/yellow] {warning}")
 
     def state(self) -> checkpoint.State:
-        """The whole state of the run, free of clocks and machine names. All workers ask together."""
+        """Return the whole state of the run, free of clocks and machine names; tables by image id on rank 0 only.
+
+        Tensors are those of the next step, which changes them; tables are copies. All workers ask together.
+        """
         return {
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -284,28 +291,34 @@ class Trainer:
         self.saved_step = self.position.step or None
 
     def save(self, best: bool = False) -> None:
+        """Begin to write a checkpoint, unless this step has one; `writer.wait` tells when it is whole. All workers call together.
+
+        Raises:
+            checkpoint.DiskFull: the earlier checkpoint could not be written.
+        """
         step = self.position.step
         if step == self.saved_step and not best:
             return
         state = self.state()
         if rank() == 0:
-            self.uploads.wait()  # what is being sent must not be pruned
-            checkpoint.save(self.folder.checkpoints, state, step=step, best=best, keep_every=self.config.train.keep_every)
-            self.folder.keep(step=step, total_steps=self.resolved.facts.total_steps)
-            self.uploads.begin(self.folder.path, step, self.config.train.keep_every)
+            note = partial(self.folder.saved, step=step, total_steps=self.resolved.facts.total_steps, bad_images=self.bad_list())
+            self.writer.save(state, step=step, best=best, then=note)
         self.saved_step = step
 
+    def bad_list(self) -> bytes:
+        """Return a line of JSON for every image that could not be decoded."""
+        return "".join(json.dumps(vars(BadSlot(i, *why))) + "\n" for i, why in self.position.bad.items()).encode()
+
     def note_bad(self, slots: Iterable[BadSlot]) -> None:
-        """List images that could not be decoded; stop when there are too many."""
+        """Count images that could not be decoded; stop when there are too many. The next checkpoint lists them in the run's folder."""
         new = [slot for slot in slots if slot.id not in self.position.bad]
         if not new:
             return
-        self.position.bad |= {slot.id: slot.reason for slot in new}
-        if rank() == 0:
-            with open(self.folder.bad_images, "a") as file:
-                file.writelines(json.dumps(vars(slot)) + "\n" for slot in new)
+        self.position.bad |= {slot.id: (slot.path, slot.reason) for slot in new}
         count, images = len(self.position.bad), self.images
         if count > self.config.data.max_bad_fraction * images:
+            if rank() == 0:
+                self.folder.bad_images.write(self.bad_list())
             raise TrainingStopped(
                 f"{count} of {images} images cannot be decoded, more than data.max_bad_fraction={self.config.data.max_bad_fraction:g} "
                 f"allows (first: {new[0].path}: {new[0].reason}); they are listed in {self.folder.bad_images}. "

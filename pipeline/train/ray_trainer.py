@@ -15,10 +15,10 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from methods.parts.errors import ConfigError
+from pipeline import mirror
 from pipeline.ingest.ray_data import joins_cluster
 from pipeline.runs import RunFolder
 from pipeline.train import checkpoint
@@ -30,6 +30,7 @@ from pipeline.train.reporting import RemoteReporter, deliver, open_channel
 from pipeline.train.work import Evaluation, TrainResult, evaluate_checkpoint, train
 
 POLL_S = 0.25  # between two looks of the driver at its workers
+PUSH_S = 10.0  # between two copies of the metrics to an object store
 
 
 class WorkersLost(RuntimeError):
@@ -61,7 +62,7 @@ def train_with_workers(
     import ray
 
     config = ready.config.train
-    settings = {"prepared": [ray.put((ready, state))], "run": str(folder.path)}
+    settings = {"prepared": [ray.put((ready, state))], "run": folder.shared.uri}
     failures: Counter[int] = Counter()  # of attempts, by the step from which they began
     leaving: set[str] = set()  # ids of nodes that are being taken away
     while True:
@@ -90,6 +91,9 @@ def train_with_workers(
                 raise TrainingStopped(f"{loss}, {failures[start]} times without a checkpoint after step {start}") from loss
             screen.say(f"[yellow]warning:[/yellow] {loss}; going on from the last checkpoint")
             continue
+        finally:
+            _push_metrics(folder)
+            mirror.pull(folder.path)  # what rank 0 has written to an object store
         if not result.preempted:
             return result
         leaving |= set(result.preempted)
@@ -150,7 +154,7 @@ def run_workers(
             errors.append(error)
 
     thread = threading.Thread(target=fit, name="fit", daemon=True)
-    heard = time.monotonic()
+    heard = pushed = time.monotonic()
     try:
         thread.start()
         while thread.is_alive():
@@ -160,6 +164,9 @@ def run_workers(
             if messages:
                 heard = time.monotonic()
                 on_message()
+            if time.monotonic() - pushed > PUSH_S:
+                pushed = time.monotonic()
+                _push_metrics(folder)
             _check_progress(time.monotonic() - heard, timeout_s)
     finally:
         ray.kill(channel)  # workers that still run see it and exit
@@ -168,6 +175,12 @@ def run_workers(
     if errors:
         raise failure_of(errors[0]) from errors[0]
     return results[0]
+
+
+def _push_metrics(folder: RunFolder) -> None:
+    with contextlib.suppress(ConfigError):  # a store that does not answer stops the run at its next checkpoint
+        if folder.metrics.exists():
+            mirror.push(folder.path, only=folder.metrics.name)
 
 
 def _check_progress(silence_s: float, limit_s: float) -> None:
@@ -226,7 +239,7 @@ def worker_main(settings: dict[str, Any]) -> TrainResult:
     raise_priority()
     context = get_context()
     ready, state = ray.get(settings["prepared"][0])
-    config, folder = ready.config.train, RunFolder(Path(settings["run"]))
+    config, folder = ready.config.train, RunFolder(settings["run"])
     preempted: list[str] = []
     reporter = RemoteReporter(
         settings["channel"],
@@ -288,7 +301,7 @@ def evaluate_in_task(ready: Prepared, folder: RunFolder, *, stop: Callable[[], b
     task = ray.remote(evaluate_checkpoint).options(
         num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), max_retries=ready.config.train.max_restarts
     )
-    found = task.remote(ready, str(folder.path))
+    found = task.remote(ready, folder.shared.uri)
     while not ray.wait([found], timeout=POLL_S)[0]:
         if stop():
             ray.cancel(found, force=True)
@@ -297,4 +310,5 @@ def evaluate_in_task(ready: Prepared, folder: RunFolder, *, stop: Callable[[], b
         evaluation: Evaluation = ray.get(found)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
+    mirror.pull(folder.path)
     return evaluation

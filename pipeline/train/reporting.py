@@ -83,7 +83,7 @@ class RemoteReporter:
         if self.rank > 0:
             return
         line = encode(step, metrics)
-        if self.folder.remote:
+        if self.folder.place.is_remote:
             self._post("point", line=line)
         else:
             with contextlib.suppress(OSError):  # a full disk stops the run at its next checkpoint, with a clear message

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Generator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,17 +14,18 @@ from methods.parts.contract import find
 from methods.parts.distributed import rank, world_size
 from methods.parts.norms import synchronized
 from methods.parts.vit import compile_blocks
-from pipeline import registry
+from pipeline import mirror, registry
 from pipeline.evaluate.online import Online
 from pipeline.evaluate.protocols import Scores, final_scores
 from pipeline.gallery import run_figures
 from pipeline.ingest.stream import Batch
 from pipeline.machine import choose_device, keep_freed_memory, memory_advice, set_precision, set_threads
-from pipeline.runs import RunFolder, write_atomic, write_json
+from pipeline.place import Place
+from pipeline.runs import RunFolder, write_json
 from pipeline.train import checkpoint
 from pipeline.train.display import Screen
 from pipeline.train.guards import TrainingStopped
-from pipeline.train.loop import Position, Report, Trainer, restore_method
+from pipeline.train.loop import Report, Trainer, restore_method
 from pipeline.train.optim import build_optimizer
 from pipeline.train.prepare import Prepared, untrained
 
@@ -80,11 +79,6 @@ def train(
             trainer.run(stream)
     except torch.OutOfMemoryError as error:
         raise TrainingStopped(memory_advice(error, ready.config)) from error
-    except BaseException:
-        with contextlib.suppress(checkpoint.DiskFull):
-            trainer.uploads.wait()  # the checkpoint that the message speaks of
-        raise
-    trainer.uploads.wait()
     return TrainResult(trainer.position.step, trainer.position.step >= ready.resolved.facts.total_steps)
 
 
@@ -99,7 +93,7 @@ def build_trainer(
     ask_every: int = 1,
     device: torch.device | None = None,
     local_workers: int = 1,
-    pointer: Path | None = None,
+    pointer: Place | None = None,
     kept: dict[Any, Any] | None = None,
 ) -> Trainer:
     """Return a trainer at the step from which the run goes on.
@@ -152,8 +146,6 @@ def build_trainer(
         if own is None or pointer is not None:  # a continued run owns its beginning, and so does one that takes over another's state
             trainer.saved_step = None
             trainer.save()
-    if rank() == 0:
-        keep_listed_bad(folder, trainer.position)
     return trainer
 
 
@@ -178,13 +170,15 @@ def evaluate_and_export(ready: Prepared, folder: RunFolder, *, kept: dict[Any, A
     clusters = Online(config, ready.manifest, device, precision, kept=kept).clusters(method) if method.has_clusters else None
     pictures = run_figures(ready, folder, backbone, scores, clusters, device)
     export_backbone(ready, folder, scores.tags())
-    checkpoint.send(folder.path, ready.resolved.facts.total_steps, config.train.keep_every)
+    mirror.push(folder.path)
     return Evaluation(scores, [picture.name for picture in pictures])
 
 
 def evaluate_checkpoint(ready: Prepared, run: str) -> Evaluation:
-    """The same in another process than that of training: from the last checkpoint."""
-    folder = RunFolder(Path(run))
+    """The same in another process than that of training: from the last checkpoint of the folder or URI `run`."""
+    runs_dir, _, name = run.rpartition("/")
+    folder = RunFolder(mirror.local_copy(runs_dir) / name)
+    mirror.pull(folder.path)
     set_threads(ready.config, None)
     load_method(ready, folder)
     return evaluate_and_export(ready, folder)
@@ -213,10 +207,3 @@ def export_backbone(ready: Prepared, folder: RunFolder, tags: Mapping[str, str] 
     registry.export(
         backbone, config.backbone, folder.model, size=config.evaluation_size, mean=config.data.mean, std=config.data.std, facts=facts
     )
-
-
-def keep_listed_bad(folder: RunFolder, position: Position) -> None:
-    """After a restart the list of bad images holds just those of the checkpoint; later ones are found again."""
-    if folder.bad_images.exists():
-        lines = [line for line in folder.bad_images.read_text().splitlines() if json.loads(line)["id"] in position.bad]
-        write_atomic(folder.bad_images, "".join(line + "\n" for line in lines).encode())
