@@ -30,8 +30,9 @@ def local_copy(runs_dir: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ".remote").write_text(uri)
     with files.explained(uri, "runs_dir"):
+        listed = files.tree(uri, missing_ok=True)  # first: says within seconds what cannot be reached
         files.write(files.join(uri, ".manyviews"), b"run folders of Manyviews\n")  # says now what may not be written
-        _fetch(uri, folder, [file.name for file in files.tree(uri) if file.name.partition("/")[2] == "run.json"])
+        _fetch(uri, folder, [file.name for file in listed if file.name.partition("/")[2] == "run.json"])
     return folder
 
 

@@ -204,7 +204,7 @@ def load(folder: Place) -> State:
     One in an object store is copied to a temporary folder, which is gone from the disk when nothing of it is mapped any more.
 
     Raises:
-        ConfigError: the file is not readable as a checkpoint.
+        ConfigError: the file is not readable as a checkpoint, or the store does not answer.
     """
     import torch
 
@@ -212,13 +212,16 @@ def load(folder: Place) -> State:
         with tempfile.TemporaryDirectory(prefix="manyviews-") as scratch:
             path = scratch if folder.is_remote else folder.uri
             if folder.is_remote:
-                files.copy(folder.uri, scratch)
+                with files.explained(folder.uri, "checkpoint"):
+                    files.copy(folder.uri, scratch)
             state: State = torch.load(Path(path, STATE), map_location="cpu", weights_only=True)
             counts = state.get("id_tables", {}).items()
             state["id_tables"] = {
                 name: [torch.load(Path(path, f"{name}-{i}.pt"), map_location="cpu", weights_only=True, mmap=True) for i in range(count)]
                 for name, count in counts
             }
+    except ConfigError:  # the store does not answer
+        raise
     except Exception as error:
         raise ConfigError(f"checkpoint={folder}: cannot be read ({error}); remove it to go on from an older one") from None
     return state

@@ -299,6 +299,7 @@ class Trainer:
         step = self.position.step
         if step == self.saved_step and not best:
             return
+        self.writer.wait()  # before the tables are gathered: memory holds one copy of the state
         state = self.state()
         if rank() == 0:
             note = partial(self.folder.saved, step=step, total_steps=self.resolved.facts.total_steps, bad_images=self.bad_list())
