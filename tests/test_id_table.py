@@ -14,7 +14,7 @@ import torch.distributed as dist
 from methods.parts import id_table
 from methods.parts.distributed import all_gather_objects, all_gather_rows
 from methods.parts.errors import ConfigError
-from methods.parts.id_table import IdTable, first_of_each
+from methods.parts.id_table import IdTable, first_places
 from pipeline.place import Place
 from pipeline.train import checkpoint
 from tests.parity.common import in_processes
@@ -133,5 +133,7 @@ def test_a_checkpoint_holds_tables_in_pieces_of_their_own_size(tmp_path: Path, m
 
 def test_a_repeated_image_counts_where_it_comes_first() -> None:
     ids = torch.tensor([5, 3, 5, 9, 3, 0, 5])
-    assert first_of_each(ids).tolist() == [0, 1, 3, 5]
-    assert first_of_each(torch.arange(4)).tolist() == [0, 1, 2, 3]
+    assert first_places(ids).tolist() == [0, 1, 0, 3, 1, 5, 0]
+    assert first_places(torch.arange(4)).tolist() == [0, 1, 2, 3]
+    many = torch.randint(50, (400,), generator=torch.Generator().manual_seed(0))
+    assert first_places(many).tolist() == [many.tolist().index(i) for i in many.tolist()]
