@@ -58,7 +58,7 @@ def work(
     """
     trainer, online = assemble(ready, folder, state, screen=screen, report=report, stop=stop, device=device, local_workers=local_workers)
     try:
-        with contextlib.closing(batches(ready, trainer.position.step, tasks)) as stream:
+        with contextlib.closing(batches(ready, trainer.position.step, tasks, trainer.device)) as stream:
             trainer.run(stream)
     except BaseException:
         with contextlib.suppress(checkpoint.DiskFull):
@@ -146,9 +146,15 @@ def assemble(
     return trainer, online
 
 
-def batches(ready: Prepared, start: int, tasks: int | None = None) -> Generator[Batch]:
+def batches(ready: Prepared, start: int, tasks: int | None = None, device: torch.device | None = None) -> Generator[Batch]:
     """This worker's batches from completed step `start` on."""
-    return ready.stream.batches(start, rank=rank(), world_size=world_size(), tasks=tasks)
+    micro_batches = ready.config.train.accumulation_steps
+    place: dict[str, Any] = {"rank": rank(), "world_size": world_size()}
+    if world_size() > 1:
+        from ray.train.collective import broadcast_from_rank_zero
+
+        place["share"] = broadcast_from_rank_zero
+    return ready.stream.batches(start, tasks=tasks, micro_batches=micro_batches, device=device, **place)
 
 
 def evaluated(
