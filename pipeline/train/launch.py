@@ -21,7 +21,7 @@ from pipeline import mirror, registry
 from pipeline.cluster import placement_advice
 from pipeline.config import RunConfig, flatten, from_yaml, to_yaml
 from pipeline.evaluate.protocols import Scores
-from pipeline.ingest.ray_data import start_ray
+from pipeline.ingest.ray_data import default_tasks, start_ray
 from pipeline.machine import choose_device
 from pipeline.runs import RunFolder, create_run, write_atomic
 from pipeline.tracking import EndStatus, Tracker
@@ -185,7 +185,7 @@ def _train_and_evaluate(
         if ready.config.train.worker_range[1]:
             result = train_with_workers(ready, folder, state, screen=display, stop=stop, on_message=tracker.wake, on_attempt=tracker.rewind)
         else:
-            result = train(ready, folder, state, screen=display, report=tracker.log, stop=stop, kept=kept)
+            result = train(ready, folder, state, screen=display, report=tracker.log, stop=stop, tasks=default_tasks(), kept=kept)
         if not result.complete:
             return result.step, None
         display.say("evaluating ...")

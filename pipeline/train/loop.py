@@ -5,7 +5,6 @@ kNN, and never asks which method it runs.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -172,7 +171,7 @@ class Trainer:
         learns = self.method.learns(progress)
         forward = self.forward if learns else self.method  # DDP waits for a backward pass after each of its forwards
         micro_outputs: list[StepOutput] = []
-        for i, part in enumerate(micro_batches(batch, config.accumulation_steps)):
+        for i, part in enumerate(batch.split(config.accumulation_steps)):
             progress = self.seeded(progress, i)
             views = finish_views(part, self.config.views, self.config.data.mean, self.config.data.std, self.device)
             with self.gradients_stay(unless=i == config.accumulation_steps - 1):
@@ -355,22 +354,6 @@ def mean_over_workers(values: list[float]) -> list[float]:
         return values
     mean: list[float] = (all_reduce_sum(torch.tensor(values, dtype=torch.float64)) / world_size()).tolist()
     return mean
-
-
-def micro_batches(batch: Batch, count: int) -> list[Batch]:
-    """A batch in `count` equal parts; part i holds every `count`-th image from i on, so each lane gives to each part."""
-    if count == 1:
-        return [batch]
-    return [
-        dataclasses.replace(
-            batch,
-            crops={name: crops[i::count] for name, crops in batch.crops.items()},
-            tables={name: table[i::count] for name, table in batch.tables.items()},
-            ids=batch.ids[i::count],
-            labels=batch.labels[i::count],
-        )
-        for i in range(count)
-    ]
 
 
 def merge_outputs(parts: list[StepOutput]) -> StepOutput:

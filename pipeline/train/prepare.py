@@ -66,6 +66,7 @@ def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = 
         facts.total_steps,
         earlier=config.train.first_epoch * facts.steps_per_epoch,
         finish=(data.mean, data.std) if data.finish == "tasks" else None,
+        buffer_bytes=data.buffer_bytes,
     )
     return Prepared(config, stream, resolved, build_method(config, facts, start_from))
 

@@ -8,7 +8,6 @@ on as many workers as fit then.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import threading
 import time
@@ -19,7 +18,7 @@ from typing import Any
 
 from methods.parts.errors import ConfigError
 from pipeline import mirror
-from pipeline.ingest.ray_data import joins_cluster
+from pipeline.ingest.ray_data import joins_cluster, raise_priority
 from pipeline.runs import RunFolder
 from pipeline.train import checkpoint
 from pipeline.train.display import Screen
@@ -274,16 +273,6 @@ def worker_main(settings: dict[str, Any]) -> TrainResult:
     if result.complete or reporter.stopping.is_set():
         return result
     return TrainResult(result.step, complete=False, preempted=tuple(preempted))
-
-
-def raise_priority() -> None:
-    """Give all threads of this process the usual niceness, where that is allowed.
-
-    Ray starts workers at 15, trainers and tasks alike, and a trainer that waits for its turn keeps all others waiting.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # not allowed, or not Linux
-        for thread in os.listdir("/proc/self/task"):
-            os.setpriority(os.PRIO_PROCESS, int(thread), 0)
 
 
 # ---------------------------------------------------------------------------- after training

@@ -153,7 +153,15 @@ def batches(
     ready: Prepared, trainer: Trainer, tasks: int | None = None, share: Callable[[Any], Any] = lambda value: value
 ) -> Generator[Batch]:
     """This worker's batches from the trainer's step on."""
-    return ready.stream.batches(trainer.position.step, rank=rank(), world_size=world_size(), tasks=tasks)
+    return ready.stream.batches(
+        trainer.position.step,
+        rank=rank(),
+        world_size=world_size(),
+        tasks=tasks,
+        share=share,
+        micro_batches=ready.config.train.accumulation_steps,
+        device=trainer.device,
+    )
 
 
 # ---------------------------------------------------------------------------- after training
