@@ -19,9 +19,11 @@ def random_words(ids: Tensor, crops: int, columns: int, seed: int) -> Tensor:
         ids: image ids, `(B,)` int64.
         seed: in [0, 2^62).
     """
-    rows = _mix((ids ^ (ids >> 32)) + (seed & WORD))  # (B,)
-    columns_of = torch.arange(crops * columns, device=ids.device).view(crops, 1, columns) * STRIDE + (seed >> 32)
-    return _mix(rows[:, None] + columns_of).flatten(0, 1)
+    low, high = seed & WORD, seed >> 32
+    rows = _mix((ids ^ (ids >> 32)) + low)  # (B,)
+    places = torch.arange(crops * columns, device=ids.device).view(crops, 1, columns) * STRIDE
+    # the low word again: id 4 of seed 5 and id 5 of seed 4 must not have the same words
+    return _mix(rows[:, None] + places + (low * 0x85EBCA6B + high) % 2**32).flatten(0, 1)
 
 
 def draw_seed(generator: torch.Generator | None) -> int:
