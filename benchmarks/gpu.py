@@ -1,188 +1,293 @@
-"""What a GPU does for a run: pinned copies, views finished on the device, precisions, compiled steps, and NCCL between GPUs.
+"""What a GPU makes of five recipes: images/s of the loader and of the step, waits for data, launches, memory, bf16 against float32.
 
-Every figure stands beside its anchor from the same process. Without a GPU it says so and ends; `--device cpu` runs the
-same code there (two gloo processes), which checks it and measures nothing of use.
+`make gpu` runs it after `tests/gpu`. It makes its own JPEGs, prints a table and writes it with the hardware to a JSON file.
+Without a GPU it says so and ends; `--device cpu --tiny` runs the same code there in a minute, which checks it and measures
+nothing of use.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import inspect
+import json
 import os
-import socket
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch import nn
+from PIL import Image
+from torch.profiler import ProfilerActivity, profile
 
-from methods.parts.contract import Progress
-from methods.parts.distributed import all_gather_rows, average_gradients
-from methods.parts.norms import SyncBatchNorm
 from methods.parts.views import ViewsConfig
-from pipeline.config import RunConfig, override, resolve
+from pipeline.config import RunConfig, override
 from pipeline.ingest.crops import draw_views
 from pipeline.ingest.photometric import finish_views
-from pipeline.ingest.stream import Batch
-from pipeline.settings import configured
-from pipeline.train.prepare import build_method
+from pipeline.ingest.stream import Batch, Stream, start_ray
+from pipeline.machine import available_cores, memory_advice, set_precision
+from pipeline.recipes import load_recipe
+from pipeline.runs import create_run
+from pipeline.train.loop import Trainer
+from pipeline.train.optim import build_optimizer
+from pipeline.train.prepare import prepare
+
+RECIPES = {  # images of one GPU; the recipe of the same method that stands in with --tiny
+    "swav-imagenet": (64, "swav-small"),
+    "dino-vits16": (64, "dino-small"),
+    "moco-v2": (128, "moco-v2-small"),
+    "mae-vitb16": (256, "mae-small"),
+    "simclr": (128, "simclr-small"),
+}
+PRECISIONS = ("bf16", "float32")
+SIDES, DISTINCT = (500, 375), 128  # of a JPEG, pixels; how many are made: the other names are links to them
+COLUMNS = {
+    "recipe": "recipe",
+    "images": "images",
+    "loader": "loader, images/s",
+    "step": "step, images/s",
+    "fed": "both, images/s",
+    "wait_ms": "waits, ms a step",
+    "launches": "launches",
+    "colour_launches": "of colour",
+    "memory_gib": "peak, GiB",
+    "float32_step": "float32, images/s",
+    "bf16_gain": "bf16 / float32",
+    "float32_memory_gib": "float32 peak, GiB",
+}
 
 
-def seconds(call: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
-    """Median wall time of a call, the device's work included."""
-    times = []
-    for _ in range(repeats + 2):
-        begin = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return float(np.median(times[2:]))
+class Quiet:
+    """A screen that shows nothing."""
+
+    images_per_s = 0.0
+
+    def update(self, step: int, **values: float | None) -> None: ...
+
+    def say(self, text: str) -> None: ...
 
 
-def random_batch(views: ViewsConfig, images: int, pinned: bool) -> Batch:
-    """A batch of noise with real tables."""
-    sizes = np.full(images, 400)
-    tables = draw_views(0, 0, np.arange(images), sizes, sizes, views)
-    crops = {name: torch.randint(0, 256, (images, g.count, g.size, g.size, 3), dtype=torch.uint8) for name, g in views.items() if g.count}
-    if pinned:
-        crops = {name: stack.pin_memory() for name, stack in crops.items()}
-    ids = torch.arange(images)
-    return Batch(crops=crops, tables=tables, ids=ids, labels=torch.full((images,), -1), epoch=0, step=0, bad=[])
+# ---------------------------------------------------------------------------- what is measured
 
 
-def transfer(batch: Batch, pinned: Batch, device: torch.device) -> None:
-    """Copies of a batch of uint8 crops to the device."""
-    size = sum(stack.numel() for stack in batch.crops.values()) / 1e9
-    for name, one in (("pageable", batch), ("pinned", pinned)):
-        rate = size / seconds(lambda one=one: [s.to(device, non_blocking=True) for s in one.crops.values()], device)  # type: ignore[misc]
-        print(f"copy of a batch, {name} memory: {rate:.1f} GB/s", flush=True)
+def make_images(folder: Path, count: int, sides: tuple[int, int]) -> None:
+    """Write JPEGs of clouds with some noise: about 110 KB each at 500 x 375, as in ImageNet."""
+    folder.mkdir(parents=True)
+    width, height = sides
+    for i in range(min(count, DISTINCT)):
+        rng = np.random.default_rng(i)
+        clouds = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize(sides, Image.Resampling.BICUBIC)
+        pixels = np.asarray(clouds, np.float32) + rng.normal(0, 12, (height, width, 1))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:06d}.jpg", quality=90)
+    for i in range(DISTINCT, count):
+        os.link(folder / f"{i % DISTINCT:06d}.jpg", folder / f"{i:06d}.jpg")
 
 
-def colour(config: RunConfig, batch: Batch, device: torch.device) -> None:
-    """The same views finished on the CPU and on the device."""
-    data, images = config.data, len(batch.ids)
+def configured(recipe: str, images: int, folder: Path, lanes: int = 8) -> RunConfig:
+    """The recipe as one of its GPUs sees it: its network and views, `images` of its global batch."""
+    changes: dict[str, Any] = {"data.path": str(folder), "data.held_out": 0.0, "data.lanes": lanes, "train.epochs": 10_000}
+    changes |= {"train.global_batch_size": images, "train.accumulation_steps": 1, "train.workers": 0}
+    return override(load_recipe(recipe), changes)
 
-    def finish(where: torch.device, some: Batch) -> dict[str, torch.Tensor]:
-        return finish_views(some, config.views, data.mean, data.std, where).stacks
 
-    few = random_batch(config.views, 16, pinned=False)
-    host, there = finish(torch.device("cpu"), few), finish(device, few)
-    # a pixel within rounding of the solarisation's threshold may fall on either side, so one in a million may differ
-    gap = max(float(torch.quantile((host[n] - there[n].cpu()).abs().flatten()[: 2**23], 1 - 1e-6)) for n in host) * min(data.std)
-    cpu_rate = 16 / seconds(lambda: finish(torch.device("cpu"), few), torch.device("cpu"), 3)
-    rate = images / seconds(lambda: finish(device, batch), device)
-    print(
-        f"views finished: {rate:,.0f} images/s on {device.type}, {cpu_rate:,.0f} on one CPU core; largest difference {gap:.1e}", flush=True
+def build(config: RunConfig, folder: Path, device: torch.device) -> tuple[Trainer, Stream]:
+    """A run's trainer on a device, without anything that measures or reports, and its stream."""
+    set_precision(device)
+    ready = prepare(config)
+    method = ready.method.to(device)
+    trainer = Trainer(
+        config=ready.config,
+        resolved=ready.resolved,
+        method=method,
+        optimizer=build_optimizer(config.optim, method.param_groups()),
+        folder=create_run(folder, None, "gpu"),
+        device=device,
+        precision=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
+        display=Quiet(),
+        report=lambda step, metrics: None,
+        images=len(ready.manifest),
     )
+    method.train()
+    return trainer, ready.stream
 
 
-def steps(config: RunConfig, batch: Batch, device: torch.device, compiled: bool) -> None:
-    """Whole training steps without the optimizer, in every precision."""
-    facts = resolve(config, 10**7).facts
-    images = len(batch.ids)
-    views = finish_views(batch, config.views, config.data.mean, config.data.std, device)
-    progress = Progress(step=0, total_steps=facts.total_steps, steps_per_epoch=facts.steps_per_epoch)
-    anchor = None
-    kinds = [("float32", torch.float32, False, False), ("tf32", torch.float32, True, False), ("bf16", torch.bfloat16, True, False)]
-    for name, dtype, tf32, compile_it in [*kinds, *([("bf16, compiled", torch.bfloat16, True, True)] if compiled else [])]:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-        method = build_method(config, facts).to(device).train()
-        forward = torch.compile(method) if compile_it else method
-
-        def step(method: nn.Module = method, forward: Callable[..., object] = forward, dtype: torch.dtype = dtype) -> float:
-            method.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
-                output = forward(views, progress, method.draw_masks(views, progress))
-            output.loss.backward()  # type: ignore[attr-defined]
-            return float(output.loss.detach())  # type: ignore[attr-defined]
-
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        loss = step()
-        rate = images / seconds(step, device)
-        anchor = anchor or rate
-        memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
-        print(f"step in {name}: {rate:,.0f} images/s ({rate / anchor:.2f} of float32{memory}), first loss {loss:.5f}", flush=True)
+def batches(stream: Stream, device: torch.device) -> Iterator[Batch]:
+    """The stream's batches, on the device as far as the stream itself brings them there."""
+    brings = "device" in inspect.signature(stream.batches).parameters
+    return stream.batches(**({"device": device} if brings else {}))
 
 
-def group(rank: int, world: int, port: int, device_type: str) -> None:
-    """One process of a group: reductions, synchronised batch norm and DDP beside what one process makes of all rows."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
+def random_batch(views: ViewsConfig, images: int, device: torch.device, step: int = 0, of: int = 2**31) -> Batch:
+    """A batch of noise with real tables, on the device; its ids go round `of` images."""
+    ids, sizes = (step * images + np.arange(images)) % of, np.full(images, 400)
+    noise = torch.Generator().manual_seed(step)
+    shapes = {name: (images, group.count, group.size, group.size, 3) for name, group in views.items() if group.count}
+    crops = {name: torch.randint(0, 256, shape, dtype=torch.uint8, generator=noise).to(device) for name, shape in shapes.items()}
+    tables = draw_views(0, step, ids, sizes, sizes, views)
+    there = torch.from_numpy(ids).to(device)
+    return Batch(crops=crops, tables=tables, ids=there, labels=torch.full_like(there, -1), epoch=0, step=step, bad=[])
+
+
+# ---------------------------------------------------------------------------- measuring
+
+
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.set_device(device)
-    torch.set_num_threads(1)
-    # as a run has it: tensors on the CPU go through gloo, those on a GPU through NCCL
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world)
-    torch.manual_seed(0)
-    rows = torch.randn(8 * world, 3, 16, 16)
-    mine = rows[8 * rank : 8 * (rank + 1)].to(device)
+        torch.cuda.synchronize(device)
 
-    def network(norm: type[nn.Module]) -> nn.Module:
-        torch.manual_seed(1)
-        layers = [nn.Conv2d(3, 8, 3), norm(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)]
-        return nn.Sequential(*layers).to(device)
 
-    whole, ours, ddp = network(nn.BatchNorm2d), network(SyncBatchNorm), network(SyncBatchNorm)
-    # one process of all rows is the reference; it must not synchronise
-    (whole(rows.to(device)) ** 2).mean().backward()
-    (ours(mine) ** 2).mean().backward()
-    average_gradients(ours.parameters())
-    wrapped = nn.parallel.DistributedDataParallel(ddp, [device] if device.type == "cuda" else None)
-    (wrapped(mine) ** 2).mean().backward()
+def step_rate(trainer: Trainer, batch: Batch, seconds: float) -> float:
+    """Images/s of whole steps, colour and optimizer included, over one batch that is on the device: no data to wait for."""
 
-    def gap(network: nn.Module) -> float:
-        pairs = zip(whole.parameters(), network.parameters(), strict=True)
-        return max(float((a.grad - b.grad).abs().max()) for a, b in pairs if a.grad is not None and b.grad is not None)
+    def run(count: int) -> float:
+        synchronize(trainer.device)
+        begin = time.perf_counter()
+        for _ in range(count):
+            trainer.step(dataclasses.replace(batch, step=trainer.position.step))
+        synchronize(trainer.device)
+        return time.perf_counter() - begin
 
-    big = torch.ones(2**24, device=device)  # 64 MiB, about a ResNet-50's gradients
+    run(2)  # cuDNN times its algorithms
+    count = max(1, int(seconds / 3 / run(1)))
+    return count * len(batch.ids) / min(run(count) for _ in range(3))
 
-    def reduce() -> None:
-        dist.all_reduce(big)
 
-    rate = big.numel() * 4 / 1e9 / seconds(reduce, device, 5)
-    gathered = all_gather_rows(torch.full((2, 1), float(rank), device=device)).flatten().tolist()
-    gaps = gap(ours), gap(ddp)
-    if rank == 0:
-        assert gathered == [r for r in range(world) for _ in range(2)], gathered
-        kind = "NCCL" if device.type == "cuda" else "gloo"
-        print(
-            f"{kind}, {world} {'process' if world == 1 else 'processes'}: all-reduce {rate:.2f} GB/s; gradients beside one process "
-            f"with all rows: {gaps[0]:.1e} averaged by us, {gaps[1]:.1e} by DDP",
-            flush=True,
-        )
-    dist.destroy_process_group()
+def loader_rate(stream: Stream, device: torch.device, seconds: float) -> float:
+    """Images/s of the batches alone; those that were ready before the clock started do not count."""
+    with contextlib.closing(batches(stream, device)) as found:  # type: ignore[type-var]
+        for _ in range(4):
+            next(found)
+        begin, images = time.perf_counter(), 0
+        while time.perf_counter() - begin < seconds:
+            images += len(next(found).ids)
+        synchronize(device)
+        return images / (time.perf_counter() - begin)
+
+
+def fed(trainer: Trainer, stream: Stream, seconds: float) -> tuple[float, float]:
+    """Images/s of steps that the loader feeds, and the time that a step waits for its batch, ms."""
+    trainer.position.step, waits, images = 0, [], 0
+    with contextlib.closing(batches(stream, trainer.device)) as found:  # type: ignore[type-var]
+        for _ in range(4):
+            trainer.step(next(found))
+        synchronize(trainer.device)
+        begin = time.perf_counter()
+        while (asked := time.perf_counter()) - begin < seconds:
+            batch = next(found)
+            waits.append(time.perf_counter() - asked)
+            images += len(batch.ids)
+            trainer.step(batch)
+            # the thread that launches runs ahead of the device: without this, a wait may cost nothing
+            synchronize(trainer.device)
+        return images / (time.perf_counter() - begin), 1000 * float(np.mean(waits))
+
+
+def launches(call: Callable[[], object], device: torch.device) -> int:
+    """Kernels that a call launches; on a CPU, the operators that it calls from outside of torch."""
+    cuda = device.type == "cuda"
+    synchronize(device)
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as found:
+        call()
+        synchronize(device)
+    if cuda:
+        return sum(event.count for event in found.key_averages() if "LaunchKernel" in event.key)
+    return sum(event.name.startswith("aten::") and event.cpu_parent is None for event in found.events())
+
+
+def peak_gib(device: torch.device) -> float | None:
+    return round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if device.type == "cuda" else None
+
+
+def measure(config: RunConfig, folder: Path, device: torch.device, seconds: float) -> dict[str, Any]:
+    """The row of one recipe; each of four measurements takes `seconds`.
+
+    Raises:
+        torch.OutOfMemoryError: the batch is too large for this device.
+    """
+    images = config.train.global_batch_size
+    row: dict[str, Any] = {"images": images, "views": " + ".join(g.describe() for g in config.views.values() if g.count)}
+    batch = random_batch(config.views, images, device)
+    for precision in reversed(PRECISIONS):
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        trainer, stream = build(override(config, {"train.precision": precision}), folder / precision, device)
+        rate, memory = step_rate(trainer, batch, seconds), peak_gib(device)
+        row |= {"step": rate, "memory_gib": memory} if precision == "bf16" else {"float32_step": rate, "float32_memory_gib": memory}
+    data, last = config.data, trainer.position.step
+    row["bf16_gain"] = row["step"] / row["float32_step"]
+    row["launches"] = launches(lambda: trainer.step(dataclasses.replace(batch, step=last)), device)
+    row["colour_launches"] = launches(lambda: finish_views(batch, config.views, data.mean, data.std, device), device)
+    start_ray()
+    row["loader"] = loader_rate(stream, device, seconds)
+    row["fed"], row["wait_ms"] = fed(trainer, stream, seconds)
+    return row
+
+
+# ---------------------------------------------------------------------------- telling
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    root = Path(__file__).resolve().parents[1]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+    return {"device": name, "cores": available_cores(), "torch": torch.__version__, "cuda": torch.version.cuda, "commit": commit}
+
+
+def written(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return "-" if value is None else str(value)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table in Markdown; a recipe that could not be measured has its reason instead."""
+    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "| " + " | ".join("---" for _ in COLUMNS) + " |"]
+    for row in rows:
+        told = [row["recipe"], row["error"]] if "error" in row else [written(row[key]) for key in COLUMNS]
+        lines.append("| " + " | ".join(told) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="swav", help="the recipe whose views and network are timed")
-    parser.add_argument("--images", type=int, default=64, help="images in a batch")
+    parser.add_argument("--recipe", nargs="+", default=list(RECIPES), choices=list(RECIPES), help="which recipes; default: all five")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--compile", action="store_true", help="time a compiled step too; compiling takes minutes")
-    options, settings = parser.parse_known_args()
+    parser.add_argument("--tiny", action="store_true", help="the small recipes on small pictures: only to run the code")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each of four measurements of a recipe")
+    parser.add_argument("--minutes", type=float, default=5.0, help="no recipe begins later than this")
+    parser.add_argument("--json", type=Path, default=Path("gpu.json"), metavar="FILE", help="where the figures go")
+    options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("No GPU that this torch can use: nothing to measure. `manyviews doctor` says what it sees; --device cpu checks the code.")
+        print("No GPU that torch can use: nothing to measure. `manyviews doctor` says what it sees; --device cpu --tiny checks the code")
         return
-    device = torch.device(options.device)
-    config = override(configured(options.recipe, settings), {"train.global_batch_size": options.images, "data.lanes": 1})
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"{options.recipe}, {options.images} images of {' and '.join(g.describe() for g in config.views.values() if g.count)}; {name}")
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    batch = random_batch(config.views, options.images, pinned=device.type == "cuda")
-    if device.type == "cuda":
-        transfer(random_batch(config.views, options.images, pinned=False), batch, device)
-    colour(config, batch, device)
-    steps(config, batch, device, options.compile)
-    world = torch.cuda.device_count() if device.type == "cuda" else 2
-    with socket.socket() as it:
-        it.bind(("127.0.0.1", 0))
-        port = it.getsockname()[1]
-    mp.spawn(group, (world, port, device.type), nprocs=world)
+    device, begin, rows = torch.device(options.device), time.monotonic(), []
+    about = hardware(device)
+    print(", ".join(f"{key} {value}" for key, value in about.items() if value), flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "images"
+        make_images(folder, 64 if options.tiny else 4096, (64, 48) if options.tiny else SIDES)
+        for recipe in options.recipe:
+            row: dict[str, Any] = {"recipe": recipe}
+            rows.append(row)
+            if time.monotonic() - begin > 60 * options.minutes:
+                row["error"] = f"not begun: --minutes {options.minutes:g} were over"
+                continue
+            images, small = RECIPES[recipe]
+            config = configured(small, 16, folder, lanes=2) if options.tiny else configured(recipe, images, folder)
+            try:
+                row |= measure(config, Path(scratch) / recipe, device, options.seconds)
+            except torch.OutOfMemoryError as error:
+                row["error"] = memory_advice(error, config)
+            print(f"{recipe}: {row.get('error') or 'done'} after {time.monotonic() - begin:.0f} s", flush=True)
+    print("\n" + table(rows))
+    options.json.write_text(json.dumps(about | {"seconds": round(time.monotonic() - begin), "rows": rows}, indent=2) + "\n")
+    print(f"\nwritten to {options.json}")
 
 
 if __name__ == "__main__":

@@ -224,7 +224,7 @@ def test_verbs_are_found_in_pages() -> None:
 
 def test_make_explains_every_target() -> None:
     text = (ROOT / "Makefile").read_text()
-    promised = {"demo", "test", "lint", "types", "unit", "e2e", "bench", "study", "chaos", "clean", "help"}
+    promised = {"demo", "test", "lint", "types", "unit", "e2e", "bench", "gpu", "study", "chaos", "clean", "help"}
     explained = set(re.findall(r"(?m)^([a-z0-9]+):.* ## ", text))
     assert promised <= explained
     assert set(re.search(r"(?m)^\.PHONY: (.*)$", text)[1].split()) == explained
