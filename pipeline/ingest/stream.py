@@ -205,8 +205,7 @@ class Stream:
         import ray
 
         plan = self.plan
-        shared = ray.put((self.manifest.served(plan, first), plan))
-        cut = partial(_cut_item, shared=shared, views=self.views, seed=self.seed, finish=self.finish)
+        cut = self.task(ray.put((self.manifest.served(plan, first), plan)))
         group_bytes = plan.lanes * block_bytes(self.views, plan.chunks_per_window * plan.chunk, finished=self.finish is not None)
         store = self.buffer_bytes or int(ray.cluster_resources().get("object_store_memory", 0))
 
@@ -215,6 +214,10 @@ class Stream:
             return [ray.put(execution(cut, items, world_size, tasks=tasks, buffer_bytes=execution_bytes(store, group_bytes)))]
 
         return build
+
+    def task(self, shared: Any) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+        """What cuts one window in a task; `shared` is a reference to the manifest and the plan."""
+        return partial(_cut_item, shared=shared, views=self.views, seed=self.seed, finish=self.finish)
 
     def _slices(
         self, iterator: DataIterator, part: tuple[int, int], lanes: range, micro_batches: int, copies: DeviceCopies | None
