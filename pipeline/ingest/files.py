@@ -247,7 +247,7 @@ def _read_remote(part: Part) -> bytes:
         if part.size is None:
             with open_file(part.path) as file:
                 return bytes(file.read())
-        return bytes(_handle(part.path).readat(part.size, part.offset))
+        return bytes(_handle(part.path).read_at(part.size, part.offset))
     except Exception as error:  # file systems of fsspec raise what their clients raise
         if missing(error):
             return b""
