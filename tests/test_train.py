@@ -249,6 +249,22 @@ def test_a_failed_write_leaves_the_last_checkpoint_whole(tmp_path: Path, monkeyp
     assert {p.name for p in tmp_path.iterdir()} == {"step-00000001", "last.json"}
 
 
+def test_a_run_tells_of_a_checkpoint_when_it_is_whole_and_ends_where_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _ = trainer(tmp_path, config())
+    write = torch.save
+
+    def full_from_step_4(content: dict, file: object) -> None:
+        if content["position"]["step"] >= 4:
+            raise OSError(28, "No space left on device")
+        write(content, file)
+
+    monkeypatch.setattr(torch, "save", full_from_step_4)
+    with pytest.raises(checkpoint.DiskFull, match="checkpoint of step 4"):
+        made.run(batches(range(6)))
+    assert made.position.step == 6, "it is told by the next save"
+    assert made.folder.state()["step"] == checkpoint.last_step(made.folder.checkpoints) == 2
+
+
 def test_leftovers_of_a_killed_write_are_ignored_and_removed(tmp_path: Path) -> None:
     place = Place.of(tmp_path)
     checkpoint.save(place, {"a": 1}, step=1)
