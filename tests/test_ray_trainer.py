@@ -15,9 +15,10 @@ from methods.parts.errors import ConfigError
 from pipeline.runs import RunFolder, create_run
 from pipeline.tracking import read_points
 from pipeline.train.checkpoint import DiskFull
-from pipeline.train.display import Display
+from pipeline.train.display import Display, NullReporter
 from pipeline.train.guards import TrainingStopped
-from pipeline.train.ray_trainer import WorkersLost, failure_of
+from pipeline.train.placement import CPU_WORKER
+from pipeline.train.ray_trainer import WorkersLost, failure_of, run_workers
 from pipeline.train.reporting import RemoteReporter, deliver, open_channel
 
 
@@ -75,7 +76,7 @@ def test_a_worker_whose_attempt_was_given_up_exits(ray_local: None, tmp_path: Pa
 
 
 class Failed(Exception):
-    """Like Ray Train's `WorkerGroupError`."""
+    """Like Ray Train's `WorkerGroupError`; one without failures of workers is like its `ControllerError`."""
 
     def __init__(self, **failures: Exception) -> None:
         super().__init__("Training failed")
@@ -104,11 +105,27 @@ PEER_GONE = RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed 
         ({"r0": PEER_GONE, "r1": died()}, WorkersLost, "lost worker 1"),
         ({"r0": PEER_GONE, "r1": ValueError("shape mismatch")}, WorkersLost, "worker 0 failed"),
         ({}, WorkersLost, "Ray Train failed"),
+        ({"r1": OSError("libtorch.so: cannot open shared object file")}, WorkersLost, "libtorch"),
     ],
 )
 def test_what_a_failure_means(failures: dict[str, Exception], kind: type[Exception], words: str) -> None:
     with pytest.raises(kind, match=words):
         raise failure_of(Failed(**failures))
+
+
+def test_a_worker_that_cannot_load_our_code_ends_the_run(ray_local: None, tmp_path: Path) -> None:
+    """As on a node without the project: Ray Train tells of it as a failure of its controller."""
+    import sys
+    import types
+
+    nowhere = types.ModuleType("nowhere")
+    exec("def work(settings): return 1", vars(nowhere))
+    sys.modules["nowhere"] = nowhere
+    try:
+        with pytest.raises(TrainingStopped, match="cannot import this project .*nowhere.*install"):
+            run_workers(vars(nowhere)["work"], {}, RunFolder(tmp_path), 1, CPU_WORKER, screen=NullReporter(1), timeout_s=300)
+    finally:
+        del sys.modules["nowhere"]
 
 
 def test_our_errors_travel_between_processes() -> None:

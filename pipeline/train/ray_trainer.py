@@ -202,21 +202,28 @@ def failure_of(error: Exception) -> Exception:
         if isinstance(failure, (ConfigError, TrainingStopped, checkpoint.DiskFull)):
             return failure
         if isinstance(failure, ImportError):
-            return TrainingStopped(
-                f"a worker cannot import this project ({type(failure).__name__}: {failure}); "
-                "install the packages of the driver's environment there (`manyviews doctor` compares them)"
-            )
+            return _not_importable(f"{type(failure).__name__}: {failure}")
         if "device-side assert" in str(failure) and not died:
-            return TrainingStopped(f"an assertion failed on the device: {_first_line(failure)}")
+            return TrainingStopped(f"an assertion failed on the device: {_last_line(failure)}")
+    line = _last_line(error)
+    if not failures and ("ModuleNotFoundError" in line or "ImportError" in line):  # the worker could not even unpickle its function
+        return _not_importable(line)
     if died:
         return WorkersLost(f"lost worker {', '.join(map(str, sorted(died)))}")
     if failures:
         rank, failure = min(failures.items())
-        return WorkersLost(f"worker {rank} failed ({type(failure).__name__}: {_first_line(failure)})")
-    return WorkersLost(f"Ray Train failed ({_first_line(error)})")
+        return WorkersLost(f"worker {rank} failed ({type(failure).__name__}: {_last_line(failure)})")
+    return WorkersLost(f"Ray Train failed ({line})")
 
 
-def _first_line(error: Exception) -> str:
+def _not_importable(reason: str) -> TrainingStopped:
+    return TrainingStopped(
+        f"a worker cannot import this project ({reason}); install the packages of the driver's environment there "
+        "(`manyviews doctor` compares them)"
+    )
+
+
+def _last_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[-1][:300]
 
 

@@ -27,7 +27,7 @@ from pipeline.train.prepare import prepare
 from pipeline.train.ray_trainer import evaluate_in_task, run_workers, worker_main
 from pipeline.train.work import Evaluation, TrainResult
 from tests.conftest import ROOT, USERS_ENV
-from tests.e2e.test_one_machine import here
+from tests.e2e.test_one_machine import here as run_here
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 SMALL = {find(load_recipe(e.name).method).name: e.name for e in reversed(list(entries())) if e.name.endswith("-small")}
@@ -65,8 +65,13 @@ def trained(ray_with_room: None, tmp_path_factory: pytest.TempPathFactory) -> di
         folder = create_run(root, method, method)
         runs[method] = ready, folder
         settings[method] = {"prepared": [ray.put((ready, None))], "run": str(folder.path)}
-    screen = NullReporter(32)
-    done = run_workers(every_method, {"methods": settings}, RunFolder(root), 2, CPU_WORKER, screen=screen, timeout_s=600)
+    here = sys.modules[__name__]
+    ray.cloudpickle.register_pickle_by_value(here)  # workers cannot import it
+    try:
+        screen = NullReporter(32)
+        done = run_workers(every_method, {"methods": settings}, RunFolder(root), 2, CPU_WORKER, screen=screen, timeout_s=600)
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(here)
     return {method: (folder, done[method], evaluate_in_task(ready, folder, stop=lambda: False)) for method, (ready, folder) in runs.items()}
 
 
@@ -90,7 +95,7 @@ def test_every_method_trains_on_two_workers(method: str, trained: dict[str, tupl
 
 
 def test_more_workers_than_fit_are_refused_with_a_remedy(ray_with_room: None, tmp_path: Path) -> None:
-    done = here(
+    done = run_here(
         "pretrain",
         "swav-small",
         "--data.path=patches:per_photo=100",
