@@ -122,7 +122,7 @@ def test_a_worker_that_cannot_load_our_code_ends_the_run(ray_local: None, tmp_pa
     exec("def work(settings): return 1", vars(nowhere))
     sys.modules["nowhere"] = nowhere
     try:
-        with pytest.raises(TrainingStopped, match="cannot import this project .*nowhere.*install"):
+        with pytest.raises(TrainingStopped, match=r"cannot import this project .*nowhere.*install"):
             run_workers(vars(nowhere)["work"], {}, RunFolder(tmp_path), 1, CPU_WORKER, screen=NullReporter(1), timeout_s=300)
     finally:
         del sys.modules["nowhere"]
