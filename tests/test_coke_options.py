@@ -76,6 +76,10 @@ def test_the_first_pass_trains_only_where_asked_and_a_continued_run_has_it_behin
     outs = [advance(method, views_of(z, torch.arange(8) + 8 * step, 1), step, 2) for step in range(2)]
     assert all(out.loss is None for out in outs) and z.grad is None and "label_agreement" not in outs[0].metrics
     again = method(views_of(z, torch.arange(8), 1), progress(0, 2))  # a new phase counts from 0
+    continued = coke(4, 16, 8, train_first_epoch=False)
+    assert continued.first(progress(0, 2))
+    continued.load_state_dict(method.state_dict())
+    assert not continued.first(progress(0, 2))
     assert again.loss is not None and float(again.metrics["known_labels"]) == 1
 
 

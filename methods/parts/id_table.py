@@ -79,7 +79,8 @@ class IdTable:
         An id that comes again must bring the same values.
         """
         self.rows_on(ids.device)
-        self.held[self.places(ids)] = values.to(self.held.dtype)
+        rows = self.held if self.sharded else self.rows
+        rows[self.places(ids)] = values.to(rows.dtype)
 
     def fill_(self, value: float) -> None:
         """The same value for every image."""
