@@ -1,13 +1,17 @@
-"""Colour, blur and normalisation on the training device, one batched pass per group of crops; no random numbers here.
+"""Colour, blur and normalisation on the training device, one batched pass per size of crops; no random numbers here.
 
 The arithmetic is torchvision's float semantics (`transforms.v2.functional`), with every sample's own factors and order.
+
+Which operation a sample has, and where in its order, is known on the host: everything the device needs to know is made there
+and sent in one copy, and nothing is read back. So how many samples an operation gets differs from step to step, but no step
+waits for the device. The number of kernel launches hardly depends on the number of crops (`benchmarks/launches.py`).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Protocol
 
@@ -19,12 +23,15 @@ from methods.parts.views import CropGroup, Views, ViewsConfig
 from pipeline.ingest.crops import COLUMN
 
 ORDERS = np.array(list(itertools.permutations(range(4))))  # (24, 4): 0 brightness, 1 contrast, 2 saturation, 3 hue
-HUE = 3
+CONTRAST, SATURATION, HUE = 1, 2, 3
+HUE_PLACE = np.argmax(ORDERS == HUE, axis=1)  # (24,): which of the four operations is the hue
+RANK = np.argsort(np.argsort(HUE_PLACE, kind="stable"))  # (24,): of each order among all, sorted by the place of the hue
+HUE_OFFSETS = np.array([0, 4, 2])  # sixths of a turn, see `_hue_`
 CHUNK_VALUES = 2**20  # float32 values worked on at a time on a CPU: fewer miss its cache, more pay less overhead (measured)
 BLUR_BLOCK = 56  # pixels of a row or column blurred at a time: smaller blocks multiply fewer zeros, larger ones are fewer calls
 
-
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean and standard deviation, in [0, 1]
+Recipes = dict[str, np.ndarray]  # what is done to each of N crops: by name, each (N,)
 
 
 class CutBatch(Protocol):
@@ -46,10 +53,11 @@ def finish_views(
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
     device: torch.device | str,
-    dtype: torch.dtype = torch.float32,
     channels_last: bool = True,
 ) -> Views:
     """Turn uint8 crops `(B, V, H, W, 3)` and their tables into finished views on `device`; finished crops are only taken there.
+
+    Groups of one size are worked on together.
 
     Args:
         mean, std: normalisation in [0, 1].
@@ -58,59 +66,83 @@ def finish_views(
         Stacks `(V * B, 3, H, W)`, view-major.
     """
     device = torch.device(device)
-    stacks = {}
+    stacks: dict[str, Tensor] = {}
+    sizes: dict[tuple[int, ...], list[str]] = {}
     for name, crops in batch.crops.items():
-        table = np.swapaxes(batch.tables[name], 0, 1).reshape(-1, len(COLUMN))
-        pixels = crops.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
-        if pixels.is_floating_point():
-            layout = torch.channels_last if channels_last else torch.contiguous_format
-            stacks[name] = pixels.to(dtype, memory_format=layout)
-            continue
-        stacks[name] = finish_crops(pixels, table, views[name], mean, std, dtype, channels_last)
+        if crops.is_floating_point():
+            pixels = crops.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+            stacks[name] = pixels.to(torch.float32, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        else:
+            sizes.setdefault(tuple(crops.shape[2:]), []).append(name)
+    for names in sizes.values():
+        parts = [batch.crops[name].to(device, non_blocking=True).flatten(0, 1) for name in names]
+        recipes = [_recipes(batch.tables[name].reshape(-1, len(COLUMN)), views[name]) for name in names]
+        places = [np.arange(len(part)).reshape(batch.crops[name].shape[:2]).T.ravel() for name, part in zip(names, parts, strict=True)]
+        stacks |= zip(names, _finish(parts, recipes, places, mean, std, channels_last), strict=True)
+    stacks = {name: stacks[name] for name in batch.crops}  # in the declared order
     counts = {name: crops.shape[1] for name, crops in batch.crops.items()}
     ids, labels = (x.to(device, non_blocking=True) for x in (batch.ids, batch.labels))
     return Views(stacks=stacks, counts=counts, image_ids=ids, labels=labels)
 
 
-@torch.no_grad()
 def finish_crops(
     pixels: Tensor,
     table: np.ndarray,
     group: CropGroup,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
-    dtype: torch.dtype = torch.float32,
     channels_last: bool = True,
 ) -> Tensor:
-    """Finish crops `(N, H, W, 3)` uint8 by their rows of the table `(N, len(COLUMNS))`: `(N, 3, H, W)` of `dtype`."""
-    count, height, width, _ = pixels.shape
-    device = pixels.device
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    out = torch.empty((count, 3, height, width), dtype=dtype, device=device, memory_format=layout)
-    order = np.where(_jitters(table), table[:, COLUMN["order"]], -1)
-    sorted_rows = np.argsort(order, kind="stable")  # samples with the same order of operations lie together
-    step = count if device.type != "cpu" else max(1, CHUNK_VALUES // (3 * height * width))
+    """Finish crops `(N, H, W, 3)` uint8 by their rows of the table `(N, len(COLUMNS))`: `(N, 3, H, W)` float32."""
+    return _finish([pixels], [_recipes(table, group)], [np.arange(len(pixels))], mean, std, channels_last)[0]
+
+
+def _recipes(table: np.ndarray, group: CropGroup) -> Recipes:
+    """The columns of a table `(N, len(COLUMNS))` by name, with the group's own settings beside them."""
+    columns = {name: table[:, place] for name, place in COLUMN.items()}
+    settings = {"grayscale_first": group.grayscale_first, "radius": blur_radius(group), "threshold": np.float32(group.solarize_threshold)}
+    return columns | {name: np.full(len(table), value) for name, value in settings.items()}
+
+
+@torch.no_grad()
+def _finish(
+    parts: Sequence[Tensor],
+    recipes: Sequence[Recipes],
+    places: Sequence[np.ndarray],
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    channels_last: bool,
+) -> list[Tensor]:
+    """Finish groups of crops of one size, each `(N_g, H, W, 3)` uint8; output row i of a group is its crop `places[i]`."""
+    counts, device = [len(part) for part in parts], parts[0].device
+    height, width = parts[0].shape[1:3]
+    total = sum(counts)
+    recipe = {name: np.concatenate([one[name][place] for one, place in zip(recipes, places, strict=True)]) for name in recipes[0]}
+    source = np.concatenate([first + place for first, place in zip(np.cumsum([0, *counts]), places, strict=False)])
+    pixels = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    # samples whose hue has the same place lie together, those without jitter at the end
+    sorted_rows = np.argsort(np.where(recipe["jitter"] > 0, RANK[recipe["order"].astype(int)], len(ORDERS)), kind="stable")
+    step = total if device.type != "cpu" else max(1, CHUNK_VALUES // (3 * height * width))
     # allocated once: new memory for every operation would cost as much as the operation
-    work = torch.empty((min(step, count), 3, height, width), device=device)
-    planes = torch.empty((6, min(step, count), height, width), device=device)
-    for first in range(0, count, step):
+    work = torch.empty((min(step, total), 3, height, width), device=device)
+    planes = torch.empty((5, min(step, total), height, width), device=device)
+    # rows of an image's bytes in their final order; copied as such, which is three times as fast as copies that look at channels
+    shape = (height, width, 3) if channels_last else (3, height, width)
+    done, out = planes.view(-1)[: work.numel()].view(-1, *shape), torch.empty((total, *shape), device=device)
+    for first in range(0, total, step):
         rows = sorted_rows[first : first + step]
-        places, part = _to_device(rows, device), table[rows]
-        x = _to_float(pixels.index_select(0, places), work[: len(rows)])
-        if group.grayscale_first:
-            _grayscale_(x, part)
-        _jitter_(x, part, order[rows], planes)
-        if not group.grayscale_first:
-            _grayscale_(x, part)
-        _blur_(x, part, group)
-        _solarize_(x, part, group)
-        _normalise_(x, mean, std)
-        if device.type == "cpu":
-            for place, sample in zip(rows.tolist(), x, strict=True):  # index_copy_ takes thrice as long to channels last
-                out[place].copy_(sample)
-        else:
-            out.index_copy_(0, places, x.to(dtype))
-    return out
+        part = {name: values[rows] for name, values in recipe.items()}
+        host = _arrays(part)
+        sent = _send(host | {"source": source[rows], "target": rows}, device)
+        x = _to_float(pixels.index_select(0, sent["source"]), work[: len(rows)])
+        _grayscale_(x, sent["gray_before"])
+        _jitter_(x, part, host, sent, planes[:, : len(rows)])
+        _grayscale_(x, sent["gray_after"])
+        _blur_(x, sent)
+        _solarize_(x, sent)
+        _normalise(x, mean, std, done[: len(rows)].movedim(-1, 1) if channels_last else done[: len(rows)])
+        out.index_copy_(0, sent["target"], done[: len(rows)])
+    return list((out.movedim(-1, 1) if channels_last else out).split(counts))
 
 
 def normalise(
@@ -123,8 +155,49 @@ def normalise(
     """Plain images for evaluation: `(B, H, W, 3)` uint8 to `(B, 3, H, W)` of `dtype`, channels last in memory."""
     pixels = images.to(device, non_blocking=True)
     x = torch.empty((len(pixels), 3, *pixels.shape[1:3]), device=pixels.device)
-    x = _normalise_(_to_float(pixels, x), mean, std)
-    return x.to(dtype).contiguous(memory_format=torch.channels_last)
+    out = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
+    return _normalise(_to_float(pixels, x), mean, std, out)
+
+
+# ---------------------------------------------------------------------------- what the device must know
+
+
+def _arrays(recipe: Recipes) -> dict[str, np.ndarray]:
+    """The numbers and index lists of n crops that the operations below use."""
+    kinds = ORDERS[recipe["order"].astype(int)].T  # (4, n): the operation at each place of a sample's order
+    factors = np.stack([recipe[name] for name in ("brightness", "contrast", "saturation", "hue")])
+    factors = np.take_along_axis(factors, kinds, axis=0)
+    gray, sigma = recipe["grayscale"] > 0, recipe["blur_sigma"]
+    arrays = {
+        "factor": factors,
+        "gray_share": (1 - factors) * (kinds == SATURATION),
+        "mean_share": (1 - factors) * (kinds == CONTRAST),
+        "hue": (np.mod(6 * recipe["hue"][:, None] + HUE_OFFSETS + 3, 6) - 3).astype(np.float32),
+        "gray_before": np.flatnonzero(gray & recipe["grayscale_first"]),
+        "gray_after": np.flatnonzero(gray & ~recipe["grayscale_first"]),
+        "solarized": np.flatnonzero(recipe["solarize"] > 0),
+    }
+    arrays["threshold"] = recipe["threshold"][arrays["solarized"]]
+    for radius in set(recipe["radius"][sigma > 0].tolist()):
+        blurred = np.flatnonzero((sigma > 0) & (recipe["radius"] == radius))
+        arrays |= {f"blurred {radius}": blurred, f"taps {radius}": _taps(sigma[blurred], radius)}
+    return arrays
+
+
+def _send(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
+    """Small host arrays on the device, in one copy that nobody waits for."""
+    if device.type == "cpu":
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    ends = np.cumsum([-(-array.nbytes // 8) * 8 for array in arrays.values()]).tolist()  # each begins at whole 8 bytes
+    packed = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    places = {name: slice(end - -(-a.nbytes // 8) * 8, None) for end, (name, a) in zip(ends, arrays.items(), strict=True)}
+    for name, array in arrays.items():
+        packed[places[name]][: array.nbytes].numpy()[:] = np.frombuffer(array.tobytes(), np.uint8)
+    there = packed.to(device, non_blocking=True)
+    return {name: there[places[name]][: a.nbytes].view(torch.from_numpy(a).dtype).view(a.shape) for name, a in arrays.items()}
+
+
+# ---------------------------------------------------------------------------- operations
 
 
 def _to_float(pixels: Tensor, out: Tensor) -> Tensor:
@@ -133,10 +206,11 @@ def _to_float(pixels: Tensor, out: Tensor) -> Tensor:
     return out.mul_(1 / 255)
 
 
-def _normalise_(x: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
-    for plane, m, s in zip(x.unbind(1), mean, std, strict=True):
-        torch.add(torch.tensor(-m / s), plane, alpha=1 / s, out=plane)  # (plane - m) / s in one pass
-    return x
+def _normalise(x: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float], out: Tensor) -> Tensor:
+    shifts = _send({"shift": np.array([-m / s for m, s in zip(mean, std, strict=True)], np.float32)}, x.device)["shift"]
+    for plane, shift, s, place in zip(x.unbind(1), shifts, std, out.unbind(1), strict=True):
+        torch.add(shift, plane, alpha=1 / s, out=place)  # (plane - m) / s in one pass
+    return out
 
 
 def _gray(x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -144,94 +218,74 @@ def _gray(x: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mul(x[:, 0], 0.2989, out=out).add_(x[:, 1], alpha=0.587).add_(x[:, 2], alpha=0.114)
 
 
-def _to_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """A small CPU array on the device without waiting for it. Its length is known here, so nothing synchronises."""
-    tensor = torch.from_numpy(values)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+def _jitter_(x: Tensor, recipe: Recipes, host: dict[str, np.ndarray], sent: dict[str, Tensor], planes: Tensor) -> None:
+    """Brightness, contrast, saturation and hue of every sample in its order: what precedes its hue, the hue of all, what follows.
 
-
-def _where(flags: np.ndarray, device: torch.device) -> Tensor | None:
-    chosen = np.flatnonzero(flags)
-    return _to_device(chosen, device) if len(chosen) else None
-
-
-def _jitters(table: np.ndarray) -> np.ndarray:
-    flags: np.ndarray = table[:, COLUMN["jitter"]] > 0
-    return flags
-
-
-def _jitter_(x: Tensor, table: np.ndarray, order: np.ndarray, planes: Tensor) -> None:
-    """Brightness, contrast, saturation and hue, in one pass for each run of samples that have them in the same order.
+    Sorted by the place of their hue, the samples that have an operation left on either side of it lie in one piece.
 
     Args:
-        order: `(n,)`, index into `ORDERS`, sorted; -1 = no jitter.
-        planes: `(6, n or more, H, W)`, scratch memory.
+        host, sent: what `_arrays` gives, here and on the device.
+        planes: `(5, n, H, W)`, scratch memory.
     """
-    first = COLUMN["brightness"]
-    factors = _to_device(np.ascontiguousarray(table[:, first : first + 4].T), x.device)[:, :, None, None, None]  # (4, n, 1, 1, 1)
-    # at most 1: a convex combination, or darker; it stays in [0, 1] without a clamp
-    tame = table[:, first : first + HUE] <= 1
-    idle = [(table[:, first + kind] == (0 if kind == HUE else 1)).all() for kind in range(4)]
-    bounds = [0, *(np.flatnonzero(np.diff(order)) + 1).tolist(), len(order)]
-    for low, high in itertools.pairwise(bounds):
-        if order[low] < 0:
-            continue
-        for kind in ORDERS[int(order[low])]:
-            if not idle[kind]:
-                OPERATIONS[kind](x[low:high], factors[kind, low:high], planes[:, : high - low])
-                if kind != HUE and not tame[low:high, kind].all():
-                    x[low:high].clamp_(0, 1)
+    count = int((recipe["jitter"] > 0).sum())
+    hue_place = HUE_PLACE[recipe["order"][:count].astype(int)]
+    for place in range(HUE):
+        _blend_(x, place, slice(int(np.searchsorted(hue_place, place, "right")), count), host, sent, planes[0])
+    if recipe["hue"][:count].any():
+        _hue_(x[:count], sent["hue"][:count], planes[:, :count])
+    for place in range(1, HUE + 1):
+        _blend_(x, place, slice(0, int(np.searchsorted(hue_place, place, "left"))), host, sent, planes[0])
 
 
-def _brightness_(x: Tensor, factor: Tensor, planes: Tensor) -> None:
-    x.mul_(factor)
+def _blend_(x: Tensor, place: int, at: slice, host: dict[str, np.ndarray], sent: dict[str, Tensor], plane: Tensor) -> None:
+    """Brightness, contrast or saturation of the samples `at`, all of the form x factor + gray gray_share + mean(gray) mean_share."""
+    factor, gray_share, mean_share = (sent[name][place, at, None, None, None] for name in ("factor", "gray_share", "mean_share"))
+    if (host["factor"][place, at] == 1).all():  # also where there is no sample
+        return
+    x, gray = x[at], plane[at, None]
+    _gray(x, out=plane[at])
+    if host["mean_share"][place, at].any():
+        torch.addcmul(gray.mean((2, 3), keepdim=True).mul_(mean_share), gray, gray_share, out=gray)
+    else:
+        gray.mul_(gray_share)
+    torch.addcmul(gray, x, factor, out=x)
+    if host["factor"][place, at].max() > 1:  # else it darkens, or is a convex combination, and stays in [0, 1]
+        x.clamp_(0, 1)
 
 
-def _contrast_(x: Tensor, factor: Tensor, planes: Tensor) -> None:
-    mean = _gray(x.mean((2, 3), keepdim=True))[:, None]
-    x.mul_(factor).add_(mean.mul_(1 - factor))
-
-
-def _saturation_(x: Tensor, factor: Tensor, planes: Tensor) -> None:
-    gray = _gray(x, out=planes[0])[:, None].mul_(1 - factor)
-    x.mul_(factor).add_(gray)
-
-
-def _hue_(x: Tensor, shift: Tensor, planes: Tensor) -> None:
-    """Turn the hue by `shift` turns, without branches.
+def _hue_(x: Tensor, offsets: Tensor, planes: Tensor) -> None:
+    """Turn the hue, without branches.
 
     With low, high and e the least, the greatest and their difference, and the hue h in sixths of a turn, 0 at red:
-    h - 3 = +-(2 - (g + b - r - low) / e), minus where g > b. Back from h - 3 = w in [-3, 3]:
-    r = low + e clamp(|w| - 1, 0, 1), g = high - e clamp(|w + 1| - 1, 0, 1), b = high - e clamp(|w - 1| - 1, 0, 1).
+    w = h - 3 = +-(2 - (g + b - r - low) / e), minus where g > b. Back to a channel: low + e clamp(2 - y, 0, 1), where
+    y = ||w + o| - 3| and its offset o in [-3, 3] is the shift plus 0 for red, 4 for green and 2 for blue, modulo 6.
+
+    Args:
+        offsets: `(n, 3)`.
     """
-    (r, g, b), (low, high, extent, w, sign, k) = x.unbind(1), planes.unbind(0)
+    (r, g, b), (low, high, extent, w, sign) = x.unbind(1), planes.unbind(0)
     torch.minimum(torch.minimum(g, b, out=low), r, out=low)
     torch.maximum(torch.maximum(g, b, out=high), r, out=high)
-    torch.sub(high, low, out=extent)
+    torch.sub(high, low, out=extent).clamp_(min=1e-12)  # gray has no extent: any hue will do
+    torch.add(high, extent, out=high)  # low + 2 e
     torch.sub(b, g, out=sign)
-    torch.add(g, b, out=w).sub_(r).sub_(low).div_(torch.clamp(extent, min=1e-12, out=k))  # gray has no extent: any hue will do
-    w.neg_().add_(2).copysign_(sign).add_(shift[:, 0], alpha=6)
-    w.sub_(torch.mul(w, 1 / 6, out=k).round_(), alpha=6)  # to [-3, 3]
-    torch.addcmul(low, extent, torch.abs(w, out=k).sub_(1).clamp_(0, 1), out=r)
-    torch.addcmul(high, extent, torch.add(w, 1, out=k).abs_().sub_(1).clamp_(0, 1), value=-1, out=g)
-    torch.addcmul(high, extent, w.sub_(1).abs_().sub_(1).clamp_(0, 1), value=-1, out=b)
+    torch.sub(r, g, out=w).sub_(b).add_(high).div_(extent).copysign_(sign)
+    torch.add(w[:, None], offsets[:, :, None, None], out=x)
+    x.abs_().sub_(3).abs_().clamp_(1, 2)
+    torch.addcmul(high[:, None], extent[:, None], x, value=-1, out=x)
 
 
-OPERATIONS = (_brightness_, _contrast_, _saturation_, _hue_)
-
-
-def _grayscale_(x: Tensor, table: np.ndarray) -> None:
-    chosen = _where(table[:, COLUMN["grayscale"]] > 0, x.device)
-    if chosen is not None:
+def _grayscale_(x: Tensor, chosen: Tensor) -> None:
+    if len(chosen):
         gray = _gray(x.index_select(0, chosen))
         x.index_copy_(0, chosen, gray[:, None].expand(-1, 3, -1, -1))
 
 
-def _solarize_(x: Tensor, table: np.ndarray, group: CropGroup) -> None:
-    chosen = _where(table[:, COLUMN["solarize"]] > 0, x.device)
-    if chosen is not None:
+def _solarize_(x: Tensor, sent: dict[str, Tensor]) -> None:
+    chosen = sent["solarized"]
+    if len(chosen):
         part = x.index_select(0, chosen)
-        x.index_copy_(0, chosen, part.addcmul(part.clone().ge_(group.solarize_threshold), 1 - 2 * part))
+        x.index_copy_(0, chosen, torch.where(part < sent["threshold"][:, None, None, None], part, 1 - part))
 
 
 def blur_radius(group: CropGroup) -> int:
@@ -242,17 +296,17 @@ def blur_radius(group: CropGroup) -> int:
     return group.blur_taps // 2 if group.blur_taps else min(math.ceil(4 * group.blur_sigma[1]), group.size - 1)
 
 
-def _blur_(x: Tensor, table: np.ndarray, group: CropGroup) -> None:
-    sigma = table[:, COLUMN["blur_sigma"]]
-    chosen = _where(sigma > 0, x.device)
-    if chosen is None:
-        return
-    radius = blur_radius(group)
-    offsets = np.arange(-radius, radius + 1)
-    taps = np.exp(-0.5 * (offsets / sigma[sigma > 0, None].astype(np.float64)) ** 2)
+def _taps(sigma: np.ndarray, radius: int) -> np.ndarray:
+    """Gaussians of standard deviations `(n,)`, pixels: `(n, 2 * radius + 1)` float32, rows sum to 1."""
+    taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma[:, None].astype(np.float64)) ** 2)
     taps = np.where(taps > 1e-12, taps, 0)  # float32's subnormal numbers make the products many times slower
-    weights = _to_device((taps / taps.sum(axis=1, keepdims=True)).astype(np.float32), x.device)
-    x.index_copy_(0, chosen, _blur_by_matrix(x.index_select(0, chosen), weights))
+    return (taps / taps.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def _blur_(x: Tensor, sent: dict[str, Tensor]) -> None:
+    for name, chosen in sent.items():
+        if name.startswith("blurred "):
+            x.index_copy_(0, chosen, _blur_by_matrix(x.index_select(0, chosen), sent[name.replace("blurred", "taps")]))
 
 
 @lru_cache(maxsize=16)
@@ -264,7 +318,7 @@ def _placement(size: int, radius: int, device: torch.device) -> Tensor:
         source = source.abs()
         source = torch.where(source >= size, 2 * (size - 1) - source, source)
         place[tap, torch.arange(size), source] = 1
-    return place.flatten(1).to(device)
+    return _send({"place": place.flatten(1).numpy()}, device)["place"]
 
 
 def _blur_by_matrix(x: Tensor, weights: Tensor) -> Tensor:

@@ -51,9 +51,26 @@ class _LayerwiseSGD(Optimizer):
         raise NotImplementedError
 
 
-def _norms(tensors: list[Tensor]) -> list[Tensor]:
+def _norms(tensors: list[Tensor]) -> Tensor:
+    """The norm of each tensor, `(N,)`; float32 at least, as the squares of half precision overflow."""
     wide = [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
-    return list(torch._foreach_norm(wide))
+    return torch.stack(torch._foreach_norm(wide))
+
+
+def _scale_(tensors: list[Tensor], factors: Tensor) -> None:
+    """Multiply each tensor by its own factor, `(N,)`, in place.
+
+    `torch._foreach_mul_` takes one kernel a tensor where the factors are on the device. Vectors, which are many and short, are
+    joined here, so that only the larger tensors have a kernel each.
+    """
+    pairs = list(zip(tensors, factors.unbind(), strict=True))
+    for tensor, factor in pairs:
+        if tensor.ndim != 1:
+            tensor.mul_(factor)
+    vectors = [(tensor, factor) for tensor, factor in pairs if tensor.ndim == 1]
+    if vectors:
+        joined = torch.cat([v for v, _ in vectors]) * torch.cat([factor.expand(len(v)) for v, factor in vectors])
+        torch._foreach_copy_([v for v, _ in vectors], joined.split([len(v) for v, _ in vectors]))
 
 
 class LARC(_LayerwiseSGD):
@@ -65,14 +82,13 @@ class LARC(_LayerwiseSGD):
 
     def scaled(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         decay = group["weight_decay"]
-        decayed = torch._foreach_add(grads, params, alpha=decay) if decay else grads
-        if not group["adapt"]:
-            return list(decayed)
-        result = []
-        for g, full, p_norm, g_norm in zip(grads, decayed, _norms(params), _norms(grads), strict=True):
-            rate = group["trust"] * p_norm / (g_norm + decay * p_norm + group["eps"])
-            result.append(torch.where((p_norm > 0) & (g_norm > 0), rate * full, g))
-        return result
+        decayed = list(torch._foreach_add(grads, params, alpha=decay))
+        if group["adapt"]:
+            p_norms, g_norms = _norms(params), _norms(grads)
+            rates = group["trust"] * p_norms / (g_norms + decay * p_norms + group["eps"])
+            # g + wd p is g where p = 0; where only g = 0, nothing must be left of wd p
+            _scale_(decayed, torch.where((p_norms > 0) & (g_norms > 0), rates, (p_norms == 0).to(rates.dtype)))
+        return decayed
 
 
 class LARS(_LayerwiseSGD):
@@ -83,14 +99,18 @@ class LARS(_LayerwiseSGD):
     """
 
     def scaled(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        result = []
-        decays = [group["weight_decay"] if p.ndim > 1 else 0.0 for p in params]
-        decayed = [torch.add(g, p, alpha=decay) if decay else g for g, p, decay in zip(grads, params, decays, strict=True)]
-        if not group["adapt"]:
-            return decayed
-        for p, g, p_norm, g_norm in zip(params, decayed, _norms(params), _norms(decayed), strict=True):
-            rate = torch.where((p_norm > 0) & (g_norm > 0), group["trust"] * p_norm / g_norm, torch.ones_like(p_norm))
-            result.append(rate * g if p.ndim > 1 else g)
+        places = [i for i, p in enumerate(params) if p.ndim > 1]
+        if not places:
+            return grads
+        weights = [params[i] for i in places]
+        decayed = list(torch._foreach_add([grads[i] for i in places], weights, alpha=group["weight_decay"]))
+        if group["adapt"]:
+            p_norms, g_norms = _norms(weights), _norms(decayed)
+            rates = group["trust"] * p_norms / g_norms
+            _scale_(decayed, torch.where((p_norms > 0) & (g_norms > 0), rates, torch.ones_like(rates)))
+        result = list(grads)
+        for i, direction in zip(places, decayed, strict=True):
+            result[i] = direction
         return result
 
 
@@ -186,7 +206,6 @@ def clip_each_(params: Iterable[nn.Parameter], largest: float) -> Tensor:
     grads = [p.grad for p in params if p.grad is not None]
     if not grads:
         return torch.zeros(())
-    norms = torch.stack(_norms(grads))
-    factors = (largest / (norms + 1e-6)).clamp(max=1)
-    torch._foreach_mul_(grads, list(factors))
+    norms = _norms(grads)
+    _scale_(grads, (largest / (norms + 1e-6)).clamp(max=1))
     return torch.linalg.vector_norm(norms)
