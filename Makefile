@@ -69,6 +69,7 @@ study: $(STAMP) ## the papers' findings as studies
 chaos: $(STAMP) ## kill a run again and again, resume it, and compare with a run that was left alone
 	@$(BIN)/python benchmarks/chaos.py
 	@$(BIN)/python benchmarks/chaos.py --workers 2
+	@$(BIN)/python benchmarks/chaos.py --preempt
 	@$(BIN)/python benchmarks/chaos.py --elastic
 	@$(BIN)/python benchmarks/chaos.py --jobs
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import screens
-from pipeline.loading import loading
 from pipeline.settings import configured, parse_settings
 from tuning import verbs as verbs_of_tuning
 
@@ -166,9 +165,8 @@ def _runs_dir(given: str) -> Path:
 
 
 def pretrain(options: Any, settings: list[str]) -> int:
-    with loading():
-        config = configured(_given(options, "recipe", "RECIPE"), settings)
-        from pipeline.train import launch
+    config = configured(_given(options, "recipe", "RECIPE"), settings)
+    from pipeline.train import launch
 
     return screens.conclude(launch.pretrain(config, runs_dir=options.runs_dir, run=options.run, console=screens.console()), options)
 
@@ -176,7 +174,6 @@ def pretrain(options: Any, settings: list[str]) -> int:
 def resume(options: Any, settings: list[str]) -> int:
     from methods.parts.errors import ConfigError
     from pipeline.runs import find_run
-    from pipeline.train import again
 
     try:
         folder = find_run(options.run, options.runs_dir)
@@ -184,12 +181,9 @@ def resume(options: Any, settings: list[str]) -> int:
         if (code := verbs_of_tuning.resume(options.run, options, screens.write_json, screens.console())) is None:
             raise
         return code
-    if (outcome := again.resume(folder, console=screens.console())) is None:
-        with loading():
-            from pipeline.train import launch
+    from pipeline.train import launch
 
-        outcome = launch.resume(folder, runs_dir=options.runs_dir, console=screens.console())
-    return screens.conclude(outcome, options)
+    return screens.conclude(launch.resume(folder, runs_dir=options.runs_dir, console=screens.console()), options)
 
 
 def continue_run(options: Any, settings: list[str]) -> int:

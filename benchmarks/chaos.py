@@ -2,8 +2,9 @@
 
 With `--workers 2` a local cluster of three nodes loses a worker, then a node, then the driver, each inside an epoch; the run
 recovers by itself from the first two and is resumed after the third. With `--jobs` the run of two workers is a submitted job:
-it is stopped, submitted again, loses its driver, and is submitted again. With `--elastic` a run of one to two workers loses one
-of its two nodes and goes on with one worker.
+it is stopped, submitted again, loses its driver, and is submitted again. With `--preempt` the node of the workers is announced to be
+taken away, and is; the run writes a checkpoint at the notice and goes on on the other one. With `--elastic` a run of one to two workers
+loses one of its two nodes and goes on with one worker.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from pipeline.runs import RunFolder
+from pipeline.train import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 200
@@ -71,7 +75,7 @@ def facts(runs: Path, name: str) -> dict[str, object]:
 def undisturbed(runs: Path, name: str = "undisturbed", settings: list[str] = RUN) -> str:
     """Run to the end; returns the hash of the final state."""
     finish(start([*settings, f"--run={name}"], runs), "the undisturbed run")
-    return str(facts(runs, name)["state_sha256"])
+    return checkpoint.hash_of_last(RunFolder(runs / name).checkpoints)
 
 
 def disturbed(
@@ -94,7 +98,7 @@ def disturbed(
             print(f"killed after the checkpoint of step {steps[-1]}", flush=True)
         process = start(["resume", name], runs)
     finish(process, "the last resume")
-    return str(facts(runs, name)["state_sha256"]), steps
+    return checkpoint.hash_of_last(RunFolder(runs / name).checkpoints), steps
 
 
 # ---------------------------------------------------------------------------- several workers
@@ -166,13 +170,41 @@ def disturbed_workers(runs: Path, name: str = "lost") -> tuple[str, dict[str, fl
         process = start(["resume", name], runs, **address)
         took["driver"] = progress(process, runs, name, beyond=step)
         finish(process, "the resumed run")
+    return checkpoint.hash_of_last(RunFolder(runs / name).checkpoints), took
+
+
+def preempted(runs: Path, name: str = "preempted") -> tuple[str, dict[str, float]]:
+    """Announce that a node is taken away, and take it 30 s later; returns the final hash, and the seconds until the checkpoint and until
+    the run had moved on."""
+    took: dict[str, float] = {}
+    with cluster() as (local, nodes):
+        settings = [*WORKERS, "--train.checkpoint-every=1000", "--train.log-every=2"]  # only the notice makes a checkpoint
+        process = start([*settings, f"--run={name}"], runs, RAY_ADDRESS=local.address)
+        metrics = runs / name / "metrics.jsonl"
+        while not (metrics.is_file() and '"loss"' in metrics.read_text()):
+            if process.poll() is not None:
+                finish(process, "the run")
+            time.sleep(0.1)
+        [busy, *_] = [node for node in nodes if workers_of(node)]
+        notice = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", "30"]
+        command = [Path(sys.executable).parent / "ray", "drain-node", "--address", local.address, "--node-id", busy.node_id, *notice]
+        subprocess.run(command, check=True, capture_output=True)
+        took["checkpoint"] = progress(process, runs, name, beyond=0)
+        began, size, gone = time.monotonic(), metrics.stat().st_size, False
+        while metrics.stat().st_size <= size and process.poll() is None:
+            if not gone and time.monotonic() - began > 30 - took["checkpoint"]:
+                gone = True
+                local.remove_node(busy, allow_graceful=False)
+            time.sleep(0.1)
+        took["moved on"] = time.monotonic() - began
+        finish(process, "the run on the node that remains")
     return str(facts(runs, name)["state_sha256"]), took
 
 
 def shrunk(runs: Path, name: str = "elastic") -> float:
     """A run of 1 to 2 workers loses a node by force; returns the seconds until it went on with one, and sees it finish."""
     # three quarters of a CPU for each worker: beside a whole one for the tasks, one node of two CPUs has room for one of them
-    code = "import pipeline.train.workers as w, manyviews; w.CPU_WORKER['CPU'] = 0.75; raise SystemExit(manyviews.main())"
+    code = "import pipeline.train.placement as p, manyviews; p.CPU_WORKER['CPU'] = 0.75; raise SystemExit(manyviews.main())"
     with cluster() as (local, nodes):
         arguments = [*WORKERS, "--train.workers=1:2", f"--run={name}", f"--runs-dir={runs}"]
         process = subprocess.Popen(
@@ -241,7 +273,7 @@ def disturbed_job(runs: Path, name: str = "stopped") -> tuple[str, dict[str, flo
         ended(job)
         if str(client.get_job_status(job)) != "SUCCEEDED":
             raise SystemExit(client.get_job_logs(job)[-3000:])
-    return str(facts(runs, name)["state_sha256"]), took
+    return checkpoint.hash_of_last(RunFolder(runs / name).checkpoints), took
 
 
 def argv(process: psutil.Process) -> list[str]:
@@ -265,17 +297,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, choices=[0, 2], default=0)
     parser.add_argument("--elastic", action="store_true", help="one to two workers: a node is lost, and the other goes on")
+    parser.add_argument("--preempt", action="store_true", help="two workers whose node is announced to be taken away")
     parser.add_argument("--jobs", action="store_true", help="two workers, as a job that is stopped and loses its driver")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if options.elastic:
             print(f"two workers lost a node; one went on after {shrunk(Path(folder)):.0f} s, to the end")
             return
-        want = undisturbed(Path(folder), settings=WORKERS if options.workers or options.jobs else RUN)
+        want = undisturbed(Path(folder), settings=WORKERS if options.workers or options.jobs or options.preempt else RUN)
         print(f"undisturbed: {want}", flush=True)
         if options.jobs:
             got, took = disturbed_job(Path(folder))
             print(f"submitted again after a stop, moved on in {took['stop']:.0f} s; after the driver's death in {took['driver']:.0f} s")
+        elif options.preempt:
+            got, took = preempted(Path(folder))
+            print(f"checkpoint {took['checkpoint']:.0f} s after the notice; moved on {took['moved on']:.0f} s later")
         elif options.workers:
             got, took = disturbed_workers(Path(folder))
             print(

@@ -38,10 +38,10 @@ from pipeline.ingest.window import decode_all
 from pipeline.machine import choose_device, keep_freed_memory
 from pipeline.runs import RunFolder
 from pipeline.settings import configured
+from pipeline.train.display import NullReporter
 from pipeline.train.loop import Trainer
 from pipeline.train.optim import build_optimizer
 from pipeline.train.prepare import build_method
-from pipeline.train.relay import Mute
 
 
 class Lightly(Method):
@@ -128,7 +128,7 @@ class Trained:
                 folder=RunFolder(Path(folder)),
                 device=device,
                 precision=precision,
-                display=Mute(),  # type: ignore[arg-type]
+                display=NullReporter(config.train.global_batch_size),
                 report=lambda step, metrics: self.losses.append(metrics.get("loss", 0.0)),
                 images=len(images.pixels),
                 saved_step=resolved.facts.total_steps,  # writes no checkpoint

@@ -56,7 +56,7 @@ def main() -> None:
     print(f"{machine}; {options.backbone}, {options.batch} crops of {options.size}, {patches} patches; {options.pairs} pairs", flush=True)
     for ratio in options.ratios:
         kept = num_kept(patches, ratio)
-        masked = anchor("masked", random_keep(options.batch, patches, kept).to(device))
+        masked = anchor("masked", random_keep(torch.arange(options.batch, device=device), patches, kept, seed=0))
         for one in (whole, masked):
             timed(one, device, 1)
         pairs = []

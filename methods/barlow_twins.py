@@ -92,7 +92,7 @@ class BarlowTwins(Method):
             invariance = ((1 - diagonal) ** 2).sum()
             redundancy = (c**2).sum() - (diagonal**2).sum()
             loss = world_size() * (invariance + self.config.redundancy_weight * redundancy)
-            return StepOutput(loss=loss, metrics=self.health(z[0], z[1], a, b, redundancy))
+            return StepOutput(loss=loss, metrics=self.health(z[0], z[1], a, b, redundancy) if progress.reports else {})
 
     @torch.no_grad()
     def health(self, z1: Tensor, z2: Tensor, a: Tensor, b: Tensor, redundancy: Tensor) -> Metrics:

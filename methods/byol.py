@@ -108,7 +108,7 @@ class BYOL(Method):
             y = [promote(self.target(v)) for v in pair]
         with full_precision(p[0]):
             loss = (distance(p[0], y[1]) + distance(p[1], y[0])).mean()
-            metrics = self.health(z[0], p[0], y[1], progress)
+            metrics = self.health(z[0], p[0], y[1], progress) if progress.reports else {}
         return StepOutput(loss=loss if self.config.train_online else None, metrics=metrics)
 
     def after_step(self, outputs: list[Outputs], progress: Progress) -> None:

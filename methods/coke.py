@@ -30,7 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -55,8 +55,8 @@ from methods.parts.distributed import all_gather_rows
 from methods.parts.errors import ConfigError, require
 from methods.parts.groups import without_vectors
 from methods.parts.heads import mlp
-from methods.parts.id_table import IdTable, first_of_each
-from methods.parts.numerics import embedding_std, full_precision, l2_normalize, promote
+from methods.parts.id_table import IdTable, first_places
+from methods.parts.numerics import count_of_each, embedding_std, full_precision, l2_normalize, promote
 from methods.parts.views import CropGroup, Views, ViewsConfig
 
 AVERAGES = ("averaged_labels", "averaged_weights")  # the tables of stage 2
@@ -124,6 +124,8 @@ class CoKe(Method):
             OnlineClusters(k, d, config.constraint_ratio, eta or default_dual_learning_rate(k, steps)) for k in config.num_clusters
         )
         self.register_buffer("begun", torch.zeros((), dtype=torch.bool))  # whether a first pass is done; a continued run has it behind it
+        self.has_labels = False  # as `begun`, known without asking the device
+        self.register_load_state_dict_post_hook(_note_first_pass)
         self.labels = IdTable(ids, (heads,), dtype=torch.int32, fill=-1, sharded=config.shard_tables)
         self.tables = {"labels": self.labels}
         if config.averaging_start_epoch is not None:
@@ -142,7 +144,7 @@ class CoKe(Method):
 
     def first(self, progress: Progress) -> bool:
         """Whether this is the first pass over the images: it has no epoch t - 1."""
-        return progress.epoch == 0 and not bool(self.begun)
+        return progress.epoch == 0 and not self.has_labels
 
     def learns(self, progress: Progress) -> bool:
         return self.config.train_first_epoch or not self.first(progress)
@@ -157,7 +159,7 @@ class CoKe(Method):
             averaging = self.share(progress) is not None
             new = torch.stack([clusters.assign(features, averaging) for clusters in self.heads()], dim=1)  # (B, heads)
             old = self.labels.read(views.image_ids).long()  # of epoch t - 1: `after_step` writes
-            metrics = self.health(new, old, features, first)
+            metrics = self.health(new, old, features, first) if progress.reports else {}
             outputs = {"ids": views.image_ids, "features": features, "labels": new}
             if not self.learns(progress):
                 return StepOutput(loss=None, metrics=metrics, outputs=outputs)
@@ -178,18 +180,19 @@ class CoKe(Method):
             averages = {name: all_gather_rows(values) for name, values in zip(AVERAGES, kept, strict=True)}
         # labels travel too: an image has one, whatever a worker's last bit says
         gathered, features = all_gather_rows(torch.cat([ids[:, None], new], dim=1)), all_gather_rows(features)
-        once = first_of_each(gathered[:, 0])
-        ids, new = gathered[once, 0], gathered[once, 1:]
+        ids, new, first = gathered[:, 0], gathered[:, 1:], first_places(gathered[:, 0])
+        counted = (first == torch.arange(len(ids), device=ids.device)).long()  # a repeated image counts where it comes first
         for h, clusters in enumerate(self.heads()):
-            clusters.update(features[once], new[:, h], normalize=share is None)
-        self.labels.write(ids, new)
+            clusters.update(features, new[:, h], counted, normalize=share is None)
+        self.labels.write(ids, new[first])
         for name, values in averages.items():
-            self.tables[name].write(ids, values[once])
+            self.tables[name].write(ids, values[first])
 
     def end_epoch(self, progress: Progress) -> None:
         for clusters in self.heads():
             clusters.end_epoch(self.share(progress))
         self.begun.fill_(True)
+        self.has_labels = True
 
     def project(self, views: Views) -> tuple[list[Tensor], list[Tensor]]:
         """Unit projections and predictions of every crop: one backbone pass per resolution, one pass of each head over all crops."""
@@ -237,10 +240,11 @@ class CoKe(Method):
     def health(self, new: Tensor, old: Tensor, features: Tensor, first: bool) -> Metrics:
         """Meters. Sizes, in images, and the share of empty clusters are of the last whole epoch, for each head; the rest is over all."""
         duals, known = torch.cat([clusters.duals for clusters in self.heads()]), old >= 0
+        largest = [count_of_each(labels, k).max() for labels, k in zip(new.unbind(dim=1), self.config.num_clusters, strict=True)]
         metrics: Metrics = {
             "mean_dual": duals.mean(),
             "largest_dual": duals.max(),
-            "largest_batch_share": torch.stack([labels.bincount().max() for labels in new.unbind(dim=1)]).max() / len(new),
+            "largest_batch_share": torch.stack(largest).max() / len(new),
             "embedding_std": embedding_std(features),
         }
         if first:
@@ -315,15 +319,20 @@ class OnlineClusters(nn.Module):
         return torch.addmm(self.duals, features, (self.previous if averaging else self.current).T).argmax(dim=1)
 
     @torch.no_grad()
-    def update(self, features: Tensor, labels: Tensor, normalize: bool = True) -> None:
-        """Duals, then centres, from a whole batch `(B, D)` and its labels `(B,)`. Clusters without an image keep their centre."""
+    def update(self, features: Tensor, labels: Tensor, counted: Tensor | None = None, *, normalize: bool = True) -> None:
+        """Duals, then centres, from a whole batch `(B, D)` and its labels `(B,)`. Clusters without an image keep their centre.
+
+        Args:
+            counted: `(B,)` int64, 1 or, for an image that is there already, 0; None = all 1.
+        """
         k = len(self.duals)
-        batch = labels.bincount(minlength=k)  # b
-        self.duals -= self.dual_learning_rate * (batch.to(self.duals.dtype) / len(labels) - self.constraint_ratio / k)
+        counted = torch.ones_like(labels) if counted is None else counted
+        batch = count_of_each(labels, k, counted)  # b
+        self.duals -= self.dual_learning_rate * (batch.to(self.duals.dtype) / counted.sum() - self.constraint_ratio / k)
         if self.constraint_ratio < 1:
             self.duals.clamp_(min=0)
         after = self.counts + batch
-        centers = (self.counts[:, None] * self.current + sums(features, labels, k)) / after.clamp(min=1)[:, None]
+        centers = (self.counts[:, None] * self.current + sums(features, labels, counted, k)) / after.clamp(min=1)[:, None]
         centers = l2_normalize(centers) if normalize else centers
         self.current.copy_(torch.where(batch[:, None] > 0, centers, self.current))
         self.counts.copy_(after)
@@ -343,11 +352,17 @@ def default_dual_learning_rate(num_clusters: int, steps_per_epoch: int) -> float
     return num_clusters * min(3 / steps_per_epoch, 0.05)
 
 
-def sums(features: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
-    """Sum of the features `(B, D)` of every label: `(K, D)`, the same bits on every worker."""
+def sums(features: Tensor, labels: Tensor, counted: Tensor, num_clusters: int) -> Tensor:
+    """Sum of the counted features `(B, D)` of every label: `(K, D)`, the same bits on every worker."""
+    weights = counted[:, None].to(features.dtype)
     if features.device.type == "cpu":  # on a GPU index_add sums as threads arrive: the workers' centres would drift apart
-        return features.new_zeros(num_clusters, features.shape[1]).index_add_(0, labels, features)
-    return F.one_hot(labels, num_clusters).to(features.dtype).T @ features
+        return features.new_zeros(num_clusters, features.shape[1]).index_add_(0, labels, features * weights)
+    return features.new_zeros(len(labels), num_clusters).scatter_(1, labels[:, None], weights).T @ features
+
+
+def _note_first_pass(method: CoKe, _: Any) -> None:
+    """After a state was loaded, the only time at which the device is asked."""
+    method.has_labels = bool(method.begun)
 
 
 def mixed(label: Tensor, soft: Tensor, label_weight: float) -> Tensor:

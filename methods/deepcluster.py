@@ -46,8 +46,8 @@ from methods.parts.contract import (
 from methods.parts.distributed import all_gather_rows, all_reduce_sum, rank, world_size
 from methods.parts.errors import require
 from methods.parts.heads import mlp
-from methods.parts.id_table import IdTable, first_of_each
-from methods.parts.numerics import embedding_std, full_precision, l2_normalize, promote, rows_at_once
+from methods.parts.id_table import IdTable, first_places
+from methods.parts.numerics import count_of_each, embedding_std, full_precision, l2_normalize, promote, rows_at_once
 from methods.parts.views import CropGroup, Views, ViewsConfig
 
 CROPS = 2  # global crops that are memorised
@@ -131,22 +131,22 @@ class DeepCluster(Method):
         unit = z[views.groups["global"]].detach().transpose(0, 1)  # (B, 2, D)
         outputs = {"ids": views.image_ids, "z": unit}
         with full_precision(z):
-            metrics: Metrics = {"embedding_std": embedding_std(unit[:, 0])}
+            metrics: Metrics = {"embedding_std": embedding_std(unit[:, 0])} if progress.reports else {}
             if not self.learns(progress):
                 return StepOutput(loss=None, metrics=metrics, outputs=outputs)
             scores = (z.flatten(0, 1) @ self.prototypes.flatten(0, 1).T).view(*z.shape[:2], *self.prototypes.shape[:2])  # (V, B, H, K)
             labels = self.labels.read(views.image_ids).long().expand(scores.shape[:3])  # (V, B, H)
             known = all_reduce_sum((labels != UNKNOWN).sum())  # over all workers: their mean must be that of the joined batch
             total = F.cross_entropy(scores.flatten(0, 2) / self.config.temperature, labels.flatten(), ignore_index=UNKNOWN, reduction="sum")
-            metrics["label_accuracy"] = (scores.argmax(dim=-1) == labels).sum() * world_size() / known.clamp(min=1)
-            metrics["clusters_empty_epoch"] = self.empty
+            if progress.reports:
+                metrics["label_accuracy"] = (scores.argmax(dim=-1) == labels).sum() * world_size() / known.clamp(min=1)
+                metrics["clusters_empty_epoch"] = self.empty
             return StepOutput(loss=total * world_size() / known.clamp(min=1), metrics=metrics, outputs=outputs)
 
     def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
         ids = all_gather_rows(torch.cat([o["ids"] for o in outputs]))
         unit = all_gather_rows(torch.cat([o["z"] for o in outputs]))
-        once = first_of_each(ids)
-        self.memory.write(ids[once], unit[once])
+        self.memory.write(ids, unit[first_places(ids)])  # a repeated image is memorised as where it comes first
 
     def project(self, views: Views) -> Tensor:
         """Unit projections of every crop `(V, B, D)`: one backbone pass per resolution, one pass of the projector over all crops."""
@@ -211,4 +211,4 @@ def spherical_kmeans(features: Tensor, centroids: Tensor, iterations: int) -> tu
         sums = all_reduce_sum(sums)
         centroids = torch.where(sums.any(dim=1, keepdim=True), l2_normalize(sums), centroids.double()).to(centroids.dtype)
     nearest = torch.cat([(rows @ centroids.T).argmax(dim=1) for rows in features.split(size)])
-    return centroids, nearest, all_reduce_sum(torch.bincount(nearest, minlength=len(centroids)))
+    return centroids, nearest, all_reduce_sum(count_of_each(nearest, len(centroids)))

@@ -55,7 +55,7 @@ from methods.parts.contract import (
 from methods.parts.dino_head import DINOHead
 from methods.parts.errors import ConfigError, require
 from methods.parts.groups import without_vectors
-from methods.parts.numerics import embedding_std, entropy, full_precision, l2_normalize, promote
+from methods.parts.numerics import embedding_std, entropy, full_precision, l2_normalize, promote, used_share
 from methods.parts.schedules import cosine, linear_by_epoch
 from methods.parts.soft_targets import cross_entropy_sum
 from methods.parts.views import CropGroup, Views, ViewsConfig
@@ -150,7 +150,7 @@ class DINO(Method):
                 raise ConfigError(f"views: {len(others)} crop, {len(codes)} of them global; use 2 or more crops, at least 1 global")
             terms = [cross_entropy_sum(qs, s_v, self.config.temperature) for qs, s_v in zip(others, s.split(batch), strict=True) if qs]
             loss = torch.stack(terms).sum() / pairs
-            metrics = self.health(q, h[:batch], loss.detach(), progress)
+            metrics = self.health(q, h[:batch], loss.detach(), progress) if progress.reports else {}
             return StepOutput(loss=loss, metrics=metrics, outputs={"mean": t.mean(dim=0)})
 
     def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
@@ -161,7 +161,8 @@ class DINO(Method):
     def targets(self, t: Tensor, progress: Progress) -> Tensor:
         """The teacher's soft targets of its crops: `(G B, K) -> (G B, K)`, rows sum to 1, no gradient."""
         if self.center is None:
-            return sinkhorn(t, self.teacher_temperature(progress), self.config.sinkhorn_iterations)
+            span = 2.0 if self.config.unit_prototypes else math.inf  # of cosines
+            return sinkhorn(t, self.teacher_temperature(progress), self.config.sinkhorn_iterations, span=span)
         return self.center.targets(t, self.teacher_temperature(progress))
 
     def teacher_temperature(self, progress: Progress) -> float:
@@ -189,7 +190,7 @@ class DINO(Method):
             "teacher_entropy": own / math.log(k),
             "teacher_mean_entropy": entropy(q.mean(dim=0)) / math.log(k),
             "kl": loss - own,  # mean of KL(q_g || p_v) over the pairs: every q_g stands in V - 1 of them
-            "prototypes_used": (torch.bincount(q.argmax(dim=1), minlength=k) > 0).double().mean(),
+            "prototypes_used": used_share(q),
             "embedding_std": embedding_std(l2_normalize(promote(h))),
             "teacher_temperature": self.teacher_temperature(progress),
             "momentum": self.momentum(progress),

@@ -38,6 +38,7 @@ from methods.parts.contract import (
     register,
     searchable,
 )
+from methods.parts.counter_random import draw_seed
 from methods.parts.errors import require
 from methods.parts.groups import without_vectors
 from methods.parts.masking import masked_of, num_kept, num_patches, random_keep
@@ -83,15 +84,15 @@ class MAE(Method):
 
     def draw_masks(self, views: Views, progress: Progress) -> Masks:
         """The patches that the encoder sees, `(V B, n)` for each resolution."""
-        return [self.draw(stack, progress.generator) for stack in views.by_resolution()]
+        return [self.draw(stack, views.image_ids, draw_seed(progress.generator)) for stack in views.by_resolution()]
 
-    def draw(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+    def draw(self, images: Tensor, ids: Tensor, seed: int) -> Tensor:
         patches = num_patches(self.backbone, images.shape[-1])
-        return random_keep(len(images), patches, num_kept(patches, self.config.mask_ratio), generator=generator).to(images.device)
+        return random_keep(ids, patches, num_kept(patches, self.config.mask_ratio), seed=seed, crops=len(images) // len(ids))
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         masks = self.draw_masks(views, progress) if masks is None else masks
-        losses, metrics = [], {}
+        losses, metrics = [], Metrics()
         for images, keep in zip(views.by_resolution(), masks, strict=True):
             painted, cls = self.paint(images, keep)
             with full_precision(painted):
@@ -99,7 +100,8 @@ class MAE(Method):
                 masked = masked_of(keep, target.shape[1])
                 errors = (rows_of(painted, masked) - rows_of(target, masked)).square()  # (B, N - n, p p 3)
                 losses.append(errors.mean())
-                metrics = self.health(errors.detach(), rows_of(target, masked), cls.detach())
+                if progress.reports:
+                    metrics = self.health(errors.detach(), rows_of(target, masked), cls.detach())
         return StepOutput(loss=torch.stack(losses).mean(), metrics=metrics)
 
     def paint(self, images: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,7 +129,7 @@ class MAE(Method):
 
         A patch whose pixels were normalised gets back its own mean and standard deviation, which the decoder does not know.
         """
-        keep = self.draw(images, torch.Generator().manual_seed(0))
+        keep = self.draw(images, torch.arange(len(images), device=images.device), seed=0)
         painted, _ = self.paint(images, keep)
         x = patchify(promote(images), self.patch)
         if self.config.normalize_patches:
@@ -178,8 +180,15 @@ class Decoder(nn.Module):
         y = self.embed(seen)
         whole = self.mask_token.to(y.dtype).expand(len(y), h * w, -1)
         patches = whole.scatter(1, keep[..., None].expand(-1, -1, y.shape[-1]), y[:, 1:])
-        patches = patches + sincos_table(h, w, y.shape[-1]).to(y)
+        patches = patches + self.positions(h, w, y)
         return self.pixels(self.norm(self.blocks(torch.cat([y[:, :1], patches], dim=1)))[:, 1:])  # type: ignore[no-any-return]
+
+    def positions(self, h: int, w: int, like: Tensor) -> Tensor:
+        """Fixed positions of a grid, `(h w, width)`; made once for each grid and not part of the state."""
+        name = f"positions_{h}x{w}"
+        if not hasattr(self, name):
+            self.register_buffer(name, sincos_table(h, w, like.shape[-1], like.device), persistent=False)
+        return self.get_buffer(name).to(like)
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:

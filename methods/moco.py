@@ -25,6 +25,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from methods.parts import ema
@@ -42,10 +43,10 @@ from methods.parts.contract import (
     searchable,
 )
 from methods.parts.contrast import info_nce_with_queue
-from methods.parts.distributed import all_gather_rows, rank, world_size
+from methods.parts.distributed import rank, world_size
 from methods.parts.errors import ConfigError, require
 from methods.parts.norms import grouped, has_batch_norm
-from methods.parts.numerics import embedding_std, full_precision, l2_normalize, promote
+from methods.parts.numerics import embedding_std, full_precision, l2_normalize, promote, to_device
 from methods.parts.queue import FeatureQueue
 from methods.parts.views import CropGroup, Views, ViewsConfig
 
@@ -116,20 +117,20 @@ class MoCo(Method):
         with full_precision(q):
             positive = (q * k).sum(dim=1, keepdim=True) / self.config.temperature  # (n, 1)
             first = torch.zeros(len(q), dtype=torch.int64, device=q.device)
-            loss, metrics = info_nce_with_queue(positive, first, q, self.queue.rows, self.config.temperature)
-        metrics |= {"embedding_std": embedding_std(q.detach()), "queue_age": self.queue.age, "queue_fill": self.queue.fill}
+            settings = (self.queue.rows, self.config.temperature)
+            loss, metrics = info_nce_with_queue(positive, first, q, *settings, meters=progress.reports)
+        if progress.reports:
+            metrics |= {"embedding_std": embedding_std(q.detach()), "queue_age": self.queue.age, "queue_fill": self.queue.fill}
         return StepOutput(loss=loss, metrics=metrics, outputs={"k": k})
 
     @torch.no_grad()
     def keys(self, images: Tensor, progress: Progress) -> Tensor:
         """Unit keys of the own images, `(n, 3, H, W) -> (n, D)`, normalised in random company (v1 sec. 3.3)."""
-        n = len(images)
-        own = slice(rank() * n, (rank() + 1) * n)
         if not self.has_batch_norm or self.sync_batchnorm:
             return l2_normalize(promote(self.key(images)))
-        order = torch.randperm(n * world_size(), generator=progress.generator).to(images.device)  # the same on every worker
-        k = self.key(all_gather_rows(images)[order[own]])
-        return l2_normalize(promote(all_gather_rows(k)[order.argsort()[own]]))
+        order = torch.randperm(len(images) * world_size(), generator=progress.generator)  # the same on every worker
+        k = self.key(permuted(images, order))
+        return l2_normalize(promote(permuted(k, order.argsort())))
 
     def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
         self.queue.push(torch.cat([part["k"] for part in outputs]))
@@ -153,6 +154,28 @@ class MoCo(Method):
             )
         if filling > steps // 2:
             yield f"method.queue_length={length} is filled after {filling} steps of {steps}; the loss rises until then; use a shorter queue"
+
+
+def permuted(value: Tensor, order: Tensor) -> Tensor:
+    """Return row order[r n + i] of the joined rows of all workers as row i of worker r: `(n, ...) -> (n, ...)`.
+
+    Every row travels once, to the worker that wants it, and keeps its layout in memory.
+
+    Args:
+        order: a permutation of the W n joined rows, `(W n,)` int64 on the CPU, the same on every worker.
+    """
+    channels_last = value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last)
+    laid_out = value.permute(0, 2, 3, 1) if channels_last else value
+    holder, place = order // len(value), order % len(value)
+    own = holder.view(world_size(), -1)[rank()]  # who holds the rows that this worker wants
+    sent = laid_out[to_device(place[holder == rank()], value.device)]  # in the order of the workers that want them
+    received = sent
+    if world_size() > 1:
+        received = torch.empty_like(sent)
+        wanted = [int((part == rank()).sum()) for part in holder.view(world_size(), -1)]
+        dist.all_to_all_single(received, sent, own.bincount(minlength=world_size()).tolist(), wanted)
+    result = received[to_device(own.argsort(stable=True).argsort(), value.device)]  # they came holder by holder
+    return result.permute(0, 3, 1, 2) if channels_last else result
 
 
 def head(in_features: int, hidden_features: int, out_features: int, layers: int) -> nn.Sequential:

@@ -120,6 +120,8 @@ class MoCoV3(Method):
             mirrored, _ = self.logits(q[1], k[0])
             tau = self.config.temperature
             loss = 2 * tau * (info_nce(logits, positives) + info_nce(mirrored, positives))
+            if not progress.reports:
+                return StepOutput(loss=loss)
             metrics = contrast_meters(logits, positives, tau)
         metrics |= {"embedding_std": embedding_std(l2_normalize(promote(z[0].detach()))), "momentum": self.momentum(progress)}
         return StepOutput(loss=loss, metrics=metrics)

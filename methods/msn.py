@@ -50,12 +50,13 @@ from methods.parts.contract import (
     register,
     searchable,
 )
+from methods.parts.counter_random import draw_seed
 from methods.parts.distributed import gather_with_gradient
 from methods.parts.errors import ConfigError, require
 from methods.parts.groups import without_vectors
 from methods.parts.heads import mlp
 from methods.parts.masking import num_kept, num_patches, random_keep
-from methods.parts.numerics import embedding_std, entropy, full_precision, l2_normalize, promote
+from methods.parts.numerics import embedding_std, entropy, full_precision, l2_normalize, promote, used_share
 from methods.parts.views import CropGroup, Views, ViewsConfig
 from methods.parts.vit import ViT, require_vit, without_drop_path
 
@@ -155,9 +156,8 @@ class MSN(Method):
         if crops is None or not len(crops) or ratio == 0 or draws[1] >= c.mask_probability:
             return []
         patches = num_patches(self.anchor.backbone, crops.shape[-1])
-        batch, kept = len(views.image_ids), num_kept(patches, ratio)
-        rows = [random_keep(batch, patches, kept, generator=generator, shared=c.shared_mask) for _ in range(views.counts["random"])]
-        return [torch.cat(rows).to(crops.device)]
+        ids = torch.zeros_like(views.image_ids) if c.shared_mask else views.image_ids
+        return [random_keep(ids, patches, num_kept(patches, ratio), seed=draw_seed(generator), crops=views.counts["random"])]
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         masks = self.draw_masks(views, progress) if masks is None else masks
@@ -175,6 +175,8 @@ class MSN(Method):
             ce = -(codes * log_p.unflatten(0, (-1, len(codes)))).sum(dim=-1).mean()
             me_max = math.log(self.config.num_prototypes) - entropy(mean_prediction(log_p))
             loss = ce + self.config.me_max * me_max
+            if not progress.reports:
+                return StepOutput(loss=loss)
             metrics = self.health(codes, log_p.detach(), z_target, progress)
             metrics |= {"cross_entropy": ce.detach(), "me_max": me_max.detach()}
             if keep is not None:
@@ -195,7 +197,10 @@ class MSN(Method):
         """p+, the soft assignments of the targets: `(B, D) -> (B, K)`, rows sum to 1."""
         power = self.config.temperature / self.target_temperature(progress)  # 1 / T
         log_p = torch.log_softmax(self.log_predictions(z) * power, dim=1)
-        return sinkhorn(log_p, 1.0, self.config.sinkhorn_iterations) if self.config.sinkhorn else log_p.exp()
+        if not self.config.sinkhorn:
+            return log_p.exp()
+        span = 2 / self.target_temperature(progress) + math.log(self.config.num_prototypes)  # of cosines / tau+, less their logsumexp
+        return sinkhorn(log_p, 1.0, self.config.sinkhorn_iterations, span=span)
 
     def cosines(self, z: Tensor) -> Tensor:
         return l2_normalize(z) @ l2_normalize(self.prototypes).T
@@ -227,7 +232,7 @@ class MSN(Method):
             "code_max": codes.amax(dim=1).mean(),
             "prediction_entropy": entropy(p).mean() / math.log(k),
             "mean_entropy": entropy(p.mean(dim=0)) / math.log(k),
-            "prototypes_used": (torch.bincount(codes.argmax(dim=1), minlength=k) > 0).double().mean(),
+            "prototypes_used": used_share(codes),
             "embedding_std": embedding_std(l2_normalize(z_target)),
             "momentum": self.momentum(progress),
         }

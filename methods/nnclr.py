@@ -114,6 +114,9 @@ class NNCLR(Method):
             loss = 0.5 * info_nce(logits, positives) + 0.5 * info_nce(*self.logits(nn2, p1))
             if self.config.column_term:
                 loss = loss + 0.5 * info_nce(*self.logits(p2, nn1)) + 0.5 * info_nce(*self.logits(p1, nn2))
+            outputs = {"u1": u1, "labels": views.labels}
+            if not progress.reports:
+                return StepOutput(loss=loss, outputs=outputs)
             metrics = contrast_meters(logits, positives, self.config.temperature)
         known = (views.labels >= 0) & (labels1 >= 0)
         metrics |= {
@@ -122,17 +125,15 @@ class NNCLR(Method):
             "queue_age": self.support_set.age,
             "queue_fill": self.support_set.fill,
         }
-        return StepOutput(loss=loss, metrics=metrics, outputs={"u1": u1, "labels": views.labels})
+        return StepOutput(loss=loss, metrics=metrics, outputs=outputs)
 
     @torch.no_grad()
     def neighbours(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest row of the support set for each unit row, and its label: `(n, D) -> (n, D), (n,)`."""
         rows = self.support_set.rows
         nearest = torch.cat([(part @ rows.T).argmax(dim=1) for part in u.split(LOOKUP_ROWS)])
-        found = rows[nearest]
-        if self.config.warmup_with_views:
-            found = torch.where(self.support_set.full, found, u)
-        return found, self.labels[nearest]
+        warming = self.config.warmup_with_views and not self.support_set.full
+        return u if warming else rows[nearest], self.labels[nearest]
 
     def logits(self, anchors: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
         """Own anchors against the candidates of all workers.

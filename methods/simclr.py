@@ -104,19 +104,24 @@ class SimCLR(Method):
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         x1, x2 = views.pair()
-        z = l2_normalize(promote(self.network(torch.cat([x1, x2]))))  # (2n, D): batch norm sees both views
+        (both,) = views.by_resolution()
+        z = l2_normalize(promote(self.network(both)))  # (2n, D): batch norm sees both views
         with full_precision(z):
             logits, partners = self.logits(z)
             if self.config.memory_size:
-                loss, metrics = info_nce_with_queue(logits, partners, z, self.memory.rows, self.config.temperature)
+                settings = (self.memory.rows, self.config.temperature)
+                loss, metrics = info_nce_with_queue(logits, partners, z, *settings, meters=progress.reports)
             else:
-                loss, metrics = info_nce(logits, partners), contrast_meters(logits, partners, self.config.temperature)
-            metrics["embedding_std"] = embedding_std(z[: len(x1)].detach())
+                loss = info_nce(logits, partners)
+                metrics = contrast_meters(logits, partners, self.config.temperature) if progress.reports else {}
+            if progress.reports:
+                metrics["embedding_std"] = embedding_std(z[: len(x1)].detach())
         if not self.config.memory_size:
             return StepOutput(loss=loss, metrics=metrics)
         with torch.no_grad():
             rows = self.slow_network(x2)
-        metrics |= {"queue_age": self.memory.age, "queue_fill": self.memory.fill}
+        if progress.reports:
+            metrics |= {"queue_age": self.memory.age, "queue_fill": self.memory.fill}
         return StepOutput(loss=loss, metrics=metrics, outputs={"memory": rows})
 
     def logits(self, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -80,7 +80,7 @@ class SimSiam(Method):
         z = [promote(z_v) for z_v in z]
         with full_precision(p[0]):
             loss = (distance(p[0], z[1]) + distance(p[1], z[0])).mean() / 2
-            return StepOutput(loss=loss, metrics=self.health(p[0], z[0], z[1]))
+            return StepOutput(loss=loss, metrics=self.health(p[0], z[0], z[1]) if progress.reports else {})
 
     @torch.no_grad()
     def health(self, p1: Tensor, z1: Tensor, z2: Tensor) -> Metrics:

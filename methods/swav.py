@@ -40,7 +40,7 @@ from methods.parts.contract import (
 from methods.parts.distributed import all_reduce_sum
 from methods.parts.errors import ConfigError, require
 from methods.parts.heads import mlp
-from methods.parts.numerics import embedding_std, entropy, full_precision, l2_normalize, promote
+from methods.parts.numerics import count_of_each, embedding_std, entropy, full_precision, l2_normalize, promote, used_share
 from methods.parts.queue import FeatureQueue
 from methods.parts.soft_targets import cross_entropy_sum
 from methods.parts.views import CropGroup, Views, ViewsConfig
@@ -125,7 +125,7 @@ class SwAV(Method):
             terms = [cross_entropy_sum(q, s, self.config.temperature) for q, s in zip(others, scores, strict=True) if q]
             loss = torch.stack(terms).sum() / sum(map(len, others))
             unit = [z[g].detach() for g in global_crops]
-            metrics = self.health(codes[global_crops[0]], unit[0])
+            metrics = self.health(codes[global_crops[0]], unit[0]) if progress.reports else {}
             return StepOutput(loss=loss, metrics=metrics, outputs={"z": unit, "used": self.used(codes)})
 
     def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
@@ -148,9 +148,9 @@ class SwAV(Method):
         """Balanced soft assignments of a global crop: `(B, K) -> (B, K)`, rows sum to 1."""
         batch = len(scores)
         queues = self.crop_queues()
-        if queued := bool(queues) and bool(queues[crop].full):
+        if queued := bool(queues) and queues[crop].full:
             scores = torch.cat([self.prototypes(queues[crop].share), scores])  # (L / W + B, K)
-        codes = sinkhorn(scores, self.config.epsilon, self.config.sinkhorn_iterations)
+        codes = sinkhorn(scores, self.config.epsilon, self.config.sinkhorn_iterations, span=2.0)  # of cosines
         if queued:
             codes = codes[-batch:].clone()  # lets go of the queue's rows
         if self.config.hard_codes:
@@ -162,17 +162,16 @@ class SwAV(Method):
     def used(self, codes: dict[int, Tensor]) -> Tensor:
         """Whether each prototype is the argmax of a code, on any worker: `(K,)`."""
         assigned = torch.cat([q.argmax(dim=1) for q in codes.values()])
-        return all_reduce_sum(torch.bincount(assigned, minlength=self.config.num_prototypes)) > 0
+        return all_reduce_sum(count_of_each(assigned, self.config.num_prototypes)) > 0
 
     @torch.no_grad()
     def health(self, codes: Tensor, z: Tensor) -> Metrics:
         """Meters of one global crop, and of the prototypes; entropies as fractions of ln K."""
         k = self.config.num_prototypes
-        used = torch.bincount(codes.argmax(dim=1), minlength=k) > 0
         metrics: Metrics = {
             "code_entropy": entropy(codes).mean() / math.log(k),
             "code_max": codes.amax(dim=1).mean(),
-            "prototypes_used": used.double().mean(),
+            "prototypes_used": used_share(codes),
             "prototypes_dead": (self.unused_steps >= self.steps_per_epoch).double().mean(),  # unused for a pass over the data
             "prototypes_distinct": self.distinct,
             "embedding_std": embedding_std(z),

@@ -100,7 +100,7 @@ class VICReg(Method):
             covariance = self.covariance(centred[0]) + self.covariance(centred[1])
             loss = c.invariance_weight * invariance + c.variance_weight * variance + c.covariance_weight * covariance
             terms = [term.detach() for term in (invariance, variance, covariance)]
-            return StepOutput(loss=loss, metrics=self.health(z[0], z[1], *terms))
+            return StepOutput(loss=loss, metrics=self.health(z[0], z[1], *terms) if progress.reports else {})
 
     def variance(self, centred: Tensor) -> Tensor:
         """v of centred projections `(N, D)`."""

@@ -234,7 +234,7 @@ def plan(config: RunConfig | None, have: Mapping[str, float], nodes: list[Mappin
         have: the cluster's resources in sum.
         nodes: each node's.
     """
-    from pipeline.train.group import CPU_WORKER, GPU_WORKER, fits
+    from pipeline.train.placement import CPU_WORKER, GPU_WORKER, fits
 
     if config is not None:
         yield from placement(config, int(have.get("GPU", 0)), len(nodes))

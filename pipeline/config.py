@@ -41,6 +41,9 @@ class DataConfig:
     window: int | None = None  # images cut by one Ray Data task; None = 512 small or 128 large ones
     # where colour, blur and normalisation are done: on the training device, or by the Ray Data tasks, which then send four times the bytes
     finish: Literal["device", "tasks"] = "device"
+    # bytes of views in Ray's object stores, ready or in flight; None = as much as these hold: 30 % of the memory. Tasks begin while
+    # their views are less than half of it
+    buffer_bytes: int | None = None
 
     def __post_init__(self) -> None:
         require(bool(self.path), "data.path", self.path, "give a folder, Parquet or tar files, a URI, or patches")
@@ -49,6 +52,8 @@ class DataConfig:
         require(self.lanes >= 1, "data.lanes", self.lanes, "use 1 or more; 8 lets 1, 2, 4 or 8 workers share a run")
         require(all(s > 0 for s in self.std), "data.std", self.std, "use three positive numbers")
         require(self.window is None or self.window >= 1, "data.window", self.window, "use 1 or more images, or leave it out")
+        enough = self.buffer_bytes is None or self.buffer_bytes >= 2**26
+        require(enough, "data.buffer_bytes", self.buffer_bytes, "use 100000000 (100 MB) or more, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +104,7 @@ class TrainConfig:
     steps: int | None = None  # optimizer steps; given, it overrides epochs
     steps_per_epoch: int | None = None  # unit of every length in epochs; None = one pass over the images; a stream: needs it
     workers: int | str = 0  # 0 = in this process; N = so many under Ray Train; LOW:HIGH = as many as fit. They must divide data.lanes
+    accelerator: Literal["auto", "gpu", "cpu"] = "auto"  # of each worker; auto: a GPU if the cluster has one now, gpu: wait for one
     seed: int = 0
     first_epoch: tyro.conf.Suppress[int] = 0  # passes that an earlier phase has behind it; `continue` sets it
     # bf16: autocast; auto: bf16 where the hardware multiplies it natively, else float32. float32 is IEEE everywhere, TF32 is never used

@@ -140,19 +140,21 @@ def report(config: RunConfig, manifest: Any, ids: Sequence[int]) -> Iterable[Che
 
 def stream(config: RunConfig, num_images: int | None) -> Check:
     """The row of the doctor about the stream: what was chosen, and why."""
-    from pipeline.ingest.stream import PASS_BYTES
+    from pipeline.ingest.ray_data import object_store_bytes
     from pipeline.ingest.window import block_bytes
 
     window = resolve(config, num_images).window
     block = block_bytes(config.views, window, finished=config.data.finish == "tasks")
-    ahead = max(PASS_BYTES, config.data.lanes * block) / 1e6
+    group, buffer = config.data.lanes * block, config.data.buffer_bytes or object_store_bytes()
     workers = max(1, config.train.worker_range[1])
     why = "data.window" if config.data.window else "so that a task's own cost of 24 ms hardly counts"
     found = (
-        f"{window:,} images a task ({why}), {block / 1e6:.1f} MB; one task per CPU, each with one thread; up to {ahead:,.0f} MB "
-        f"for each worker are cut ahead; threads of training: {thread_count(config, workers)}"
+        f"{window:,} images a task ({why}), {block / 1e6:.1f} MB; one task per CPU, each with one thread; {buffer / 1e6:,.0f} MB are for "
+        f"views cut ahead (data.buffer_bytes); threads of training: {thread_count(config, workers)}"
     )
-    return Check("stream", "ok", found, "")
+    few = 3 * group > buffer  # one group with the workers, two on the way
+    remedy = f"a window of each lane is {group / 1e6:,.0f} MB: use a smaller data.window, or a larger data.buffer_bytes" if few else ""
+    return Check("stream", "warn" if few else "ok", found, remedy)
 
 
 def duration(seconds: float) -> str:

@@ -93,10 +93,9 @@ def cores_and_memory() -> Iterable[Check]:
         remedy = "other programs keep them busy: training, and any estimate below, will be slow until they end"
     yield Check("cores", "warn" if remedy else "ok", f"{cores:g} core{'s' * (cores != 1)}, load {load:.1f}", remedy)
     memory = psutil.virtual_memory()
-    limit = _cgroup("memory.max", "memory/memory.limit_in_bytes")
     used = _cgroup("memory.current", "memory/memory.usage_in_bytes")
-    total = min(memory.total, limit or memory.total)
-    free = min(memory.available, total - (used if limit and used and limit < memory.total else 0))
+    total = total_memory()
+    free = min(memory.available, total - (used if used and total < memory.total else 0))
     good = free >= 3 * GIB
     yield Check("memory", "ok" if good else "warn", f"{free / GIB:.1f} of {total / GIB:.1f} GiB free", "" if good else "free 3 GiB or more")
 
@@ -109,6 +108,12 @@ def available_cores() -> float:
         return cores if quota == "max" else min(cores, round(int(quota) / int(period), 1))
     except (OSError, ValueError):
         return cores
+
+
+def total_memory() -> int:
+    """Bytes of memory that this process may use: the machine's, or a container's limit."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(machine, _cgroup("memory.max", "memory/memory.limit_in_bytes") or machine)
 
 
 def _cgroup(*names: str) -> int | None:

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,38 +20,52 @@ from typing import Any
 
 from methods.parts.errors import ConfigError
 from pipeline import mirror
+from pipeline.place import Place
+from pipeline.place import write_atomic as write_atomic
+
+_changing = threading.Lock()  # of run.json, by the training thread and the one that writes checkpoints
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write beside the target, flush to the disk, then rename: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def as_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, default=str) + "\n").encode()
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, (json.dumps(value, indent=2, default=str) + "\n").encode())
+    write_atomic(path, as_json(value))
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run's folder."""
+    """One run's folder.
 
-    path: Path
+    Args:
+        where: a local folder, which may be the driver's copy of one in an object store; or, for a worker, the URI of that one.
+            By a URI only `checkpoints`, `config_text`, `state`, `update` and `bad_images` can be used.
+    """
+
+    where: Path | str
+
+    @property
+    def path(self) -> Path:
+        return Path(self.where)
+
+    @property
+    def place(self) -> Place:
+        """Where the small files are read and written."""
+        return Place(str(self.where))
+
+    @property
+    def shared(self) -> Place:
+        """Where all workers find the run: this folder, or the one in an object store whose copy it is."""
+        return Place(mirror.remote_of(self.path) or str(self.path)) if not self.place.is_remote else self.place
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return self.place.name
 
     @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+    def checkpoints(self) -> Place:
+        return self.shared / "checkpoints"
 
     @property
     def figures(self) -> Path:
@@ -65,30 +80,44 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
-    def bad_images(self) -> Path:
-        return self.path / "bad_images.jsonl"
+    def bad_images(self) -> Place:
+        return self.place / "bad_images.jsonl"
 
     def config_text(self) -> str:
-        return (self.path / "config.yaml").read_text()
+        return (self.place / "config.yaml").read().decode()
 
     def state(self) -> dict[str, Any]:
         try:
-            state: dict[str, Any] = json.loads((self.path / "run.json").read_text())
+            state: dict[str, Any] = json.loads((self.place / "run.json").read())
         except FileNotFoundError:
             return {}
-        if state.get("status") == "running" and not self.locked():
+        if state.get("status") == "running" and not self.place.is_remote and not self.locked():
             state["status"] = "interrupted"  # its process is gone: killed, or the machine went down
         return state
 
     def keep(self, **changes: Any) -> None:
-        """Change the run's facts here; if the folder is a copy, the next checkpoint sends them to the object store."""
-        write_json(self.path / "run.json", self.state() | changes)
+        """Change the run's facts here; if the folder is a copy, the next `push` sends them to the object store."""
+        with _changing:
+            (self.place / "run.json").write(as_json(self.state() | changes))
 
     def update(self, **changes: Any) -> None:
         """Change the run's facts, and send them to the object store at once."""
         self.keep(**changes)
-        with contextlib.suppress(OSError):  # the next checkpoint sends it, or says why not
-            mirror.push(self.path, only="run.json")
+        if not self.place.is_remote:
+            with contextlib.suppress(ConfigError):  # the next checkpoint sends it, or says why not
+                mirror.push(self.path, only="run.json")
+
+    def saved(self, *, step: int, bad_images: bytes = b"", **facts: Any) -> None:
+        """Note a whole checkpoint, list the images that could not be decoded until then, and send the small files to the object store.
+
+        Raises:
+            ConfigError: the store does not take them.
+        """
+        if bad_images:
+            self.bad_images.write(bad_images)
+        self.keep(step=step, **facts)
+        if not self.place.is_remote:
+            mirror.push(self.path)
 
     def locked(self) -> bool:
         """Is a process at work on this run?"""
@@ -136,7 +165,6 @@ def create_run(runs_dir: Path, name: str | None, recipe: str) -> RunFolder:
         ConfigError: the name is taken or not a plain name.
     """
     folder = RunFolder(new_folder(runs_dir, name, recipe, "run"))
-    folder.checkpoints.mkdir()
     folder.figures.mkdir()
     write_json(folder.path / "run.json", {"name": folder.name, "recipe": recipe, "created": time.time(), "status": "created"})
     return folder

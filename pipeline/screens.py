@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.evaluate.probes import ProbeScores
     from pipeline.evaluate.protocols import Scores
-    from pipeline.train.conduct import Outcome
+    from pipeline.train.launch import Outcome
 
 
 def conclude(outcome: Outcome, options: Any) -> int:
@@ -110,7 +110,6 @@ def show_run(state: dict[str, Any], options: Any) -> None:
         "began": _moment(state.get("created")),
         "ended": _moment(state.get("ended")),
         "model": state.get("model"),
-        "final state": state.get("state_sha256"),
         "folder": state["folder"],
         "how to go on": next_command(state, options),
     }

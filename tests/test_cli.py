@@ -21,12 +21,12 @@ SMALL = ["pretrain", "swav-small"]
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing here may get as far as starting Ray."""
-    import pipeline.train.conduct as conduct
+    import pipeline.train.launch as launch
 
     def refuse() -> None:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr(conduct, "start_ray", refuse)
+    monkeypatch.setattr(launch, "start_ray", refuse)
 
 
 def images(folder: Path, count: int) -> Path:

@@ -92,7 +92,7 @@ def test_set_up_installs_this_project_with_one_ray_on_every_machine(launcher: di
         lines = launcher[f"{kind}_setup_commands"]
         assert lines[: len(launcher["setup_commands"])] == launcher["setup_commands"]
         (start,) = [line for line in launcher[f"{kind}_start_ray_commands"] if " start " in line]
-        assert "RAY_AUTH_MODE=token RAY_worker_niceness=0 ~/venv/bin/ray start" in start
+        assert "RAY_AUTH_MODE=token RAY_JOB_STOP_WAIT_TIME_S=60 ~/venv/bin/ray start" in start
 
 
 def test_the_files_sent_are_those_that_an_installation_needs_and_no_more(launcher: dict[str, Any]) -> None:

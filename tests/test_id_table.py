@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from methods.parts import id_table
-from methods.parts.distributed import all_gather_rows
+from methods.parts.distributed import all_gather_objects, all_gather_rows
 from methods.parts.errors import ConfigError
-from methods.parts.id_table import IdTable, first_of_each
+from methods.parts.id_table import IdTable, first_places
+from pipeline.place import Place
 from pipeline.train import checkpoint
 from tests.parity.common import in_processes
 
@@ -20,8 +23,8 @@ N, BATCH = 103, 12
 
 
 def visit(rank: int, world: int, sharded: bool) -> dict[str, Any]:
-    """Three steps: read, then write what the whole batch brings; at last every piece."""
-    id_table.PIECE = 40
+    """Three steps: read, then write what the whole batch brings; at last gather every piece and load it again."""
+    id_table.PIECE_BYTES = 40 * 8
     table = IdTable(N, (2,), dtype=torch.int32, fill=-1, sharded=sharded)
     read, generator = [], torch.Generator().manual_seed(0)
     for step in range(3):
@@ -31,10 +34,25 @@ def visit(rank: int, world: int, sharded: bool) -> dict[str, Any]:
         gathered = all_gather_rows(own)
         assert torch.equal(gathered, ids)
         table.write(gathered, torch.stack([gathered, gathered * 10 + step], dim=1))
-    pieces = table.pieces()
+    messages: list[tuple[str, int]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("send", "recv", "reduce", "gather", "all_reduce", "all_gather"):
+            patch.setattr(dist, name, counted(name, getattr(dist, name), messages))
+        pieces = table.pieces()
     again = IdTable(N, (2,), dtype=torch.int32, fill=-1, sharded=sharded)
-    again.load(pieces)
-    return {"read": read, "pieces": pieces, "rows": len(table.rows), "same": torch.equal(again.rows, table.rows)}
+    again.load(all_gather_objects(pieces)[0])
+    same = torch.equal(again.rows, table.rows)
+    return {"read": read, "pieces": pieces, "rows": len(table.rows), "same": same, "messages": messages}
+
+
+def counted(name: str, function: Callable[..., Any], messages: list[tuple[str, int]]) -> Callable[..., Any]:
+    """The same function; what it is called with is noted with the number of its elements."""
+
+    def call(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
+        messages.append((name, tensor.numel()))
+        return function(tensor, *args, **options)
+
+    return call
 
 
 def visit_whole(rank: int, world: int) -> dict[str, Any]:
@@ -56,6 +74,18 @@ def test_tables_are_the_same_for_one_and_three_workers(what: Any, tmp_path: Path
     assert all(torch.equal(a, b) for a, b in zip(three[0]["pieces"], one["pieces"], strict=True))
     assert sum(worker["rows"] for worker in three) == (N if what is visit_sharded else 3 * N)
     assert one["same"] and all(worker["same"] for worker in three)
+
+
+@pytest.mark.parametrize("what", [visit_whole, visit_sharded])
+def test_no_worker_but_the_first_ever_holds_rows_of_another_one(what: Any, tmp_path: Path) -> None:
+    first, *others = in_processes(2, tmp_path, what)
+    assert torch.cat(first["pieces"]).shape == (N, 2)
+    assert all(worker["pieces"] == [] for worker in others)
+    if what is visit_whole:
+        assert not first["messages"], "rank 0 has every row"
+        return
+    assert others[0]["messages"] == [("send", 2 * (80 - N // 2)), ("send", 2 * (N - 80))], "its own rows, piece by piece"
+    assert {name for name, _ in first["messages"]} == {"recv"}
 
 
 def filled(table: IdTable, rank: int, world: int) -> dict[str, Any]:
@@ -86,12 +116,12 @@ def test_a_shard_loads_its_own_rows_from_the_pieces_of_any_number_of_workers(mon
 
 
 def test_a_checkpoint_holds_tables_in_pieces_of_their_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(id_table, "PIECE", 50_000)
+    monkeypatch.setattr(id_table, "PIECE_BYTES", 4 * 50_000)
     table = IdTable(120_000, dtype=torch.int32, fill=-1)
     table.write(torch.arange(0, 120_000, 7), torch.arange(0, 120_000, 7))
     state = {"method": {"w": torch.ones(3)}, "id_tables": {"labels": table.pieces()}}
-    folder = checkpoint.save(tmp_path, state, step=4)
-    sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+    folder = checkpoint.save(Place.of(tmp_path), state, step=4)
+    sizes = {file.name: file.stat().st_size for file in Path(folder.uri).iterdir()}
     assert set(sizes) == {"state.pt", "labels-0.pt", "labels-1.pt", "labels-2.pt"}
     assert sizes["labels-0.pt"] < 4 * 50_000 + 4096 and sizes["state.pt"] < 4096
     loaded = checkpoint.load(folder)
@@ -103,5 +133,7 @@ def test_a_checkpoint_holds_tables_in_pieces_of_their_own_size(tmp_path: Path, m
 
 def test_a_repeated_image_counts_where_it_comes_first() -> None:
     ids = torch.tensor([5, 3, 5, 9, 3, 0, 5])
-    assert first_of_each(ids).tolist() == [0, 1, 3, 5]
-    assert first_of_each(torch.arange(4)).tolist() == [0, 1, 2, 3]
+    assert first_places(ids).tolist() == [0, 1, 0, 3, 1, 5, 0]
+    assert first_places(torch.arange(4)).tolist() == [0, 1, 2, 3]
+    many = torch.randint(50, (400,), generator=torch.Generator().manual_seed(0))
+    assert first_places(many).tolist() == [many.tolist().index(i) for i in many.tolist()]

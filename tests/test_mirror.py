@@ -1,100 +1,91 @@
-"""Run folders in an object store, here a folder that plays one."""
+"""The driver's local copy of run folders in an object store."""
 
 from __future__ import annotations
 
-import shutil
-import threading
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from methods.parts.errors import ConfigError
 from pipeline import mirror
-from pipeline.ingest import files
+from pipeline.place import Place
+from pipeline.runs import create_run, find_run
 from pipeline.train import checkpoint
+from tests.store import s3_store
 
 URI = "s3://lake/runs"
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[Any, dict[str, str]]]:
+    with s3_store() as store:
+        yield store
+
+
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    root = tmp_path / "store"
-
-    def at(uri: str) -> Path:
-        return root / uri.removeprefix("s3://")
-
-    def write(uri: str, data: bytes) -> None:
-        at(uri).parent.mkdir(parents=True, exist_ok=True)
-        at(uri).write_bytes(data)
-
+def client(server: tuple[Any, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    for key, value in server[1].items():
+        monkeypatch.setenv(key, value)
     monkeypatch.setenv("MANYVIEWS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(files, "write", write)
-    monkeypatch.setattr(files, "tree", lambda uri: sorted(files._walk(str(at(uri)))))
-    monkeypatch.setattr(files, "read_all", lambda parts: [at(part.path).read_bytes() for part in parts])
-    monkeypatch.setattr(files, "remove_tree", lambda uri: shutil.rmtree(at(uri)))
-    return root / "lake/runs/a/checkpoints"
+    return server[0]
 
 
-def save(run: Path, step: int, best: bool = False) -> None:
-    checkpoint.save(run / "checkpoints", {"step": step}, step=step, best=best, keep_every=4)
-    checkpoint.send(run, step, keep_every=4)
+def stored(client: Any, key: str) -> bytes:
+    return client.get_object(Bucket="lake", Key=f"runs/{key}")["Body"].read()
 
 
-def names(folder: Path) -> list[int]:
-    return sorted(int(path.name.split("-")[1]) for path in folder.glob("step-*"))
+def test_small_files_go_to_the_store_and_checkpoints_never_lie_in_the_copy(
+    client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = create_run(mirror.local_copy(URI), "mine", "toy")
+    (folder.path / "metrics.jsonl").write_bytes(b"{}\n")
+    (folder.figures / "curves.png").write_bytes(b"picture")
+    assert folder.checkpoints == Place(f"{URI}/mine/checkpoints")
+    checkpoint.save(folder.checkpoints, {"step": 2}, step=2)
+    folder.saved(step=2)
+    assert json.loads(stored(client, "mine/run.json"))["step"] == 2
+    assert (stored(client, "mine/metrics.jsonl"), stored(client, "mine/figures/curves.png")) == (b"{}\n", b"picture")
+    assert not list(folder.path.rglob("*.pt"))
+
+    monkeypatch.setenv("MANYVIEWS_CACHE", str(tmp_path / "elsewhere"))
+    there = mirror.local_copy(URI)
+    assert there != folder.path.parent
+    found = find_run("mine", there)
+    assert (found.figures / "curves.png").read_bytes() == b"picture" and found.state()["step"] == 2
+    assert checkpoint.last_step(found.checkpoints) == 2
+    assert not list(found.path.rglob("*.pt"))
 
 
-def test_a_copy_elsewhere_holds_the_last_checkpoints_and_the_store_all_that_are_kept(store: Path, tmp_path: Path) -> None:
-    first = mirror.second_copy(f"{URI}/a", "one")
-    for step in (2, 4, 6, 8, 10):
-        save(first, step, best=step == 6)
-    assert names(store) == [4, 6, 8, 10]
-    second = mirror.second_copy(f"{URI}/a", "two")
-    assert names(second / "checkpoints") == [6, 10]
-    pointed = checkpoint.pointed_to(second / "checkpoints")
-    assert pointed is not None and checkpoint.load(pointed)["step"] == 10
-    save(second, 12)
-    assert names(store) == [4, 6, 8, 12], "every fourth stays though it was never here; the one that was replaced is gone"
+def test_only_what_has_changed_is_sent_and_the_facts_last(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = create_run(mirror.local_copy(URI), "changed", "toy")
+    (folder.path / "zebra.json").write_bytes(b"1")
+    mirror.push(folder.path)
+    sent: list[str] = []
+    copy = mirror.files.copy
+    monkeypatch.setattr(mirror.files, "copy", lambda source, to: sent.append(Path(source).name) or copy(source, to))
+    mirror.push(folder.path)
+    assert sent == []
+    folder.keep(step=4)
+    (folder.path / "zebra.json").write_bytes(b"22")
+    mirror.push(folder.path)
+    assert sent == ["zebra.json", "run.json"]
+    assert stored(client, "changed/zebra.json") == b"22"
 
 
-def test_a_local_run_is_left_alone(store: Path, tmp_path: Path) -> None:
-    run = tmp_path / "local" / "a"
-    save(run, 2)
-    mirror.pull(run)
-    assert names(run / "checkpoints") == [2] and not store.exists()
+def test_a_local_run_is_left_alone(tmp_path: Path) -> None:
+    folder = create_run(tmp_path, "mine", "toy")
+    folder.saved(step=2)
+    mirror.pull(folder.path)
+    assert folder.checkpoints == Place.of(tmp_path / "mine/checkpoints") and folder.state()["step"] == 2
 
 
-def test_training_goes_on_during_an_upload_and_the_next_save_waits(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, uploads = mirror.second_copy(f"{URI}/a", "one"), checkpoint.Uploads()
-    write, order, go_on = files.write, [], threading.Event()
-
-    def slow(uri: str, data: bytes) -> None:
-        assert go_on.wait(60)
-        order.append(uri.rpartition("/")[2])
-        write(uri, data)
-
-    monkeypatch.setattr(files, "write", slow)
-    checkpoint.save(run / "checkpoints", {"step": 2}, step=2)
-    uploads.begin(run, 2)
-    assert not order, "the caller has gone on, and nothing is sent yet"
-    waiting = threading.Thread(target=uploads.wait)
-    waiting.start()
-    waiting.join(0.2)
-    assert waiting.is_alive(), "the next save waits"
-    go_on.set()
-    waiting.join(60)
-    assert order == ["state.pt", "last.json"], "what points to a folder is sent after it"
-    assert names(store) == [2]
-
-
-def test_an_upload_that_fails_stops_the_next_save(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, uploads = mirror.second_copy(f"{URI}/a", "one"), checkpoint.Uploads()
-
-    def refuse(uri: str, data: bytes) -> None:
-        raise PermissionError("no rights")
-
-    monkeypatch.setattr(files, "write", refuse)
-    checkpoint.save(run / "checkpoints", {"step": 2}, step=2)
-    uploads.begin(run, 2)
-    with pytest.raises(checkpoint.DiskFull, match=r"step 2 could not be sent: .*no rights"):
-        uploads.wait()
-    uploads.wait()  # said once
+def test_a_store_that_does_not_take_files_is_said_in_one_sentence(client: Any) -> None:
+    folder = create_run(mirror.local_copy(URI), "refused", "toy")
+    (folder.path.parent / ".remote").write_text("s3://no-such-lake/runs")
+    with pytest.raises(ConfigError, match=r"runs_dir=s3://no-such-lake/runs/refused: there is no such bucket"):
+        mirror.push(folder.path)
+    folder.update(step=1)  # the next checkpoint says it
+    assert folder.state()["step"] == 1

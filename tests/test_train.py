@@ -22,6 +22,7 @@ from methods.parts.views import CropGroup
 from pipeline.config import DataConfig, OptimConfig, RunConfig, TrainConfig, resolve
 from pipeline.ingest.crops import COLUMNS
 from pipeline.ingest.stream import BadSlot, Batch
+from pipeline.place import Place
 from pipeline.runs import RunFolder, create_run, find_run, list_runs
 from pipeline.train import checkpoint
 from pipeline.train.display import Display
@@ -185,7 +186,7 @@ def test_best_by_knn_is_kept_beside_last_and_every_nth(tmp_path: Path) -> None:
     made.run(batches(range(6)))
     assert checkpoint.pointed_to(made.folder.checkpoints, "best").name == "step-00000004"
     assert checkpoint.pointed_to(made.folder.checkpoints).name == "step-00000006"
-    assert {p.name for p in made.folder.checkpoints.glob("step-*")} == {"step-00000002", "step-00000004", "step-00000006"}
+    assert set(made.folder.checkpoints.folders()) == {"step-00000002", "step-00000004", "step-00000006"}
     assert [metrics["knn"] for _, metrics in points if "knn" in metrics] == [0.1, 0.3, 0.9, 0.5]
     assert (made.position.best_knn, made.position.best_step) == (0.9, 4)
 
@@ -196,7 +197,7 @@ def test_bad_images_are_counted_once_and_too_many_stop_the_run(tmp_path: Path) -
     run = RunConfig(**{**vars(run), "data": DataConfig(lanes=4, max_bad_fraction=0.05)})
     made, _ = trainer(tmp_path, run)
     made.run(batches(range(6), {0: [one], 3: [one]}))
-    assert [json.loads(line)["path"] for line in made.folder.bad_images.read_text().splitlines()] == ["a.jpg"]
+    assert [json.loads(line)["path"] for line in made.folder.bad_images.read().splitlines()] == ["a.jpg"]
     again, _ = trainer(tmp_path, run)
     with pytest.raises(TrainingStopped, match=r"2 of 24 images cannot be decoded, more than data\.max_bad_fraction=0\.05 allows .*b\.jpg"):
         again.run(batches(range(6), {0: [one], 3: [two]}))
@@ -233,28 +234,58 @@ def test_collapsed_embeddings_are_warned_of() -> None:
 
 
 def test_a_failed_write_leaves_the_last_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint.save(tmp_path, {"a": torch.ones(3)}, step=1)
+    place = Place.of(tmp_path)
+    checkpoint.save(place, {"a": torch.ones(3)}, step=1)
 
     def full(state: object, file: object) -> None:
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(checkpoint.DiskFull, match=r"checkpoint of step 2 could not be written .*No space left"):
-        checkpoint.save(tmp_path, {"a": torch.zeros(3)}, step=2)
-    folder = checkpoint.pointed_to(tmp_path)
-    assert folder.name == "step-00000001"
-    assert torch.equal(checkpoint.load(folder)["a"], torch.ones(3))
-    assert not list(tmp_path.glob(".step*"))
+    with pytest.raises(checkpoint.DiskFull, match=r"checkpoint of step 2 could not be written .*MB free.*No space left"):
+        checkpoint.save(place, {"a": torch.zeros(3)}, step=2, keep_every=1)
+    assert checkpoint.pointed_to(place).name == "step-00000001"
+    assert torch.equal(checkpoint.load(checkpoint.pointed_to(place))["a"], torch.ones(3))
+    assert {p.name for p in tmp_path.iterdir()} == {"step-00000001", "last.json"}
+
+
+def test_a_run_tells_of_a_checkpoint_when_it_is_whole_and_ends_where_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _ = trainer(tmp_path, config())
+    write = torch.save
+
+    def full_from_step_4(content: dict, file: object) -> None:
+        if content["position"]["step"] >= 4:
+            raise OSError(28, "No space left on device")
+        write(content, file)
+
+    monkeypatch.setattr(torch, "save", full_from_step_4)
+    with pytest.raises(checkpoint.DiskFull, match="checkpoint of step 4"):
+        made.run(batches(range(6)))
+    assert made.position.step == 6, "it is told by the next save"
+    assert made.folder.state()["step"] == checkpoint.last_step(made.folder.checkpoints) == 2
 
 
 def test_leftovers_of_a_killed_write_are_ignored_and_removed(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, {"a": 1}, step=1)
-    (tmp_path / ".step-00000002.tmp").mkdir()
-    (tmp_path / "step-00000003").mkdir()  # renamed, but never pointed to
-    assert checkpoint.pointed_to(tmp_path).name == "step-00000001"
-    checkpoint.save(tmp_path, {"a": 2}, step=3)
+    place = Place.of(tmp_path)
+    checkpoint.save(place, {"a": 1}, step=1)
+    for step in (2, 3):
+        (tmp_path / f"step-0000000{step}").mkdir()  # never pointed to
+        (tmp_path / f"step-0000000{step}" / "labels-0.pt").touch()
+    assert checkpoint.pointed_to(place).name == "step-00000001"
+    folder = checkpoint.save(place, {"a": 2}, step=3, keep_every=2)
     assert {p.name for p in tmp_path.iterdir()} == {"step-00000003", "last.json"}
+    assert [p.name for p in Path(folder.uri).iterdir()] == ["state.pt"]
+
+
+def test_a_checkpoint_that_is_pointed_to_is_never_written_to(tmp_path: Path) -> None:
+    """A trial takes over the state of another at the same step: its own must stay whole until the new one is."""
+    place = Place.of(tmp_path)
+    checkpoint.save(place, {"a": 1}, step=4, best=True)
+    for value in (2, 3):
+        folder = checkpoint.save(place, {"a": value}, step=4)
+        assert (checkpoint.load(folder)["a"], checkpoint.last_step(place)) == (value, 4)
+        assert checkpoint.load(checkpoint.pointed_to(place, "best"))["a"] == 1
+        assert len([p for p in tmp_path.iterdir() if p.is_dir()]) == 2
 
 
 def test_a_checkpoint_with_code_in_it_is_refused(tmp_path: Path) -> None:
@@ -265,7 +296,7 @@ def test_a_checkpoint_with_code_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "step").mkdir()
     torch.save({"a": Evil()}, tmp_path / "step" / "state.pt")
     with pytest.raises(ConfigError, match="cannot be read"):
-        checkpoint.load(tmp_path / "step")
+        checkpoint.load(Place.of(tmp_path / "step"))
 
 
 def test_hash_sees_every_value_but_not_the_memory_layout() -> None:

@@ -1,13 +1,8 @@
-"""Several workers give what one gives on the joined batch; placing, relaying and the meaning of failures."""
+"""Several workers give what one gives on the joined batch; and placing."""
 
 from __future__ import annotations
 
 import copy
-import io
-import json
-import subprocess
-import sys
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,13 +20,8 @@ from methods.parts.norms import SyncBatchNorm, average_statistics, synchronized
 from methods.parts.views import Views
 from pipeline.config import TrainConfig, override, resolve
 from pipeline.recipes import load_recipe
-from pipeline.train import relay_actor
-from pipeline.train.display import Display
-from pipeline.train.group import CPU_WORKER, GPU_WORKER, fits
-from pipeline.train.guards import TrainingStopped
-from pipeline.train.loop import agreed, mean_over_workers
-from pipeline.train.relay import Listener, Relay
-from pipeline.train.worker import from_a_peer
+from pipeline.train.loop import exchange, mean_over_workers
+from pipeline.train.placement import CPU_WORKER, GPU_WORKER, fits
 from tests.parity.common import in_processes
 from tests.test_methods import BATCH, SMALL, built
 
@@ -186,8 +175,8 @@ def test_two_workers_train_like_one(recipe: str, ddp: bool, two_workers: list[di
 
 
 def _talk(rank: int, world: int) -> Any:
-    stop, bad = agreed(rank == 1, [f"bad {rank}"] if rank == 1 else [])
-    return stop, bad, agreed(False, []), mean_over_workers([1.0 + rank, 4.0])
+    stop, bad = exchange(rank == 1, [f"bad {rank}"] if rank == 1 else [])
+    return stop, bad, exchange(False, []), mean_over_workers([1.0 + rank, 4.0])
 
 
 def test_workers_agree(tmp_path: Path) -> None:
@@ -232,100 +221,6 @@ def test_worker_counts_must_divide_the_lanes() -> None:
         else:
             with pytest.raises(ConfigError, match=r"does not divide data.lanes=8; use one of 1, 2, 4, 8"):
                 resolve(changed, 5000)
-
-
-# ---------------------------------------------------------------------------- the line to the driver
-
-
-@dataclass
-class Line:
-    """Both ends of a relay, with what the driver's screen shows and the steps it made way for."""
-
-    relay: Any
-    listener: Listener
-    out: io.StringIO
-    begun: list[int]
-
-
-@pytest.fixture
-def line(ray_local: None, tmp_path: Path) -> Line:
-    import ray
-
-    out, begun = io.StringIO(), []
-    screen = Display(Console(file=out, width=120), total_steps=10, start_step=0, batch=4, chance=None)
-    relay = ray.remote(Relay).options(num_cpus=0).remote()
-    return Line(relay, Listener(relay, screen, tmp_path, begun.append, restarts=1), out, begun)
-
-
-def test_what_rank_0_says_reaches_the_screen_and_the_wish_to_stop_comes_back(line: Line) -> None:
-    import ray
-
-    assert not line.listener.listen(False)
-    assert ray.get(line.relay.send.remote([("update", {"step": 5, "loss": 1.5}), ("say", {"text": "evaluating ..."})])) is False
-    assert line.listener.listen(True)
-    assert "step 5/10" in line.out.getvalue() and "loss 1.500" in line.out.getvalue() and "evaluating" in line.out.getvalue()
-    assert ray.get(line.relay.send.remote([])) is True
-
-
-def test_workers_are_given_what_is_meant_for_their_run(line: Line) -> None:
-    import ray
-
-    line.relay.give.remote("runs/a", {"evaluate": True})
-    assert ray.get(line.relay.given.remote("runs/a")) == {"evaluate": True}
-    assert ray.get(line.relay.given.remote("runs/b")) is None
-
-
-def test_a_group_begins_when_the_driver_has_made_way_and_not_too_often(line: Line) -> None:
-    import ray
-
-    for life, step in enumerate([0, 6, 6]):
-        ray.get(line.relay.send.remote([("begin", {"step": step})]))
-        assert ray.get(line.relay.may_begin.remote(life)) is False
-        line.listener.listen(False)
-        assert ray.get(line.relay.may_begin.remote(life)) is True and line.begun[-1] == step
-    assert line.out.getvalue().count("workers were lost; going on from step 6") == 2
-    ray.get(line.relay.send.remote([("begin", {"step": 6})]))
-    with pytest.raises(TrainingStopped, match="lost 2 times without a checkpoint after step 6"):
-        line.listener.listen(False)
-    ray.get(line.relay.send.remote([("failed", {"error": ConfigError("data.path=x: gone")})]))
-    with pytest.raises(ConfigError, match="gone"):
-        line.listener.listen(False)
-
-
-@pytest.mark.parametrize(("trouble", "reason"), [
-    ("sys.modules['pipeline'] = None", "ModuleNotFoundError"),  # a node without the project
-    ("sys.modules['pipeline.train.worker'] = Broken('worker')", "OSError"),  # or without a library that torch needs
-])  # fmt: skip
-def test_a_worker_that_cannot_be_imported_says_so_without_our_code(line: Line, tmp_path: Path, trouble: str, reason: str) -> None:
-    """Ray Train would start it again for ever."""
-    from ray import cloudpickle
-
-    cloudpickle.register_pickle_by_value(relay_actor)
-    try:
-        (tmp_path / "enter").write_bytes(cloudpickle.dumps(relay_actor.enter))
-    finally:
-        cloudpickle.unregister_pickle_by_value(relay_actor)
-    code = (
-        "import json, pickle, sys, types\n"
-        "class Broken(types.ModuleType):\n"
-        "    def __getattr__(self, name): raise OSError('pipeline: libtorch.so: cannot open shared object file')\n"
-        f"{trouble}\n"
-        "enter = pickle.load(open('enter', 'rb'))\n"
-        "sys.modules['ray'] = types.SimpleNamespace(get=lambda said: print(json.dumps(said)))\n"
-        "relay = types.SimpleNamespace(send=types.SimpleNamespace(remote=lambda said: said))\n"
-        "enter({'relay': relay})\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode and reason in done.stderr, "Ray Train too must see the failure"
-    line.relay.send.remote([tuple(said) for said in json.loads(done.stdout)])
-    with pytest.raises(TrainingStopped, match=rf"cannot import this project \({reason}: .*pipeline.*\); install"):
-        line.listener.listen(stop=False)
-
-
-def test_only_what_a_peer_broke_is_worth_another_start() -> None:
-    assert from_a_peer(RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"))
-    assert not from_a_peer(RuntimeError("shape mismatch"))
-    assert not from_a_peer(TrainingStopped("loss is nan"))
 
 
 # ---------------------------------------------------------------------------- gather

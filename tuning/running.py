@@ -44,7 +44,7 @@ def room(config: RunConfig, asked: int | None, gpus_asked: float | None, trials:
     import ray
 
     from pipeline.ingest.ray_data import joins_cluster
-    from pipeline.train.group import CPU_WORKER, GPU_WORKER, fits
+    from pipeline.train.placement import CPU_WORKER, GPU_WORKER, fits
 
     workers, cores = config.train.worker_range[0], os.cpu_count() or 1
     cluster = joins_cluster()

@@ -18,7 +18,7 @@ from pipeline.ingest.sources import open_source
 from pipeline.machine import available_cores
 from pipeline.runs import hold
 from pipeline.tracking import Tracker
-from pipeline.train.conduct import interruptible
+from pipeline.train.launch import interruptible
 from pipeline.train.prepare import with_absolute_paths
 from tuning import draws
 from tuning.ending import champion, conclude, introduce

@@ -77,7 +77,7 @@ class Sweep:
     def add(self, number: int, values: dict[str, Any], seed: int, error: str | None = None) -> Trial:
         """A new trial's folder: a run that has not begun, or one that cannot."""
         trial = self.trial(number)
-        for folder in (trial.run.path, trial.run.checkpoints, trial.run.figures):
+        for folder in (trial.run.path, trial.run.figures):
             folder.mkdir(exist_ok=True)
         facts = self.facts()
         config = self.config()

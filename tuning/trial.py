@@ -22,38 +22,20 @@ from pipeline.config import RunConfig, to_yaml
 from pipeline.ingest.manifest import Manifest
 from pipeline.ingest.sources import open_source
 from pipeline.ingest.stream import Batch
+from pipeline.place import Place
 from pipeline.points import append_line, encode, parse, read_lines
 from pipeline.runs import RunFolder, write_atomic, write_json
 from pipeline.train import checkpoint
-from pipeline.train.display import Pace
+from pipeline.train.display import NullReporter
 from pipeline.train.guards import TrainingStopped
 from pipeline.train.launch import given_weights
 from pipeline.train.prepare import Prepared, prepare
-from pipeline.train.work import assemble, batches, exported
-from pipeline.train.workers import train_with_workers
+from pipeline.train.ray_trainer import train_with_workers
+from pipeline.train.work import batches, build_trainer, export_backbone, load_method
 from tuning.sweep import Sweep, trial_config
 
 STOP = ".stop"  # in the sweep's folder: all trials shall end with whole checkpoints
 Result = dict[str, Any]
-
-
-class Quiet:
-    """A trial's screen: nobody looks at it, but somebody must count."""
-
-    def __init__(self, batch: int, step: int) -> None:
-        self.pace = Pace(batch, step)
-        self.first: float | None = None  # time of the first step's end, monotonic s
-
-    @property
-    def images_per_s(self) -> float:
-        return self.pace.images_per_s
-
-    def update(self, step: int, *, loss: float | None = None, knn: float | None = None) -> None:
-        self.pace.mark(step)
-        if knn is None and self.first is None:
-            self.first = time.monotonic()
-
-    def say(self, text: str) -> None: ...
 
 
 def settings_of(task: Mapping[str, Any]) -> tuple[Sweep, RunFolder, RunConfig]:
@@ -91,7 +73,7 @@ class Life:
         kept: open data and images that later trials of this process use again.
     """
 
-    def __init__(self, task: Mapping[str, Any], pointer: Path | None, kept: dict[Any, Any]) -> None:
+    def __init__(self, task: Mapping[str, Any], pointer: Place | None, kept: dict[Any, Any]) -> None:
         self.began = time.monotonic()
         self.held = contextlib.ExitStack()
         sweep, self.folder, config = settings_of(task)
@@ -104,8 +86,8 @@ class Life:
         kept[self.ready.config.data] = manifest
         self.total = self.ready.resolved.facts.total_steps
         self.folder.update(fingerprint=manifest.fingerprint, total_steps=self.total)
-        self.screen = Quiet(config.train.global_batch_size, 0)
-        self.trainer, _ = assemble(
+        self.screen = NullReporter(config.train.global_batch_size)
+        self.trainer = build_trainer(
             self.ready,
             self.folder,
             None,
@@ -116,7 +98,7 @@ class Life:
             pointer=pointer,
             kept=kept,
         )
-        self.batches: Iterator[Batch] = batches(self.ready, self.trainer.position.step, task["tasks"])
+        self.batches: Iterator[Batch] = batches(self.ready, self.trainer, task["tasks"])
         self.stretches = self.trainer.stretches(self.batches)
         self.assembled_s = time.monotonic() - self.began
         self.untrained_s = 0.0  # what measuring the untrained backbone took
@@ -137,13 +119,14 @@ class Life:
         self.assembled_s = 0.0
         if step == 0:
             self.untrained_s = time.monotonic() - begin
-        elif self.start_s is None and self.screen.first is not None:
-            self.start_s = self.screen.first - self.began - self.untrained_s
+        elif self.start_s is None and self.screen.first_step_at is not None:
+            self.start_s = self.screen.first_step_at - self.began - self.untrained_s
             result["start_seconds"] = self.start_s
         if "score" in self.measured:
             result["score"] = float(self.measured["score"])
         if step >= self.total:
-            exported(self.ready, self.folder, self.trainer.method.evaluation_backbone(), step, self.trainer.last_knn)
+            self.trainer.writer.wait()
+            export_backbone(self.ready, self.folder)
             self.leave("finished", "")
             return result | {"state": "finished"}
         if found is None:
@@ -153,6 +136,10 @@ class Life:
 
     def leave(self, status: str, message: str) -> None:
         """End the data pipeline, let go of the folder and of the memory."""
+        try:
+            self.trainer.writer.wait()
+        except checkpoint.DiskFull as error:
+            status, message = "failed", str(error)
         self.stretches.close()  # type: ignore[attr-defined]
         self.batches.close()  # type: ignore[attr-defined]
         self.folder.update(status=status, message=message, ended=time.time())
@@ -173,7 +160,7 @@ class InProcess(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         self.task = config
-        self.pointer: Path | None = None
+        self.pointer: Place | None = None
         self.life: Life | None = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -200,12 +187,14 @@ class InProcess(tune.Trainable):
         return result | {"done": result["state"] != "running"}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
+        if self.life is not None:
+            self.life.trainer.writer.wait()
         folder = Sweep(Path(self.task["sweep"])).trial(self.task["number"]).run
         write_json(Path(checkpoint_dir) / "pointer.json", {"folder": str(checkpoint.pointed_to(folder.checkpoints) or "")})
 
     def load_checkpoint(self, checkpoint_dir: Any) -> None:
         folder = json.loads((Path(checkpoint_dir) / "pointer.json").read_text())["folder"]
-        self.pointer = Path(folder) if folder else None
+        self.pointer = Place(folder) if folder else None
 
     def leave(self) -> None:
         if self.life is not None:
@@ -237,7 +226,7 @@ def by_group(task: dict[str, Any]) -> None:
             folder.update(fingerprint=ready.manifest.fingerprint, total_steps=facts.total_steps)
             offset = folder.metrics.stat().st_size if folder.metrics.exists() else 0
 
-            def news() -> None:
+            def on_message() -> None:
                 nonlocal offset, begin
                 lines = read_lines(folder.metrics, offset)
                 offset += sum(map(len, lines))
@@ -254,12 +243,14 @@ def by_group(task: dict[str, Any]) -> None:
                 ready,
                 folder,
                 None,
-                screen=Quiet(facts.global_batch_size, 0),
+                screen=NullReporter(facts.global_batch_size),
                 stop=lambda: stopped(task),
-                news=news,
-                before=lambda step: None,
-                evaluate=False,
+                on_message=on_message,
+                on_attempt=lambda step: None,
             )
+            if done.complete:
+                load_method(ready, folder)
+                export_backbone(ready, folder)
             status = "finished" if done.complete else "interrupted"
             folder.update(status=status, message="" if done.complete else f"stopped at step {done.step}; its checkpoint is whole")
         if done.complete and "score" not in last:  # it had ended before, unknown to the sweep

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -14,7 +15,7 @@ LARGEST_EXPONENT = 80.0  # exp(-80) is still a normal float32
 
 
 @torch.no_grad()
-def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
+def sinkhorn(scores: Tensor, epsilon: float, iterations: int, *, span: float = math.inf) -> Tensor:
     """Entropic optimal transport with uniform marginals over all workers (Caron et al. 2020, eq. 3).
 
     With Q = exp(scores / epsilon), each iteration scales the prototypes (columns) to mass 1/K, then the samples (rows)
@@ -22,25 +23,25 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
 
     Scaling vectors are used instead of rewriting Q: u_b = 1 / sum_k E_bk v_k and v_k = 1 / sum_b u_b E_bk, with
     E = exp((scores - global maximum) / epsilon). A group of rows that fits the cache is read once for its u and for its
-    part of the next v. When the exponents span more than `LARGEST_EXPONENT`, the same iteration runs on logarithms; the
-    span is that of all workers, so every worker takes the same branch.
+    part of the next v. Where the exponents may span more than `LARGEST_EXPONENT`, the same iteration runs on logarithms.
 
     Args:
         scores: `(B, K)` on each worker; B may differ between workers if every worker calls.
         epsilon: entropy weight.
         iterations: at least 1.
+        span: the largest difference that two scores can have, e.g. 2 for cosines; known beforehand, so that no worker waits
+            for its device to choose the form, and all choose the same.
 
     Returns:
         Codes `(B, K)`, float32 or better, without gradient: the one matrix of this size that is allocated.
     """
     scores = promote(scores)
-    lowest, highest = scores.aminmax()
-    highest, depth = all_reduce_max(torch.stack([highest, -lowest]))
+    highest = all_reduce_max(scores.max())
     codes = torch.empty_like(scores)
     rows = codes.split(rows_at_once(codes))  # views: what is written to them is written to the codes
     for e, s in zip(rows, scores.split(len(rows[0])), strict=True):
         torch.sub(s, highest, out=e).div_(epsilon)
-    if (highest + depth) / epsilon > LARGEST_EXPONENT:
+    if span / epsilon > LARGEST_EXPONENT:
         _scale_logarithms(rows, epsilon, iterations)
         return codes
     v = all_reduce_sum(_sum(e.exp_().sum(dim=0) for e in rows)).reciprocal_()

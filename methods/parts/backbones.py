@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from methods.parts.drop_path import follow_images
 from methods.parts.errors import ConfigError, require
 from methods.parts.selective_kernels import select_kernels
 from methods.parts.vit import Positions, ViT, require_whole_patches, vit_settings, xavier
@@ -104,6 +105,7 @@ def _other(config: BackboneConfig, settings: dict[str, Any]) -> nn.Module:
     if config.depth is not None:
         settings["layers"] = config.depth
     backbone: nn.Module = timm.create_model(config.name, pretrained=False, num_classes=0, **settings)
+    follow_images(backbone)
     if config.selective_kernels:
         select_kernels(backbone)
     elif config.width > 1:  # timm widens a stem of three convolutions only

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from methods.parts.drop_path import images_of_step
 from methods.parts.errors import ConfigError
 from methods.parts.id_table import IdTable
 from methods.parts.search_range import SearchRange as SearchRange
@@ -48,6 +49,7 @@ class Progress:
     micro_step: int = 0
     micro_steps: int = 1
     generator: torch.Generator | None = None  # the same on every rank
+    reports: bool = True  # the loop reports the metrics of this step; if not, the method leaves them out
 
     @property
     def epoch(self) -> int:
@@ -70,7 +72,7 @@ class ParamGroup:
 
 @dataclass(kw_only=True)
 class StepOutput:
-    """`loss=None` means: no backward pass, but the position advances. Metrics are detached scalars."""
+    """`loss=None` means: no backward pass, but the position advances. Metrics are detached scalars; none if nothing is reported."""
 
     loss: Tensor | None
     metrics: Metrics = field(default_factory=dict)
@@ -82,7 +84,8 @@ class Method(nn.Module):
 
     Everything that must survive a restart is a parameter or a persistent buffer made in `__init__`, so that
     `state_dict()` is complete before step 0; what is held for every image is in `id_tables()`. It works the same without
-    a process group. `forward` is `training_step`.
+    a process group. `forward` is `training_step`, with drop path that follows the images. A step reads no value of a tensor
+    (`.item()`, `bool(tensor)`, boolean masks, shapes that depend on values): it would wait for the device.
     """
 
     paper: ClassVar[str] = ""  # "Authors year, arXiv:number"
@@ -104,7 +107,8 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def forward(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
-        return self.training_step(views, progress, masks)
+        with images_of_step(views.image_ids, progress.generator):
+            return self.training_step(views, progress, masks)
 
     def learns(self, progress: Progress) -> bool:
         """Whether this step has a gradient; if not, `training_step` is called without one and gives `loss=None`."""

@@ -24,7 +24,9 @@ def info_nce(logits: Tensor, positives: Tensor) -> Tensor:
     return F.cross_entropy(logits, positives)
 
 
-def info_nce_with_queue(logits: Tensor, positives: Tensor, anchors: Tensor, rows: Tensor, temperature: float) -> tuple[Tensor, Metrics]:
+def info_nce_with_queue(
+    logits: Tensor, positives: Tensor, anchors: Tensor, rows: Tensor, temperature: float, *, meters: bool = True
+) -> tuple[Tensor, Metrics]:
     """`info_nce` of `logits` with a queue's rows as further candidates, and its meters; the logits of the queue are never held.
 
     Args:
@@ -32,11 +34,12 @@ def info_nce_with_queue(logits: Tensor, positives: Tensor, anchors: Tensor, rows
         positives: the column of each anchor's positive, `(A,)`.
         anchors: unit rows `(A, D)`.
         rows: the queue, unit rows `(K, D)`; no gradient.
+        meters: False: none are made.
     """
-    queued, nearest, total = _QueuedLogits.apply(anchors, rows, temperature)
+    queued, nearest, total = _QueuedLogits.apply(anchors, rows, temperature, meters)
     positive = logits.gather(1, positives[:, None]).squeeze(1)
     loss = (torch.logaddexp(logits.logsumexp(dim=1), queued) - positive).mean()
-    return loss, _meters(logits.detach(), positives, temperature, nearest, total, logits.new_tensor(len(rows) * len(anchors)))
+    return loss, _meters(logits.detach(), positives, temperature, nearest, total, len(rows) * len(anchors)) if meters else {}
 
 
 class _QueuedLogits(torch.autograd.Function):
@@ -47,13 +50,14 @@ class _QueuedLogits(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, anchors: Tensor, rows: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, anchors: Tensor, rows: Tensor, temperature: float, meters: bool) -> tuple[Tensor, Tensor, Tensor]:
         scaled = anchors / temperature
         largest = anchors.new_full((len(anchors), 1), -math.inf)
         mass, mean, total = torch.zeros_like(largest), torch.zeros_like(anchors), anchors.new_zeros(())
         for part in rows.split(rows_at_once(anchors.T)):
             s = scaled @ part.T
-            total += s.sum()
+            if meters:
+                total += s.sum()
             before, largest = largest, torch.maximum(largest, s.amax(dim=1, keepdim=True))
             s.sub_(largest).exp_()
             kept = (before - largest).exp_()
@@ -66,20 +70,20 @@ class _QueuedLogits(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
         (mean,) = ctx.saved_tensors
-        return gradient[:, None] * mean, None, None
+        return gradient[:, None] * mean, None, None, None
 
 
 @torch.no_grad()
 def contrast_meters(logits: Tensor, positives: Tensor, temperature: float) -> Metrics:
     """Of `info_nce`'s arguments: how often the positive alone is nearest, and mean cosines of positives and negatives."""
     zero = logits.new_zeros(())
-    return _meters(logits, positives, temperature, zero - math.inf, zero, zero)
+    return _meters(logits, positives, temperature, zero - math.inf, zero, 0)
 
 
 @torch.no_grad()
-def _meters(logits: Tensor, positives: Tensor, temperature: float, nearest: Tensor, total: Tensor, count: Tensor) -> Metrics:
+def _meters(logits: Tensor, positives: Tensor, temperature: float, nearest: Tensor, total: Tensor, count: int) -> Metrics:
     """Beside the logits, each anchor's nearest of `count` further negatives in all, and their sum."""
     positive = logits.gather(1, positives[:, None])  # (A, 1)
     first = ((logits >= positive).sum(dim=1) == 1) & (nearest < positive.squeeze(1))  # equal logits of a collapsed network do not count

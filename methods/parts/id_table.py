@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from methods.parts.distributed import all_gather_rows, all_reduce_sum, rank, world_size
 from methods.parts.errors import ConfigError
 
-PIECE = 1 << 24  # rows of a piece of a checkpoint
+PIECE_BYTES = 1 << 26  # of a piece of a checkpoint: 16 million labels
 
 
 class IdTable:
@@ -42,50 +44,75 @@ class IdTable:
         return own_range(self.num_images)[1] if self.sharded else self.num_images
 
     @cached_property
+    def held(self) -> Tensor:
+        """What this worker holds, and a last row for the images of others: `(stop - first + 1, *shape)`."""
+        return torch.full((self.stop - self.first + 1, *self.shape), self.fill, dtype=self.dtype)
+
+    @property
     def rows(self) -> Tensor:
-        """What this worker holds, `(stop - first, *shape)`."""
-        return torch.full((self.stop - self.first, *self.shape), self.fill, dtype=self.dtype)
+        """What this worker holds, `(stop - first, *shape)`: changes of it are changes of the table."""
+        return self.held[:-1]
 
     def rows_on(self, device: torch.device) -> Tensor:
-        """What this worker holds, moved there for good: changes of it are changes of the table."""
-        self.rows = self.rows.to(device)
+        """What this worker holds, moved there for good."""
+        self.held = self.held.to(device)
         return self.rows
+
+    def places(self, ids: Tensor) -> Tensor:
+        """Rows of `held` that belong to images `(G,)`, the last one to all images of other workers."""
+        if not self.sharded or world_size() == 1:
+            return ids
+        return torch.where((ids >= self.first) & (ids < self.stop), ids - self.first, self.stop - self.first)
 
     def read(self, ids: Tensor) -> Tensor:
         """The values `(B, *shape)` of this worker's images `(B,)`. Every worker must bring B ids."""
         self.rows_on(ids.device)
         if not self.sharded or world_size() == 1:
             return self.rows[ids]
-        asked = all_gather_rows(ids)
-        here = (asked >= self.first) & (asked < self.stop)
-        values = self.rows.new_zeros((len(asked), *self.rows.shape[1:]))
-        values[here] = self.rows[asked[here] - self.first]
-        return all_reduce_sum(values)[rank() * len(ids) : (rank() + 1) * len(ids)]
+        self.held[-1] = 0
+        values = all_reduce_sum(self.held[self.places(all_gather_rows(ids))])
+        return values[rank() * len(ids) : (rank() + 1) * len(ids)]
 
     def write(self, ids: Tensor, values: Tensor) -> None:
-        """Set the values `(G, *shape)` of images `(G,)`: the whole global batch, the same on every worker. An id comes at most once."""
+        """Set the values `(G, *shape)` of images `(G,)`: the whole global batch, the same on every worker.
+
+        An id that comes again must bring the same values.
+        """
         self.rows_on(ids.device)
-        if self.sharded:
-            here = (ids >= self.first) & (ids < self.stop)
-            ids, values = ids[here] - self.first, values[here]
-        self.rows[ids] = values.to(self.rows.dtype)
+        self.held[self.places(ids)] = values.to(self.held.dtype)
 
     def fill_(self, value: float) -> None:
         """The same value for every image."""
         self.rows.fill_(value)
 
     def pieces(self) -> list[Tensor]:
-        """The whole table on the CPU, `PIECE` rows at a time."""
-        return [self._piece(start, min(start + PIECE, self.num_images)).cpu() for start in range(0, max(1, self.num_images), PIECE)]
+        """Return copies of all rows on the CPU, at most `PIECE_BYTES` each, on rank 0; other ranks send their rows and get none.
 
-    def _piece(self, start: int, stop: int) -> Tensor:
+        Rank 0 receives the rows of one worker and one piece at a time. Where tables are whole on every worker, nothing is sent.
+        """
+        step = max(1, PIECE_BYTES // (self.rows[:0].element_size() * math.prod(self.shape)))
+        starts = range(0, max(1, self.num_images), step)
+        gathered = (self._piece(start, min(start + step, self.num_images)) for start in starts)
+        return [piece for piece in gathered if piece is not None]
+
+    def _piece(self, start: int, stop: int) -> Tensor | None:
         if not self.sharded or world_size() == 1:
-            return self.rows[start:stop]
-        piece = self.rows.new_zeros((stop - start, *self.rows.shape[1:]))
-        low, high = max(start, self.first), min(stop, self.stop)
-        if low < high:
-            piece[low - start : high - start] = self.rows[low - self.first : high - self.first]
-        return all_reduce_sum(piece)
+            return self.rows[start:stop].to("cpu", copy=True) if rank() == 0 else None
+        piece = torch.empty((stop - start, *self.shape), dtype=self.dtype) if rank() == 0 else None
+        for owner in range(world_size()):
+            first, end = range_of(owner, self.num_images)
+            low, high = max(start, first), min(stop, end)
+            if low >= high:
+                continue
+            if piece is not None:
+                part = piece[low - start : high - start]
+                if owner == 0:
+                    part.copy_(self.rows[low:high])
+                else:
+                    dist.recv(part, src=owner)
+            elif owner == rank():
+                dist.send(self.rows[low - first : high - first].to("cpu").contiguous(), dst=0)
+        return piece
 
     def load(self, pieces: list[Tensor]) -> None:
         """The inverse of `pieces`, for any number of workers.
@@ -106,12 +133,17 @@ class IdTable:
 
 def own_range(num_images: int) -> tuple[int, int]:
     """This worker's first id, and the next worker's."""
-    return rank() * num_images // world_size(), (rank() + 1) * num_images // world_size()
+    return range_of(rank(), num_images)
 
 
-def first_of_each(ids: Tensor) -> Tensor:
-    """Places `(U,)`, ascending, at which each distinct id of `(G,)` comes first: a repeated image counts once."""
-    distinct, which = ids.unique(return_inverse=True)
-    places = torch.arange(len(ids), device=ids.device)
-    first = places.new_full((len(distinct),), len(ids)).scatter_reduce(0, which, places, "amin")
-    return first.sort().values
+def range_of(owner: int, num_images: int) -> tuple[int, int]:
+    """The first id of a worker, and of the next one."""
+    return owner * num_images // world_size(), (owner + 1) * num_images // world_size()
+
+
+def first_places(ids: Tensor) -> Tensor:
+    """Return for each id of `(G,)` the place at which it comes first, `(G,)`: its own, unless the image is repeated."""
+    values, order = ids.sort(stable=True)  # equal ids keep their order, so a run of them begins at the first
+    begins = torch.cat([torch.ones_like(values[:1], dtype=torch.bool), values[1:] != values[:-1]])
+    run = torch.where(begins, torch.arange(len(ids), device=ids.device), 0).cummax(dim=0).values  # where the run of each began
+    return torch.empty_like(ids).scatter_(0, order, order[run])

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from methods.parts.distributed import rank, world_size
+from methods.parts.counter_random import random_words
 from methods.parts.vit import ViT, require_whole_patches
 
 
@@ -26,23 +26,20 @@ def num_kept(patches: int, mask_ratio: float) -> int:
     return max(1, math.floor(patches * (1.0 - mask_ratio)))
 
 
-def random_keep(batch: int, patches: int, kept: int, *, generator: torch.Generator | None = None, shared: bool = False) -> Tensor:
-    """Indices of the patches that stay, uniformly random without repetition, rising in each row: `(B, kept)` int64 on the CPU.
+def random_keep(ids: Tensor, patches: int, kept: int, *, seed: int, crops: int = 1) -> Tensor:
+    """Return indices of the patches that stay, uniformly random without repetition, rising in each row: `(crops * B, kept)` int64.
 
-    Drawn for the images of all workers together, of which each worker takes its own B rows: with a generator that stands
-    alike on all of them, no two images of a global batch have the same numbers, however many workers there are.
+    They follow the image: an id has the same masks on any number of workers, and each worker draws those of its own images
+    only, on its device. Row v * B + i belongs to crop v of image i.
 
     Args:
-        batch: B, images of this worker.
-        shared: one draw for all images of all workers.
+        ids: image ids, `(B,)` int64; equal ids have equal masks.
+        seed: of the step, the same on every worker.
     """
-    rows = 1 if shared else world_size() * batch
-    order = torch.rand(rows, patches, generator=generator)
-    own = order.expand(batch, -1) if shared else order[rank() * batch : (rank() + 1) * batch]
-    return own.argsort(dim=1)[:, :kept].sort(dim=1).values
+    return random_words(ids, crops, patches, seed).argsort(dim=1)[:, :kept].sort(dim=1).values
 
 
 def masked_of(keep: Tensor, patches: int) -> Tensor:
-    """The other patches, rising in each row: `(B, n) -> (B, N - n)`."""
-    gone = torch.ones(len(keep), patches, dtype=torch.bool, device=keep.device).scatter_(1, keep, False)
-    return gone.nonzero()[:, 1].view(len(keep), -1)
+    """Return the other patches, rising in each row: `(B, n) -> (B, N - n)`."""
+    gone = torch.ones(len(keep), patches, dtype=torch.uint8, device=keep.device).scatter_(1, keep, 0)
+    return gone.argsort(dim=1, stable=True)[:, keep.shape[1] :]

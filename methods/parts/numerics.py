@@ -18,9 +18,31 @@ def promote(x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def full_precision(x: Tensor) -> Iterator[None]:
-    """Leave autocast on the device of `x`."""
-    with torch.autocast(x.device.type, enabled=False):
+    """Leave autocast on the device of `x`, if it has one."""
+    has_autocast = torch.amp.is_autocast_available(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if has_autocast else contextlib.nullcontext():
         yield
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor that was made on the CPU; a GPU fetches it from pinned memory, so that the CPU does not wait."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def count_of_each(labels: Tensor, classes: int, weights: Tensor | None = None) -> Tensor:
+    """Return how many of the labels `(B,)` are k, `(K,)` int64. `torch.bincount` would wait for the device to learn its size.
+
+    Args:
+        weights: `(B,)` int64, how much each label counts; None = 1.
+    """
+    weights = torch.ones_like(labels) if weights is None else weights
+    return torch.zeros(classes, dtype=torch.int64, device=labels.device).scatter_add_(0, labels, weights)
+
+
+def used_share(scores: Tensor) -> Tensor:
+    """Return the share of the columns of `(B, K)` that are the largest of any row."""
+    used = torch.zeros(scores.shape[1], dtype=torch.float64, device=scores.device)
+    return used.index_fill_(0, scores.argmax(dim=1), 1.0).mean()
 
 
 def l2_normalize(x: Tensor) -> Tensor:

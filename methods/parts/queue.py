@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +23,7 @@ class FeatureQueue(nn.Module):
         dim: D.
     """
 
+    written: int  # as `filled`, known without asking the device
     rows: Tensor  # (K, D), float32 or better
     pointer: Tensor  # (), the next place to write
     filled: Tensor  # (), rows ever written, at most K
@@ -29,6 +32,8 @@ class FeatureQueue(nn.Module):
 
     def __init__(self, length: int, dim: int) -> None:
         super().__init__()
+        self.written = 0
+        self.register_load_state_dict_post_hook(_count_rows)
         self.register_buffer("rows", l2_normalize(torch.randn(length, dim)))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
@@ -36,9 +41,9 @@ class FeatureQueue(nn.Module):
         self.register_buffer("born", torch.full((length,), -1, dtype=torch.int64))
 
     @property
-    def full(self) -> Tensor:
-        """Whether every row has been written; a tensor, so that no device waits for it."""
-        return self.filled >= len(self.rows)
+    def full(self) -> bool:
+        """Whether every row has been written."""
+        return self.written >= len(self.rows)
 
     @property
     def fill(self) -> Tensor:
@@ -72,4 +77,10 @@ class FeatureQueue(nn.Module):
         self.pointer.add_(len(new)).remainder_(length)
         self.filled.add_(len(new)).clamp_(max=length)
         self.pushes.add_(1)
+        self.written = min(length, self.written + len(new))
         return places
+
+
+def _count_rows(queue: FeatureQueue, _: Any) -> None:
+    """After a state was loaded, the only time at which the device is asked."""
+    queue.written = int(queue.filled)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -86,6 +86,7 @@ class Views:
     counts: Mapping[str, int]
     image_ids: Tensor
     labels: Tensor
+    joined: dict[tuple[str, ...], Tensor] = field(default_factory=dict, repr=False)  # stacks of equal size, joined once for all networks
 
     def __post_init__(self) -> None:
         batch = len(self.image_ids)
@@ -109,7 +110,7 @@ class Views:
     def without(self, group: str) -> Views:
         """The same images without the crops of one group, which may be absent."""
         stacks = {name: stack for name, stack in self.stacks.items() if name != group}
-        return Views(stacks=stacks, counts=self.counts, image_ids=self.image_ids, labels=self.labels)
+        return Views(stacks=stacks, counts=self.counts, image_ids=self.image_ids, labels=self.labels, joined=self.joined)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """The two crops, each `(B, 3, H, W)`, of a method that compares exactly two.
@@ -125,15 +126,22 @@ class Views:
 
     def by_resolution(self) -> list[Tensor]:
         """Consecutive groups of the same size joined, view-major; the order of crops is kept."""
-        runs: list[list[Tensor]] = []
+        runs: list[list[str]] = []
         for name, stack in self.stacks.items():
             if not self.counts[name]:
                 continue
-            if runs and runs[-1][-1].shape[-2:] == stack.shape[-2:]:
-                runs[-1].append(stack)
+            if runs and self.stacks[runs[-1][-1]].shape[-2:] == stack.shape[-2:]:
+                runs[-1].append(name)
             else:
-                runs.append([stack])
-        return [run[0] if len(run) == 1 else torch.cat(run) for run in runs]
+                runs.append([name])
+        return [self._join(tuple(run)) for run in runs]
+
+    def _join(self, names: tuple[str, ...]) -> Tensor:
+        if len(names) == 1:
+            return self.stacks[names[0]]
+        if names not in self.joined:
+            self.joined[names] = torch.cat([self.stacks[name] for name in names])
+        return self.joined[names]
 
     def through(self, network: Callable[[Tensor], Tensor]) -> Tensor:
         """What a network makes of every crop, crop by crop, `(V * B, D)`: one forward for each run of crops of the same size."""

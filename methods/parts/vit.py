@@ -10,16 +10,17 @@ patches, h = H / p; x = [CLS, registers, patches] + positions goes through the b
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from methods.parts.drop_path import DropPath, draw_keep, follow_images
 from methods.parts.errors import ConfigError
 from methods.parts.numerics import promote
 
@@ -56,6 +57,7 @@ class ViT(VisionTransformer):  # type: ignore[misc]
         """The same model under this class, for images of any size that is a multiple of the patch."""
         model.__class__ = cls
         model.positions = positions
+        follow_images(model)
         if positions == "sincos":
             h, w = model.patch_embed.grid_size
             table = sincos_table(h, w, model.embed_dim)
@@ -103,9 +105,20 @@ class ViT(VisionTransformer):  # type: ignore[misc]
     def through_blocks(self, x: Tensor) -> Tensor:
         """All blocks, without the final norm: `(B, T, D) -> (B, T, D)`."""
         again = self.grad_checkpointing and torch.is_grad_enabled()
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
+        for block, keep in zip(self.blocks, self.kept_paths(len(x)), strict=True):
+            x = checkpoint(_through, block, x, keep, use_reentrant=False) if again else _through(block, x, keep)
         return x
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """timm's: all tokens after the final norm, `(B, 3, H, W) -> (B, 1 + R + N, D)`."""
+        assert attn_mask is None and not is_causal
+        return self.norm(self.through_blocks(self.embed(x)))  # type: ignore[no-any-return]
+
+    def kept_paths(self, rows: int) -> Sequence[Tensor | None]:
+        """Return for each block the factors of its two paths, `(2, rows)`, drawn at once; None where nothing is dropped by image."""
+        rates = [getattr(path, "drop_prob", 0.0) for block in self.blocks for path in (block.drop_path1, block.drop_path2)]
+        keep = draw_keep(rows, rates) if self.training and any(rates) else None
+        return [None] * len(self.blocks) if keep is None else list(keep.unflatten(0, (-1, 2)))
 
     def split(self, x: Tensor) -> Tokens:
         """`(B, 1 + R + n, D)` by kind."""
@@ -160,6 +173,14 @@ class ViT(VisionTransformer):  # type: ignore[misc]
         return torch.cat([self.pos_embed[:, :first], resized.flatten(2).transpose(1, 2)], dim=1)
 
 
+def _through(block: Block, x: Tensor, keep: Tensor | None) -> Tensor:
+    """One block, whose paths drop as `keep` says: an argument, so that a block that is computed again does the same again."""
+    for i, path in enumerate((block.drop_path1, block.drop_path2)):
+        if isinstance(path, DropPath):
+            path.keep = None if keep is None else keep[i]
+    return block(x)  # type: ignore[no-any-return]
+
+
 def resize_grid(grid: Tensor, h: int, w: int, *, offset: float) -> Tensor:
     """A table of positions on another grid: `(1, D, M, M') -> (1, D, h, w)`, bicubic.
 
@@ -173,15 +194,15 @@ def resize_grid(grid: Tensor, h: int, w: int, *, offset: float) -> Tensor:
     return F.interpolate(grid, scale_factor=scales, mode="bicubic", recompute_scale_factor=False)
 
 
-def sincos_table(h: int, w: int, d: int) -> Tensor:
+def sincos_table(h: int, w: int, d: int, device: torch.device | None = None) -> Tensor:
     """Fixed positions of MoCo v3: `(h w, D)`, row by row.
 
     Patch (a, b) has [sin a omega, cos a omega, sin b omega, cos b omega], omega_i = 10000^(-i / (D/4)), i < D/4; a is its row.
     """
     if d % 4:
         raise ConfigError(f"backbone.positions=sincos: the width {d} is not a multiple of 4; use another backbone.width, or learned")
-    omega = 10000.0 ** (-torch.arange(d // 4, dtype=torch.float64) / (d // 4))
-    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    omega = 10000.0 ** (-torch.arange(d // 4, dtype=torch.float64, device=device) / (d // 4))
+    rows, columns = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
     a, b = rows.flatten()[:, None] * omega, columns.flatten()[:, None] * omega  # (h w, D/4)
     return torch.cat([a.sin(), a.cos(), b.sin(), b.cos()], dim=1).float()
 

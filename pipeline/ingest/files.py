@@ -6,25 +6,24 @@ with a manifest: file systems and threads are made once per process, when they a
 
 from __future__ import annotations
 
-import datetime
+import contextlib
 import os
-import re
-import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from methods.parts.errors import ConfigError
+from pipeline.ingest.stores import at, missing, short
+from pipeline.ingest.stores import explained as explained
+from pipeline.ingest.stores import is_remote as is_remote
+from pipeline.ingest.stores import resolve as resolve
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SCHEMES = ("s3", "gs", "hf")
 THREADS = 16  # requests each process has under way; an answer takes 20 to 100 ms, whatever its size
-OPEN_ATTEMPTS, READ_ATTEMPTS = 3, 10  # a wrong address is said within seconds; a long run rides out a busy store
+OPEN_ATTEMPTS, READ_ATTEMPTS, WRITE_ATTEMPTS = 3, 10, 10  # a wrong address is said within seconds; a long run rides out a busy store
 OPEN_HANDLES = 64  # objects each process keeps open, so that their size is asked once
 MERGE_GAP, MERGE_MOST = 64 * 2**10, 16 * 2**20  # bytes: parts of one file this near are read at once, up to this length
 
@@ -48,35 +47,6 @@ class Part(NamedTuple):
     size: int | None = None
 
 
-def is_remote(path: str) -> bool:
-    """Is this a URI of an object store?"""
-    return "://" in path
-
-
-def resolve(path: str, key: str = "data.path") -> str:
-    """An absolute local path, or a checked URI without its last slash.
-
-    Args:
-        key: the setting that holds it, for messages.
-
-    Raises:
-        ConfigError: a scheme that is not known, or credentials inside the URI (the message does not repeat them).
-    """
-    path = path.removeprefix("file://")
-    if not is_remote(path):
-        return str(Path(path).expanduser().resolve())
-    scheme, _, rest = path.partition("://")
-    user, at, _ = rest.partition("/")[0].rpartition("@")
-    if at and user != "anonymous":
-        raise ConfigError(f"{key}={scheme}://...: holds credentials, which would be stored with the run; {_remedies(scheme)[1]}")
-    scheme = {"gcs": "gs", "s3a": "s3"}.get(scheme, scheme)
-    if scheme not in SCHEMES:
-        raise ConfigError(f"{key}={path}: {scheme}:// is not known; use s3://, gs://, hf://datasets/OWNER/NAME or a local path")
-    if not rest.strip("/") or rest.startswith("/"):
-        raise ConfigError(f"{key}={path}: names no bucket; use {scheme}://BUCKET/FOLDER")
-    return f"{scheme}://{rest.rstrip('/')}"
-
-
 def join(root: str, name: str) -> str:
     """The path of a file of a listing."""
     return f"{root.rstrip('/')}/{name}"
@@ -96,7 +66,7 @@ def is_file(path: str) -> bool:
         return os.path.isfile(path)
     from pyarrow.fs import FileType
 
-    system, key = _at(path, OPEN_ATTEMPTS)
+    system, key = at(path, OPEN_ATTEMPTS)
     return bool(system.get_file_info(key).type == FileType.File)
 
 
@@ -105,7 +75,7 @@ def facts(path: str) -> File:
     name = path.rpartition("/")[2]
     if not is_remote(path):
         return File(name, os.path.getsize(path))
-    system, key = _at(path, OPEN_ATTEMPTS)
+    system, key = at(path, OPEN_ATTEMPTS)
     return _file(name, system.get_file_info(key))
 
 
@@ -115,17 +85,20 @@ def children(folder: str) -> list[File]:
         return [File(entry.name, entry.stat().st_size) for entry in entries if entry.is_file()]
 
 
-def tree(folder: str) -> list[File]:
+def tree(folder: str, missing_ok: bool = False) -> list[File]:
     """Every file below a folder that is not hidden, sorted by name. An object store is asked for one recursive listing.
 
     Local links are followed, loops are not.
+
+    Args:
+        missing_ok: a folder that a store does not have is an empty one.
     """
     if not is_remote(folder):
         return sorted(_walk(folder))
     from pyarrow.fs import FileSelector, FileType
 
-    system, key = _at(folder, OPEN_ATTEMPTS)
-    found = system.get_file_info(FileSelector(key, recursive=True))
+    system, key = at(folder, OPEN_ATTEMPTS)
+    found = system.get_file_info(FileSelector(key, allow_not_found=missing_ok, recursive=True))
     listed = (_file(info.path[len(key) + 1 :], info) for info in found if info.type == FileType.File)
     return sorted(file for file in listed if not any(part.startswith(".") for part in file.name.split("/")))
 
@@ -204,21 +177,59 @@ def open_file(path: str, attempts: int | None = None) -> pa.NativeFile:
 
     if not is_remote(path):
         return pa.memory_map(path)
-    system, key = _at(path, attempts or READ_ATTEMPTS)
+    system, key = at(path, attempts or READ_ATTEMPTS)
     return system.open_input_file(key)
+
+
+def open_stream(path: str) -> IO[bytes] | pa.NativeFile:
+    """A file to read once, from its beginning."""
+    if not is_remote(path):
+        return open(path, "rb")
+    system, key = at(path, READ_ATTEMPTS)
+    return system.open_input_stream(key)
+
+
+# ---------------------------------------------------------------------------- writing
+
+
+def open_output(path: str) -> pa.NativeFile:
+    """A new object; it exists when the stream is closed."""
+    system, key = at(path, WRITE_ATTEMPTS)
+    return system.open_output_stream(key)
 
 
 def write(path: str, data: bytes) -> None:
     """Write a whole object; a reader sees the old one or the new one."""
-    system, key = _at(path, OPEN_ATTEMPTS)
-    with system.open_output_stream(key) as out:
+    with open_output(path) as out:
         out.write(data)
 
 
+def copy(source: str, destination: str) -> None:
+    """Copy a file, or everything below a folder, between disk and store."""
+    from pyarrow import fs
+
+    (system, path), (other, target) = (
+        at(place, WRITE_ATTEMPTS) if is_remote(place) else (fs.LocalFileSystem(), place) for place in (source, destination)
+    )
+    fs.copy_files(path, target, source_filesystem=system, destination_filesystem=other)
+
+
+def folders(folder: str) -> list[str]:
+    """The names of the folders directly in one, sorted; none if it does not exist."""
+    if not is_remote(folder):
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if os.path.isdir(folder) else []
+    from pyarrow.fs import FileSelector, FileType
+
+    system, key = at(folder, WRITE_ATTEMPTS)
+    found = system.get_file_info(FileSelector(key, allow_not_found=True))
+    return sorted(info.base_name for info in found if info.type == FileType.Directory)
+
+
 def remove_tree(path: str) -> None:
-    """Remove every object below a path."""
-    system, key = _at(path, OPEN_ATTEMPTS)
-    system.delete_dir(key)
+    """Remove every object below a path; none is no error."""
+    system, key = at(path, WRITE_ATTEMPTS)
+    with contextlib.suppress(FileNotFoundError):
+        system.delete_dir(key)
 
 
 def _read_local(part: Part) -> bytes:
@@ -238,7 +249,7 @@ def _read_remote(part: Part) -> bytes:
                 return bytes(file.read())
         return bytes(_handle(part.path).read_at(part.size, part.offset))
     except Exception as error:  # file systems of fsspec raise what their clients raise
-        if isinstance(error, FileNotFoundError) or _kind(str(error)) == "missing":
+        if missing(error):
             return b""
         raise OSError(f"{part.path}: cannot be read ({short(error)})") from None
 
@@ -251,114 +262,3 @@ def _handle(path: str) -> pa.NativeFile:
 @lru_cache(maxsize=1)
 def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(THREADS, thread_name_prefix="manyviews-read")
-
-
-# ---------------------------------------------------------------------------- file systems
-
-
-def _at(uri: str, attempts: int) -> tuple[Any, str]:
-    """The file system of a URI and the path inside it. What follows the bucket is taken as it is, not as percent code."""
-    scheme, _, rest = uri.partition("://")
-    bucket, slash, key = rest.partition("/")
-    user, _, bucket = bucket.rpartition("@")
-    # an endpoint is part of the key, so that a changed environment is followed
-    return _file_system(scheme, bucket if scheme == "s3" else "", user == "anonymous", attempts, _endpoint()), bucket + slash + key
-
-
-def _endpoint() -> str | None:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
-
-
-@lru_cache(maxsize=16)
-def _file_system(scheme: str, bucket: str, anonymous: bool, attempts: int, endpoint: str | None) -> Any:
-    from pyarrow import fs
-
-    if scheme == "hf":
-        try:
-            from huggingface_hub import HfFileSystem
-        except ImportError:
-            raise ConfigError('data.path=hf://...: needs huggingface_hub; pip install "manyviews[hf]"') from None
-        return fs.PyFileSystem(fs.FSSpecHandler(HfFileSystem()))
-    if scheme == "gs":
-        patience = datetime.timedelta(seconds=2 * attempts)  # Google's own default is 15 minutes
-        return fs.GcsFileSystem(anonymous=anonymous, retry_time_limit=patience)
-    return fs.S3FileSystem(
-        anonymous=anonymous,
-        region=None if endpoint else fs.resolve_s3_region(bucket),  # a bucket answers only in its own region
-        endpoint_override=endpoint,
-        connect_timeout=5,
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
-    )
-
-
-# ---------------------------------------------------------------------------- errors
-
-_KINDS = {  # what libraries say; the order matters, because a missing credential is also reported as "unavailable"
-    "bucket": r"NO_SUCH_BUCKET|[Bb]ucket '[^']*' not found|bucket does not exist",
-    "rights": (
-        r"ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE|EXPIRED|INVALID_CLIENT_TOKEN|UNRECOGNIZED_CLIENT|HTTP status 40[13]|40[13] Client"
-        r"|PERMISSION_DENIED|UNAUTHENTICATED|OAuth2|[Cc]redentials|gated|Unauthorized|Forbidden"
-    ),
-    "missing": r"RESOURCE_NOT_FOUND|NO_SUCH_KEY|NOT_FOUND|404 Client|does not exist",
-    "network": (
-        r"NETWORK_CONNECTION|REQUEST_TIMEOUT|UNAVAILABLE|[Tt]imed? ?out"
-        r"|[Rr]esolve|[Nn]ame or service|[Cc]onnect|unreachable|offline|curlCode"
-    ),
-}
-
-
-def _kind(words: str) -> str:
-    return next((kind for kind, pattern in _KINDS.items() if re.search(pattern, words)), "other")
-
-
-def _remedies(scheme: str) -> tuple[str, str]:
-    """What to do when the network, and when the rights are missing."""
-    return {
-        "s3": (
-            "check the network, and AWS_ENDPOINT_URL if the store is not Amazon's",
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or use s3://anonymous@BUCKET for a public bucket",
-        ),
-        "gs": (
-            "check the network",
-            "set GOOGLE_APPLICATION_CREDENTIALS, or run gcloud auth application-default login, "
-            "or use gs://anonymous@BUCKET for a public bucket",
-        ),
-        "hf": (
-            "check the network, or download the files and give the local folder",
-            "set HF_TOKEN, and accept the data set's terms on its page",
-        ),
-    }.get(scheme, ("check the network", "put credentials into the environment"))
-
-
-def short(error: Exception) -> str:
-    """The first line of an error without the values of secrets."""
-    words = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    for name, value in os.environ.items():
-        if len(value) >= 6 and re.search(r"KEY|SECRET|TOKEN|PASSWORD", name):
-            words = words.replace(value, "***")
-    return re.sub(r"\s*\(Request ID[^)]*\)", "", words)[:200]
-
-
-@contextmanager
-def explained(path: str, key: str = "data.path") -> Iterator[None]:
-    """Turn whatever an object store answers into one sentence with a remedy; local errors pass.
-
-    Raises:
-        ConfigError: no such bucket or key, no right to read it, or no answer.
-    """
-    try:
-        yield
-    except Exception as error:  # file systems of fsspec raise what their clients raise
-        if not is_remote(path) or isinstance(error, (ValueError, tarfile.TarError)):  # the content is wrong, or it is explained already
-            raise
-        scheme = path.partition("://")[0]
-        network, rights = _remedies(scheme)
-        kind = "missing" if isinstance(error, FileNotFoundError) else _kind(str(error))
-        what = {
-            "bucket": "there is no such bucket; check its name" + (" and AWS_ENDPOINT_URL" if scheme == "s3" and _endpoint() else ""),
-            "rights": f"it may not be {'read' if key == 'data.path' else 'written'} with the credentials found; {rights}",
-            "missing": "there is nothing of this name; check it, capitals included"
-            + ("; options after ? are not read, use AWS_ENDPOINT_URL" if "?" in path else ""),
-            "network": f"the store does not answer; {network}",
-        }.get(kind, f"the store answers with an error ({short(error)}); {network}")
-        raise ConfigError(f"{key}={path}: {what}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,10 +36,8 @@ class Manifest:
         spans: `(G, 2)` int64, first id and number of rows of every natural unit of reading.
         skipped: path and reason of every file that is no image.
         test_path: the source's own test split, to be opened like `data.path`.
-        rereadable: whether an image that has been read can be read again.
     """
 
-    rereadable: ClassVar[bool] = True
     labels: np.ndarray
     class_names: list[str]
     fingerprint: str

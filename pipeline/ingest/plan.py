@@ -85,3 +85,22 @@ class Plan:
         group, chunk = divmod(step, self.chunks_per_window)
         cut = slice(chunk * self.chunk, (chunk + 1) * self.chunk)
         return np.concatenate([self.window(epoch, group, lane)[cut] for lane in range(self.lanes)])
+
+    # ---------------------------------------------------------------- steps of a whole run, epoch after epoch
+
+    def groups_between(self, first: int, last: int) -> list[tuple[int, int]]:
+        """Epoch and group of the windows that hold the steps `first` to `last - 1`, counted from the start of the run."""
+
+        def number(step: int) -> int:
+            epoch, within = divmod(step, self.steps_per_epoch)
+            return epoch * self.groups + within // self.chunks_per_window
+
+        return [divmod(k, self.groups) for k in range(number(first), number(last - 1) + 1)] if last > first else []
+
+    def first_step(self, epoch: int, group: int) -> int:
+        """The step, counted from the start of the run, of a group's first chunk."""
+        return epoch * self.steps_per_epoch + group * self.chunks_per_window
+
+    def first_slot(self, group: int, lane: int) -> int:
+        """The place within its epoch of a window's first image."""
+        return (group * self.lanes + lane) * self.chunks_per_window * self.chunk

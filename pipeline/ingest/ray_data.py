@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
-import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from functools import partial
+import shutil
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from methods.parts.errors import ConfigError
+from pipeline.machine import available_cores, total_memory
+
+if TYPE_CHECKING:
+    from ray.data import DataIterator
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
 }
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # of workers: each task has one core
-# Ray starts all workers at niceness 15, trainers and tasks alike; a trainer that waits for its turn keeps all others waiting
-PRIORITY = {"RAY_worker_niceness": "0"}  # of a local Ray's workers; tasks step back by themselves
-TASK_NICENESS = 10
+# A local Ray has no dashboard. Asked for the state of its controller, Ray Train would take that of any other Ray on this machine, not
+# find the controller there and end the workers. An address where nothing listens makes the question fail, which it takes as no answer.
+NO_DASHBOARD = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
+STORE_PART = 0.3  # of the memory, for Ray's object store
+LEAST_STORE = 512 * 2**20  # bytes; where /dev/shm is smaller, Ray takes a file
 ROOT = Path(__file__).resolve().parents[2]  # the checkout, or site-packages
 
 
@@ -49,9 +53,9 @@ def start_ray(num_cpus: int | None = None, extra_cpus: int = 0, resources: dict[
         _join(os.environ["RAY_ADDRESS"])
         return
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    workers = THREADS | PRIORITY | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
-    long = len(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "") > 40  # Unix sockets allow 107 bytes
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    workers = THREADS | NO_DASHBOARD | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+    if len(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "") > 40:  # Unix sockets allow 107 bytes
+        workers["RAY_TMPDIR"] = "/tmp"
     before = {key: os.environ.get(key) for key in workers}
     os.environ.update(workers)  # a local Ray hands its environment to its workers, at no cost
     try:
@@ -59,13 +63,12 @@ def start_ray(num_cpus: int | None = None, extra_cpus: int = 0, resources: dict[
             try:
                 ray.init(
                     "local",
-                    num_cpus=(num_cpus or max(2, os.cpu_count() or 2)) + extra_cpus,
+                    num_cpus=(num_cpus or max(2, int(available_cores()))) + extra_cpus,
                     resources=resources,
-                    object_store_memory=int(min(2e9, 0.3 * memory)),
+                    object_store_memory=object_store_bytes(),
                     include_dashboard=False,
                     log_to_driver=False,
                     logging_level="ERROR",
-                    _temp_dir="/tmp/ray" if long else None,
                 )
                 break
             except Exception as error:  # Ray gives its own agents 15 s to start, too little where other programs keep the cores
@@ -77,6 +80,14 @@ def start_ray(num_cpus: int | None = None, extra_cpus: int = 0, resources: dict[
                 os.environ.pop(key, None)
             else:
                 os.environ[key] = value
+
+
+def object_store_bytes() -> int:
+    """Return the size of a local Ray's object store: 30 % of the memory that this process may use, and never more than /dev/shm holds."""
+    wanted = STORE_PART * total_memory()
+    if os.path.ismount("/dev/shm"):
+        wanted = min(wanted, 0.9 * shutil.disk_usage("/dev/shm").total)
+    return int(max(LEAST_STORE, wanted))
 
 
 def joins_cluster() -> bool:
@@ -118,129 +129,67 @@ def cluster_environment() -> dict[str, Any]:
 
 
 def default_tasks() -> int | None:
-    """Tasks at the same time: one per CPU on one machine; no limit in a cluster, whose pool grows with the tasks that wait."""
-    import ray
+    """Return how many tasks may run at the same time: one per core of this machine, or None, without a limit, in a cluster that may grow.
 
-    return None if joins_cluster() else max(1, int(ray.cluster_resources().get("CPU", 1)))
+    Only the driver asks: elsewhere the environment does not tell whether Ray was joined. Everywhere None means no limit but the resources.
+    """
+    return None if joins_cluster() else max(1, int(available_cores()))
 
 
-def run(
-    function: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]], first: int, last: int, tasks: int | None
-) -> Iterator[dict[str, np.ndarray]]:
-    """Blocks of `function({"id": [k]})` for k in first .. last-1, in order, from one Ray Data execution.
+def raise_priority() -> None:
+    """Run this thread, and those it starts, at niceness 0 where the system allows it: Ray starts trainers and tasks alike at 15."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
+
+
+# ---------------------------------------------------------------------------- executions
+
+
+def execution(
+    function: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]],
+    items: Sequence[Mapping[str, int]],
+    consumers: int,
+    *,
+    tasks: int | None = None,
+    buffer_bytes: int | None = None,
+) -> list[DataIterator]:
+    """Prepare one Ray Data execution: `function` on every item, each in a task of its own, whose block goes to one of the consumers.
+
+    Block k is for consumer k mod `consumers`, if the blocks of every round have equally many rows; each consumer gets its own in order.
+    The executor lives in an actor of Ray's, on this machine. It begins when all consumers iterate, and ends when they have ended or
+    nobody holds the iterators any more.
 
     Args:
+        items: columns of one row each.
         tasks: how many run at the same time; None = as many as the resources allow.
+        buffer_bytes: blocks in the object store at which no task begins any more; None = a part of the store, as Ray has it.
+
+    Returns:
+        An iterator for every consumer, which may be sent to another process.
     """
     import ray
-    from ray.data import DataContext, TaskPoolStrategy
+    from ray.data import DataContext, ExecutionResources
 
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that its bars are off
     context = DataContext.get_current().copy()
     context.enable_progress_bars = context.print_on_execution_start = False
     context.target_max_block_size = None  # one task gives one block, however large
+    context.execution_no_progress_timeout_s = -1  # a consumer may take its time
     context.execution_options.preserve_order = True
-    if last <= first:
-        return
-    tasks = tasks and min(tasks, last - first)  # Ray warns of a limit that cannot be reached
+    context.execution_options.resource_limits = ExecutionResources(cpu=tasks, object_store_memory=buffer_bytes)
+    if buffer_bytes is not None:
+        context.override_object_store_memory_limit_fraction = 0.9  # else half of the store would be the limit
     with DataContext.current(context):
-        items = ray.data.range(last - first, override_num_blocks=last - first)
-        blocks = items.map_batches(partial(_shifted, function, first), batch_size=None, compute=TaskPoolStrategy(size=tasks))
-    yield from blocks.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1)
+        rows = ray.data.from_items(list(items), override_num_blocks=len(items))
+        # no task pool of fixed size: it would not be fused with what comes before
+        splits: list[DataIterator] = rows.map_batches(function, batch_size=None).streaming_split(consumers, equal=True)
+    return splits
 
 
-def _shifted(function: Callable[[dict[str, np.ndarray]], Any], first: int, item: dict[str, np.ndarray]) -> Any:
-    return function({"id": item["id"] + first})
-
-
-def ahead(passes: Iterator[tuple[int, Iterator[Any]]], waiting: int, overlap: int) -> Generator[Any]:
-    """What successive Ray Data executions yield, in order, each drained in a thread of its own as fast as it delivers.
-
-    The first one starts at once, before a block is asked for. The next one starts when `overlap` or fewer blocks of the last are
-    outstanding, so that no core idles while one ends and the other starts, and `waiting` or fewer blocks wait for the trainer.
-    An execution whose output waits for its consumer
-    would spin on a whole core (seen with Ray 2.60), in the trainer's process and under its interpreter lock, which slows
-    training several times.
-
-    Args:
-        passes: how many blocks an execution yields, and the execution; it starts with its first `next`.
-    """
-    queues: deque[deque[Any]] = deque()  # blocks of every execution that is not yet used up, None behind its last
-    outstanding, change, stopped = 0, threading.Condition(), False
-
-    def drain(execution: Iterator[Any], queue: deque[Any]) -> None:
-        nonlocal outstanding
-        try:
-            for block in execution:
-                with change:
-                    queue.append(block)
-                    outstanding -= 1
-                    change.notify_all()
-                    if stopped:
-                        return
-            end: BaseException | None = None
-        except BaseException as error:  # raised again in the trainer
-            end = error
-        with change:
-            queue.append(end)
-            change.notify_all()
-
-    def may_start() -> bool:
-        return stopped or (outstanding <= overlap and sum(map(len, queues)) <= waiting)
-
-    threads: list[threading.Thread] = []
-
-    def work() -> None:
-        nonlocal outstanding
-        try:
-            for count, execution in passes:
-                with change:
-                    change.wait_for(may_start)
-                    if stopped:
-                        return
-                    outstanding += count
-                    queue: deque[Any] = deque()
-                    queues.append(queue)
-                threads.append(threading.Thread(target=drain, args=(execution, queue), name="manyviews-drain", daemon=True))
-                threads[-1].start()
-                del threads[:-2]  # those before have ended
-            end: BaseException | None = None
-        except BaseException as error:
-            end = error
-        with change:
-            queues.append(deque([StopIteration() if end is None else end]))
-            change.notify_all()
-
-    threads.append(threading.Thread(target=work, name="manyviews-stream", daemon=True))
-    first = threads[0]
-
-    def blocks() -> Generator[Any]:
-        nonlocal stopped
-        first.start()
-        try:
-            yield None  # that it has begun: only what has begun is ended when nobody wants it any more
-            while True:
-                with change:
-                    change.wait_for(lambda: bool(queues) and bool(queues[0]))
-                    value = queues[0].popleft()
-                    if value is None:
-                        queues.popleft()
-                    change.notify_all()
-                if isinstance(value, StopIteration):
-                    return
-                if isinstance(value, BaseException):
-                    raise value
-                if value is not None:
-                    yield value
-        finally:
-            with change:
-                stopped = True
-                queues.clear()
-                change.notify_all()
-            for thread in {first, *threads}:
-                thread.join(timeout=30)
-
-    begun = blocks()
-    next(begun)
-    return begun
+def blocks(iterator: DataIterator, prefetch: int) -> Generator[dict[str, np.ndarray]]:
+    """Yield a consumer's blocks in order, with as many as `prefetch` on their way to this machine; close it to end early."""
+    found: Generator[dict[str, np.ndarray]] = iter(  # type: ignore[assignment]
+        iterator.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=prefetch)
+    )
+    with contextlib.closing(found):
+        yield from found

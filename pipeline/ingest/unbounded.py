@@ -8,7 +8,6 @@ import itertools
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
@@ -20,8 +19,6 @@ from pipeline.ingest.manifest import Manifest, Row, fingerprint
 from pipeline.ingest.plan import Plan
 
 SAMPLE = 256  # images from the beginning that pictures and the doctor look at
-READER = "manyviews-unbounded"
-PATIENCE = 20  # times that a reader which has ended is looked for again
 
 
 class Unbounded(Manifest):
@@ -34,8 +31,6 @@ class Unbounded(Manifest):
     As a `Manifest` it stands for the first `SAMPLE` images: what pictures and the doctor ask for.
     """
 
-    rereadable = False
-
     def __init__(self, path: str, function: bytes) -> None:
         super().__init__(
             labels=np.full(SAMPLE, -1),
@@ -45,7 +40,6 @@ class Unbounded(Manifest):
         )
         self.source, self.function = path, function
         self.reader: Any = None
-        self.first = 0  # number of the first image that the run asks for
 
     def describe(self) -> str:
         return "images without end"
@@ -60,17 +54,13 @@ class Unbounded(Manifest):
         return ArrivalPlan(global_batch, lanes, window, steps_per_epoch)
 
     def served(self, plan: Plan, first_step: int) -> Unbounded:
-        it = Unbounded(self.source, self.function)
-        it.first = first_step * plan.global_batch
-        it.reader = it.find_reader()
-        return it
-
-    def find_reader(self) -> Any:
-        """The one reader of the run, whoever started it. It ends when nobody holds it any more."""
+        """This source with the one reader of the run, which ends when nobody holds what is returned."""
         import ray
 
-        options = {"name": READER, "get_if_exists": True, "num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "max_concurrency": 64}
-        return ray.remote(Reader).options(**options).remote(self.function, self.first)
+        it = Unbounded(self.source, self.function)
+        options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "max_concurrency": 64}
+        it.reader = ray.remote(Reader).options(**options).remote(self.function, first_step * plan.global_batch)
+        return it
 
     def read(self, ids: Sequence[int] | np.ndarray) -> list[Row]:
         asked = [int(i) for i in ids]
@@ -80,14 +70,8 @@ class Unbounded(Manifest):
     def _ask(self, ids: list[int]) -> list[bytes]:
         import ray
 
-        for _ in range(PATIENCE):
-            try:
-                images: list[bytes] = ray.get(self.reader.read.remote(ids))
-                return images
-            except ray.exceptions.ActorDiedError:  # it was found by name while it ended with an earlier stream
-                time.sleep(0.5)
-                self.reader = self.find_reader()
-        raise RuntimeError(f"{self.source}: the process that reads it ends again and again; is there enough memory?")
+        images: list[bytes] = ray.get(self.reader.read.remote(ids))
+        return images
 
 
 class ArrivalPlan(Plan):

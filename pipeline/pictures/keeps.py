@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from methods.parts.counter_random import draw_seed
 from methods.parts.masking import num_kept, num_patches, random_keep
 from methods.parts.vit import ViT
 from pipeline import inversion
@@ -93,7 +94,7 @@ class Looks:
         if isinstance(network, ViT):
             vit = network
             patches = num_patches(vit, images.shape[1])
-            keep = random_keep(len(images), patches, num_kept(patches, MASKED), generator=self.generator)
+            keep = random_keep(torch.arange(len(images)), patches, num_kept(patches, MASKED), seed=draw_seed(self.generator))
             self.seen.append(only(images, torch.zeros(len(images), patches).scatter_(1, keep, 1.0)))
             return extract(vit, images, forward=lambda x: vit.tokens(x, keep=keep.to(x.device)).cls, **settings)  # type: ignore[arg-type]
         share = BOX[0] + (BOX[1] - BOX[0]) * torch.rand(len(images), generator=self.generator)

@@ -1,166 +1,242 @@
-"""Our own checkpoints: whole or absent, whatever kills the process.
+"""Our own checkpoints: whole or absent, whatever kills the process, on a disk or in an object store.
 
 checkpoints/step-00000300/state.pt    tensors and plain values only
 checkpoints/step-00000300/NAME-0.pt   a piece of a table by image id, if the method has one
 checkpoints/last.json, best.json      {"folder": "step-00000300", "step": 300, ...}, replaced after the folder is whole
 
-torch is loaded where a state is read or written: to look where a run stands takes none.
+A folder counts from the moment a pointer names it, and none that is named is written to again. torch is loaded where a
+state is read or written: to look where a run stands takes none.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
+import itertools
 import json
-import os
 import shutil
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from methods.parts.errors import ConfigError
-from pipeline import mirror
-from pipeline.runs import write_json
+from pipeline.ingest import files
+from pipeline.place import Place
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.cuda import Event
 
 State = dict[str, Any]
+STATE = "state.pt"  # written last: a folder that has it is whole
 
 
 class DiskFull(RuntimeError):
     """A checkpoint could not be written; the last one is still whole."""
 
 
-def save(checkpoints: Path, state: State, *, step: int, best: bool = False, keep_every: int | None = None) -> Path:
+# ---------------------------------------------------------------------------- writing
+
+
+class CheckpointWriter:
+    """Writes checkpoints on a thread, one at a time, so that training goes on meanwhile. Rank 0 writes for all.
+
+    Holds one copy of the state in memory while it is written.
+    """
+
+    def __init__(self, checkpoints: Place, keep_every: int | None = None) -> None:
+        self.checkpoints, self.keep_every = checkpoints, keep_every
+        self._writing: Future[None] | None = None
+
+    def save(self, state: State, *, step: int, best: bool = False, then: Callable[[], None] = lambda: None) -> None:
+        """Copy the state, and begin to write it once the earlier checkpoint is whole.
+
+        Args:
+            state: its tables by image id are copies already, as `IdTable.pieces` gives them.
+            then: called on the thread when the checkpoint is whole.
+
+        Raises:
+            DiskFull: the earlier checkpoint could not be written.
+        """
+        self.wait()
+        copied, ready = snapshot(state)
+        pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing = pool.submit(self._write, copied, ready, step, best, then)
+        pool.shutdown(wait=False)  # the thread ends with its work, and the process not before it
+
+    def _write(self, state: State, ready: Event | None, step: int, best: bool, then: Callable[[], None]) -> None:
+        if ready is not None:
+            ready.synchronize()
+        save(self.checkpoints, state, step=step, best=best, keep_every=self.keep_every)
+        then()
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is whole.
+
+        Raises:
+            DiskFull: it could not be written. Told once.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+
+def snapshot(state: State) -> tuple[State, Event | None]:
+    """Return a copy of a state on the CPU, and the event after which it is complete; None = now.
+
+    Copies from CUDA go to pinned memory on the current stream: later steps on it see to it that nothing is changed before.
+    """
+    import torch
+
+    on_device = False
+
+    def copied(value: Any) -> Any:
+        nonlocal on_device
+        if isinstance(value, torch.Tensor):
+            if value.device.type != "cuda":
+                return value.detach().to("cpu", copy=True)
+            on_device = True
+            return torch.empty_like(value, device="cpu", pin_memory=True, requires_grad=False).copy_(value.detach(), non_blocking=True)
+        if isinstance(value, dict):
+            same = copy.copy(value)  # keeps the versions of modules that a state_dict carries as an attribute
+            same.update((key, copied(inner)) for key, inner in value.items())
+            return same
+        if isinstance(value, list | tuple):
+            return type(value)(map(copied, value))
+        return value
+
+    whole = {key: value if key == "id_tables" else copied(value) for key, value in state.items()}
+    if not on_device:
+        return whole, None
+    event = torch.cuda.Event()
+    event.record()
+    return whole, event
+
+
+def save(checkpoints: Place, state: State, *, step: int, best: bool = False, keep_every: int | None = None) -> Place:
     """Write the checkpoint of `step`, point `last` (and `best`) at it, and prune those that nothing points to.
 
     Raises:
-        DiskFull: the file system refused; earlier checkpoints are untouched.
+        DiskFull: the disk or the store refused; earlier checkpoints are untouched.
     """
-    name = f"step-{step:08d}"
-    folder, temporary = checkpoints / name, checkpoints / f".{name}.tmp"
+    folder = checkpoints
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        pointed = _pointed(checkpoints)
+        names = (f"step-{step:08d}" + (f"-{i}" if i else "") for i in itertools.count())
+        folder = checkpoints / next(name for name in names if name not in pointed)
+        folder.remove()  # what a killed process or an earlier life of this run has left
         tables: dict[str, list[Tensor]] = state.get("id_tables", {})
         for table, pieces in tables.items():
             for i, piece in enumerate(pieces):
-                _write(temporary / f"{table}-{i}.pt", piece.clone())  # torch writes the whole storage of a view
-        _write(temporary / "state.pt", state | {"id_tables": {table: len(pieces) for table, pieces in tables.items()}})
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier life of this run
-        os.replace(temporary, folder)
-        pointer = {"folder": name, "step": step}
-        write_json(checkpoints / "last.json", pointer)
-        if best:
-            write_json(checkpoints / "best.json", pointer)
+                _write(folder / f"{table}-{i}.pt", piece)
+        _write(folder / STATE, state | {"id_tables": {table: len(pieces) for table, pieces in tables.items()}})
+        pointer = (json.dumps({"folder": folder.name, "step": step}) + "\n").encode()
+        for which in ["last"] + ["best"] * best:
+            (checkpoints / f"{which}.json").write(pointer)
+        _prune(checkpoints, keep_every)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        shutil.rmtree(temporary, ignore_errors=True)
-        free = shutil.disk_usage(checkpoints).free / 1e6
-        raise DiskFull(f"checkpoint of step {step} could not be written to {checkpoints} ({free:.0f} MB free): {error}") from error
-    _prune(checkpoints, keep_every)
+        with contextlib.suppress(OSError):  # else the next one removes it
+            if folder != checkpoints and folder.name not in _pointed(checkpoints):
+                folder.remove()
+        free = "" if checkpoints.is_remote else f" ({shutil.disk_usage(Path(checkpoints.uri).parent).free / 1e6:.0f} MB free)"
+        raise DiskFull(f"checkpoint of step {step} could not be written to {checkpoints}{free}: {error}") from error
     return folder
 
 
-def _write(path: Path, content: Any) -> None:
+def _write(file: Place, content: Any) -> None:
     import torch
 
-    with open(path, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    with file.writing() as out:
+        torch.save(content, out)
 
 
-def send(run: Path, step: int, keep_every: int | None = None) -> None:
-    """Send a run folder's news to the object store whose copy it is, if it is one.
+def _prune(checkpoints: Place, keep_every: int | None) -> None:
+    """Remove what no pointer names, but for whole checkpoints of every n-th step."""
+    pointed = _pointed(checkpoints)
+    for name in (name for name in checkpoints.folders() if name.startswith("step-")):
+        kept = keep_every and _step(name) % keep_every == 0 and (checkpoints / name / STATE).is_file()
+        if name not in pointed and not kept:
+            (checkpoints / name).remove()
 
-    Args:
-        keep_every: checkpoints of every n-th step stay there, as they do here.
 
-    Raises:
-        DiskFull: the store did not take it; what it holds is whole.
-    """
+def _pointed(checkpoints: Place) -> set[str]:
+    return {name for which in ("last", "best") if (name := named(checkpoints, which))}
+
+
+# ---------------------------------------------------------------------------- reading
+
+
+def _step(name: str) -> int:
+    return int(name.split("-")[1])
+
+
+def named(checkpoints: Place, which: str = "last") -> str | None:
+    """Return the name of the folder that `last` or `best` points to, or None."""
     try:
-        mirror.push(run, keep=lambda name: _kept(name, keep_every))
-    except OSError as error:
-        raise DiskFull(f"checkpoint of step {step} could not be sent: {error}") from None
-
-
-class Uploads:
-    """Sends checkpoints on a thread of its own, one at a time, so that training goes on meanwhile."""
-
-    def __init__(self) -> None:
-        self._last: Future[None] | None = None
-
-    def begin(self, run: Path, step: int, keep_every: int | None = None) -> None:
-        """Begin what `send` does; call `wait` before the run's checkpoints are changed again."""
-        if mirror.remote_of(run) is not None:
-            self.wait()
-            pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
-            self._last = pool.submit(send, run, step, keep_every)
-            pool.shutdown(wait=False)  # the thread ends with its work, and the process not before it
-
-    def wait(self) -> None:
-        """Until the last upload is complete.
-
-        Raises:
-            DiskFull: it failed, as in `send`.
-        """
-        last, self._last = self._last, None
-        if last is not None:
-            last.result()
-
-
-def _prune(checkpoints: Path, keep_every: int | None) -> None:
-    pointed = {pointed_to(checkpoints, which) for which in ("last", "best")}
-    for folder in checkpoints.glob("step-*"):
-        if folder not in pointed and not _kept(folder.name, keep_every):
-            shutil.rmtree(folder, ignore_errors=True)
-    for leftover in checkpoints.glob(".step-*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _kept(name: str, keep_every: int | None) -> bool:
-    return bool(keep_every) and int(name.split("-")[1]) % keep_every == 0  # type: ignore[operator]
-
-
-def last_step(checkpoints: Path) -> int:
-    """Completed steps of a run's last checkpoint; 0 without one."""
-    pointed = pointed_to(checkpoints)
-    return int(pointed.name.split("-")[1]) if pointed else 0
-
-
-def pointed_to(checkpoints: Path, which: str = "last") -> Path | None:
-    """The folder that `last` or `best` points to, or None."""
-    try:
-        folder = checkpoints / json.loads((checkpoints / f"{which}.json").read_text())["folder"]
+        return str(json.loads((checkpoints / f"{which}.json").read())["folder"])
     except FileNotFoundError:
         return None
-    return folder if (folder / "state.pt").is_file() else None
 
 
-def load(folder: Path) -> State:
-    """Read a checkpoint; nothing in it can run code.
+def last_step(checkpoints: Place) -> int:
+    """Return the completed steps of a run's last checkpoint; 0 without one."""
+    pointed = pointed_to(checkpoints)
+    return _step(pointed.name) if pointed else 0
+
+
+def pointed_to(checkpoints: Place, which: str = "last") -> Place | None:
+    """Return the folder that `last` or `best` points to, or None.
 
     Raises:
-        ConfigError: the file is not readable as a checkpoint.
+        ConfigError: the store does not answer.
+    """
+    with files.explained(checkpoints.uri, "runs_dir"):
+        name = named(checkpoints, which)
+        return checkpoints / name if name and (checkpoints / name / STATE).is_file() else None
+
+
+def load(folder: Place) -> State:
+    """Read a checkpoint; nothing in it can run code. Tables by image id are mapped, so that a worker reads its own rows only.
+
+    One in an object store is copied to a temporary folder, which is gone from the disk when nothing of it is mapped any more.
+
+    Raises:
+        ConfigError: the file is not readable as a checkpoint, or the store does not answer.
     """
     import torch
 
     try:
-        state: State = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        counts = state.get("id_tables", {}).items()
-        state["id_tables"] = {name: [_piece(folder / f"{name}-{i}.pt") for i in range(count)] for name, count in counts}
+        with tempfile.TemporaryDirectory(prefix="manyviews-") as scratch:
+            path = scratch if folder.is_remote else folder.uri
+            if folder.is_remote:
+                with files.explained(folder.uri, "checkpoint"):
+                    files.copy(folder.uri, scratch)
+            state: State = torch.load(Path(path, STATE), map_location="cpu", weights_only=True)
+            counts = state.get("id_tables", {}).items()
+            state["id_tables"] = {
+                name: [torch.load(Path(path, f"{name}-{i}.pt"), map_location="cpu", weights_only=True, mmap=True) for i in range(count)]
+                for name, count in counts
+            }
+    except ConfigError:  # the store does not answer
+        raise
     except Exception as error:
         raise ConfigError(f"checkpoint={folder}: cannot be read ({error}); remove it to go on from an older one") from None
     return state
 
 
-def _piece(path: Path) -> Tensor:
-    import torch
+def hash_of_last(checkpoints: Place) -> str:
+    """Return `state_hash` of a run's last checkpoint: the same for any two runs that trained alike.
 
-    piece: Tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # a worker reads its own rows only
-    return piece
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    pointed = pointed_to(checkpoints)
+    if pointed is None:
+        raise ConfigError(f"checkpoint={checkpoints}: there is none; train first")
+    return state_hash(load(pointed))
 
 
 def state_hash(state: State) -> str:

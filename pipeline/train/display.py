@@ -21,7 +21,26 @@ class Screen(Protocol):
     def say(self, text: str) -> None: ...
 
 
-class Pace:
+class NullReporter:
+    """A screen that shows nothing and counts."""
+
+    def __init__(self, batch: int, start_step: int = 0) -> None:
+        self.throughput = Throughput(batch, start_step)
+        self.first_step_at: float | None = None  # monotonic time of the first step's end, s
+
+    @property
+    def images_per_s(self) -> float:
+        return self.throughput.images_per_s
+
+    def update(self, step: int, *, loss: float | None = None, knn: float | None = None) -> None:
+        self.throughput.mark(step)
+        if knn is None and self.first_step_at is None:
+            self.first_step_at = time.monotonic()
+
+    def say(self, text: str) -> None: ...
+
+
+class Throughput:
     """Images per second over the last fifty updates. Waiting for the first step, and steps lost to a restart, do not count."""
 
     def __init__(self, batch: int, start_step: int) -> None:
@@ -63,7 +82,7 @@ class Display:
         self.knn: float | None = None
         self.loss: float | None = None
         self.step = start_step
-        self.pace = Pace(batch, start_step)
+        self.throughput = Throughput(batch, start_step)
         self.printed_at, self.printed_step = time.monotonic(), start_step
         self.live: Progress | None = None
         if console.is_terminal:
@@ -93,7 +112,7 @@ class Display:
 
     @property
     def images_per_s(self) -> float:
-        return self.pace.images_per_s
+        return self.throughput.images_per_s
 
     def figures(self) -> str:
         parts = [f"{self.images_per_s:,.0f} images/s"] if self.images_per_s else []  # none yet of one step
@@ -105,7 +124,7 @@ class Display:
 
     def update(self, step: int, *, loss: float | None = None, knn: float | None = None) -> None:
         self.step = step
-        self.pace.mark(step)
+        self.throughput.mark(step)
         self.loss = self.loss if loss is None else loss
         self.knn = self.knn if knn is None else knn
         if self.live:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +17,48 @@ from torch import nn
 
 from methods.parts.contract import find
 from methods.parts.errors import ConfigError
-from pipeline import registry
-from pipeline.config import RunConfig, from_yaml, to_yaml
+from pipeline import mirror, registry
+from pipeline.cluster import placement_advice
+from pipeline.config import RunConfig, flatten, from_yaml, to_yaml
+from pipeline.evaluate.protocols import Scores
+from pipeline.ingest.ray_data import default_tasks, start_ray
+from pipeline.machine import choose_device
 from pipeline.runs import RunFolder, create_run, write_atomic
+from pipeline.tracking import EndStatus, Tracker
 from pipeline.train import checkpoint
-from pipeline.train.conduct import Course, Outcome, conduct, tracked
-from pipeline.train.display import Screen
-from pipeline.train.done import Done
-from pipeline.train.introduction import introduction
+from pipeline.train.display import Display
+from pipeline.train.finish import register, tracking_uri
+from pipeline.train.guards import TrainingStopped
 from pipeline.train.loop import Position
-from pipeline.train.prepare import Prepared, prepare, prepare_again
-from pipeline.train.work import work
-from pipeline.train.workers import train_with_workers
+from pipeline.train.prepare import Prepared, prepare, prepare_resume
+from pipeline.train.ray_trainer import evaluate_in_task, train_with_workers
+from pipeline.train.work import Evaluation, evaluate_and_export, train
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended. `status` is finished, interrupted or failed."""
+
+    folder: RunFolder
+    status: str
+    message: str = ""
+    scores: Scores | None = None
+    model: registry.Registered | None = None
+
+    @property
+    def recipe(self) -> str:
+        return str(self.folder.state().get("recipe", ""))
+
+    @property
+    def tracking_uri(self) -> str:
+        return tracking_uri(from_yaml(self.folder.config_text()), self.folder)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for `--json`."""
+        scores = self.scores.to_dict() if self.scores else None
+        model = {"uri": self.model.uri, "version": self.model.version} if self.model else None
+        return self.folder.state() | {"folder": str(self.folder.path), "message": self.message, "scores": scores, "registered": model}
+
 
 # ---------------------------------------------------------------------------- the three ways to begin
 
@@ -70,9 +105,9 @@ def resume(folder: RunFolder, *, runs_dir: Path, console: Console) -> Outcome:
         raise ConfigError(f"run={folder.name}: it is finished; `manyviews continue {folder.name} --train.steps N` starts a new phase")
     fresh = checkpoint.pointed_to(folder.checkpoints) is None
     config = from_yaml(folder.config_text())
-    ready = prepare_again(folder, given_weights(config, runs_dir) if fresh else None)
+    ready = prepare_resume(folder, given_weights(config, runs_dir) if fresh else None)
     with folder.working():
-        return _train(ready, folder, console, None)
+        return _run(ready, folder, console, None)
 
 
 def last_state(folder: RunFolder) -> checkpoint.State:
@@ -87,28 +122,138 @@ def _begin(ready: Prepared, *, runs_dir: Path, run: str | None, console: Console
     write_atomic(folder.path / "config.yaml", to_yaml(ready.config).encode())
     folder.update(recipe=ready.config.recipe, fingerprint=ready.manifest.fingerprint, total_steps=ready.resolved.facts.total_steps, step=0)
     with folder.working():
-        checkpoint.send(folder.path, 0)
-        return _train(ready, folder, console, state)
+        mirror.push(folder.path)
+        return _run(ready, folder, console, state)
 
 
 # ---------------------------------------------------------------------------- the run itself
 
 
-def _train(ready: Prepared, folder: RunFolder, console: Console, state: checkpoint.State | None) -> Outcome:
-    config, facts = ready.config, ready.resolved.facts
-    course = Course(facts.total_steps, facts.global_batch_size, ready.method.chance_loss())
-    folder.update(**dataclasses.asdict(course))
-    tracker = tracked(
-        folder, tags={"recipe": config.recipe, "method": find(config.method).name, "data_fingerprint": ready.manifest.fingerprint}
+def _run(ready: Prepared, folder: RunFolder, console: Console, state: checkpoint.State | None) -> Outcome:
+    """Train to the end, or until Ctrl-C or SIGTERM; then evaluate, register the backbone, and write down how it ended."""
+    outcome = Outcome(folder, "failed", "ended unexpectedly")
+    tracker = _open_tracker(ready, folder)
+    try:
+        start_ray(extra_cpus=1 if ready.config.train.worker_range[1] else 0)  # first: it installs a SIGTERM handler of its own
+        start = checkpoint.last_step(folder.checkpoints)
+        tracker.rewind(start)
+        for line in run_summary(ready, folder, start):
+            console.print(line, highlight=False, soft_wrap=True)
+        with interruptible() as stop:
+            step, evaluation = _train_and_evaluate(ready, folder, console, state, tracker, stop.is_set)
+        if evaluation is None:
+            outcome = Outcome(folder, "interrupted", f"stopped at step {step}; its checkpoint is whole")
+            return outcome
+        tracker.log(step, evaluation.scores.metrics())
+        for picture in evaluation.pictures:
+            tracker.artifact(folder.figures / picture)
+        outcome = Outcome(folder, "finished", scores=evaluation.scores, model=register(folder, tracker, console))
+        return outcome
+    except (TrainingStopped, checkpoint.DiskFull) as error:
+        outcome = Outcome(folder, "failed", str(error))
+        return outcome
+    except ConfigError as error:
+        outcome = Outcome(folder, "failed", str(error))
+        raise
+    except KeyboardInterrupt:
+        outcome = Outcome(folder, "interrupted", "stopped at once; the last checkpoint is whole")
+        return outcome
+    finally:
+        ends: dict[str, EndStatus] = {"finished": "FINISHED", "interrupted": "KILLED"}
+        folder.update(status=outcome.status, message=outcome.message, ended=time.time())
+        unsent = tracker.close(ends.get(outcome.status, "FAILED"))
+        with contextlib.suppress(OSError):
+            mirror.push(folder.path, only="tracking.json")
+        if unsent:
+            console.print(f"{unsent} entries have not reached MLflow; they are kept. Later: manyviews sync {folder.name}", soft_wrap=True)
+
+
+def _train_and_evaluate(
+    ready: Prepared, folder: RunFolder, console: Console, state: checkpoint.State | None, tracker: Tracker, stop: Callable[[], bool]
+) -> tuple[int, Evaluation | None]:
+    """The last completed step, and what was found at the end; None if `stop` came before."""
+    facts = ready.resolved.facts
+    display = Display(
+        console,
+        total_steps=facts.total_steps,
+        start_step=checkpoint.last_step(folder.checkpoints),
+        batch=facts.global_batch_size,
+        chance=ready.method.chance_loss(),
     )
-    start = checkpoint.last_step(folder.checkpoints)
-    tracker.rewind(start)
-    for line in introduction(ready, folder, start):
-        console.print(line, highlight=False, soft_wrap=True)
+    kept: dict[Any, Any] = {}
+    with display:
+        if ready.config.train.worker_range[1]:
+            result = train_with_workers(ready, folder, state, screen=display, stop=stop, on_message=tracker.wake, on_attempt=tracker.rewind)
+        else:
+            result = train(ready, folder, state, screen=display, report=tracker.log, stop=stop, tasks=default_tasks(), kept=kept)
+        if not result.complete:
+            return result.step, None
+        display.say("evaluating ...")
+        if ready.config.train.worker_range[1]:
+            return result.step, evaluate_in_task(ready, folder, stop=stop)
+        return result.step, evaluate_and_export(ready, folder, kept=kept)
 
-    def train(screen: Screen, stop: Callable[[], bool]) -> Done:
-        if config.train.worker_range[1]:
-            return train_with_workers(ready, folder, state, screen=screen, stop=stop, news=tracker.wake, before=tracker.rewind)
-        return work(ready, folder, state, screen=screen, report=tracker.log, stop=stop)
 
-    return conduct(folder, course, tracker, console, train, extra_cpus=1 if config.train.worker_range[1] else 0)
+def _open_tracker(ready: Prepared, folder: RunFolder) -> Tracker:
+    config, method = ready.config, find(ready.config.method).name
+    return Tracker.open(
+        folder.path,
+        uri=config.track.uri,
+        experiment=config.track.experiment,
+        name=folder.name,
+        params=lambda: flatten(config) | {"method": method},
+        tags={"recipe": config.recipe, "method": method, "data_fingerprint": ready.manifest.fingerprint},
+    )
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM ask the loop to stop after the current step; a second one stops at once."""
+    stop = threading.Event()
+
+    def ask(signum: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    earlier = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for s, handler in earlier.items():
+            signal.signal(s, handler)
+
+
+def run_summary(ready: Prepared, folder: RunFolder, start: int) -> list[str]:
+    """What is about to happen from step `start` on, in a few lines with rich's markup."""
+    device, precision = choose_device(ready.config)
+    config, facts = ready.config, ready.resolved.facts
+    manifest = ready.manifest
+    labels = f"{len(manifest.class_names)} classes" if manifest.class_names else "no labels"
+    size = sum(p.numel() for p in ready.method.evaluation_backbone().parameters()) / 1e6
+    lines: list[str] = []
+    say = lambda key, text: lines.append(f"[bold]{key:9}[/bold] {text}")  # noqa: E731
+    say("run", str(folder.path))
+    training = "" if facts.num_images is None else f"{facts.num_images:,} training images of "
+    say("data", f"{config.data.path}: {training}{manifest.describe()}, {labels}")
+    for path, reason in manifest.skipped[:3]:
+        say("", f"skipped {path}: {reason}")
+    if len(manifest.skipped) > 3:
+        say("", f"... and {len(manifest.skipped) - 3} more files skipped; `manyviews doctor --data.path` lists them")
+    for name, group in config.views.items():
+        if group.count:
+            say("views", f"{name}: {group.describe()}")
+    kind = str(precision).removeprefix("torch.")
+    where = f"{config.train.workers} workers" if config.train.worker_range[1] else f"{kind} on {device.type}"
+    say("model", f"{find(config.method).name}, {config.backbone.name} ({size:.1f} M parameters), {where}")
+    epochs = f"{facts.total_steps / facts.steps_per_epoch:.3g} epochs"
+    if facts.num_images is not None:
+        epochs = f"{facts.total_steps * facts.global_batch_size / facts.num_images:.3g} passes over the data"
+    begin = f" from step {start}" if start else ""
+    say("plan", f"{facts.total_steps:,} steps of {facts.global_batch_size} images{begin} ({epochs})")
+    for sentence in [*ready.method.advice(facts), *placement_advice(config)]:
+        say("[yellow]advice[/yellow]   ", sentence)
+    return lines

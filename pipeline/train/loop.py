@@ -5,15 +5,15 @@ kNN, and never asks which method it runs.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -40,7 +40,7 @@ class Position:
     step: int = 0  # completed optimizer steps
     best_knn: float = -1.0  # or the best `score`, where one is measured
     best_step: int = -1
-    bad: dict[int, str] = field(default_factory=dict)  # id of every image that could not be decoded -> reason
+    bad: dict[int, tuple[str, str]] = field(default_factory=dict)  # id of every image that could not be decoded -> path, reason
 
 
 @dataclass
@@ -52,7 +52,8 @@ class Trainer:
             nothing can be measured, and on other ranks. `score`, or else `knn`, chooses the best checkpoint.
         online_clusters: maps the method to where it puts some training images, or None if it has no clusters and on other ranks.
         report: takes `(step, metrics)`; the sink decides where they go.
-        stop: asked after every step; True on any worker ends the run with a whole checkpoint.
+        stop: True on any worker ends the run with a whole checkpoint. Every worker asks its own.
+        ask_every: steps between two questions to `stop`, and between exchanges of bad images; a question may wait for all workers.
     """
 
     config: RunConfig
@@ -68,13 +69,14 @@ class Trainer:
     online: Callable[[torch.nn.Module], Mapping[str, float]] | None = None
     online_clusters: Callable[[Method], Clusters] | None = None
     stop: Callable[[], bool] = lambda: False
+    ask_every: int = 1
     position: Position = field(default_factory=Position)
-    saved_step: int | None = None
+    saved_step: int | None = None  # the same on every rank; whole once `writer.wait` has returned
     last_knn: float | None = None
-    uploads: checkpoint.Uploads = field(default_factory=checkpoint.Uploads)
     measured: Mapping[str, float] = field(default_factory=dict)  # last
 
     def __post_init__(self) -> None:
+        self.writer = checkpoint.CheckpointWriter(self.folder.checkpoints, self.config.train.keep_every)
         self.forward: nn.Module = self.method
         if world_size() > 1 and not self.config.train.deterministic:
             devices = None if self.device.type == "cpu" else [self.device]
@@ -86,8 +88,11 @@ class Trainer:
         Raises:
             TrainingStopped, checkpoint.DiskFull: as in `stretches`.
         """
-        for _ in self.stretches(batches):
-            pass
+        try:
+            for _ in self.stretches(batches):
+                pass
+        finally:
+            self.writer.wait()  # also before an error that tells of a good checkpoint
 
     def stretches(self, batches: Iterator[Batch]) -> Iterator[Mapping[str, float]]:
         """Train as `run` does, and pause wherever something is measured, with what was found; before the first step too.
@@ -98,9 +103,11 @@ class Trainer:
             TrainingStopped: a loss that is no number, or too many images that cannot be decoded.
             checkpoint.DiskFull: a checkpoint could not be written.
         """
-        total, every = self.resolved.facts.total_steps, self.resolved.checkpoint_every
+        total = self.resolved.facts.total_steps
         guards = Guards(self.method, patience_steps=min(2 * self.resolved.facts.steps_per_epoch, total // 2))
         outputs: list[StepOutput] = []  # since the last point
+        bad: list[BadSlot] = []  # since the last exchange
+        stopping = False
         measures = bool(all_reduce_max(torch.tensor(int(bool(self.online or self.online_clusters)))))
         if self.position.step == 0:
             self.measure()
@@ -109,11 +116,14 @@ class Trainer:
         self.method.train()
         for batch in batches:
             outputs.append(self.step(batch))
-            stopping, bad = agreed(self.stop(), batch.bad)
-            self.note_bad(bad)
+            bad += batch.bad
             step = self.position.step
-            save = step % every == 0 or step == total or stopping
-            measure = measures and (step % self.resolved.knn_every == 0 or step == total)
+            save, measure = self.saves(step), measures and self.measures(step)
+            if save or measure or step % self.ask_every == 0:
+                stopping, found = exchange(self.stop(), bad)
+                self.note_bad(found)
+                bad = []
+                save = save or stopping
             if save or measure or step % self.config.train.log_every == 0:
                 metrics = self.flush(outputs)
                 outputs = []
@@ -133,13 +143,27 @@ class Trainer:
             if stopping:
                 return
 
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step` completed ones."""
+        return step % self.resolved.checkpoint_every == 0 or step == self.resolved.facts.total_steps
+
+    def measures(self, step: int) -> bool:
+        """Whether the online kNN is due after `step` completed steps."""
+        return step % self.resolved.knn_every == 0 or step == self.resolved.facts.total_steps
+
     def step(self, batch: Batch) -> StepOutput:
         """One optimizer step over one global batch."""
         config, facts = self.config.train, self.resolved.facts
         due = self.position.step + config.first_epoch * facts.steps_per_epoch
         if batch.step != due:
             raise RuntimeError(f"the stream gave the batch of step {batch.step}, but that of step {due} is due; please report this")
-        start = Progress(step=self.position.step, total_steps=facts.total_steps, steps_per_epoch=facts.steps_per_epoch)
+        done = self.position.step + 1
+        start = Progress(
+            step=self.position.step,
+            total_steps=facts.total_steps,
+            steps_per_epoch=facts.steps_per_epoch,
+            reports=done % config.log_every == 0 or self.saves(done) or self.measures(done),
+        )
         progress = self.seeded(start, 0)  # the start of an epoch may draw too
         if progress.step % facts.steps_per_epoch == 0:
             self.method.start_epoch(progress)
@@ -147,7 +171,7 @@ class Trainer:
         learns = self.method.learns(progress)
         forward = self.forward if learns else self.method  # DDP waits for a backward pass after each of its forwards
         micro_outputs: list[StepOutput] = []
-        for i, part in enumerate(micro_batches(batch, config.accumulation_steps)):
+        for i, part in enumerate(batch.split(config.accumulation_steps)):
             progress = self.seeded(progress, i)
             views = finish_views(part, self.config.views, self.config.data.mean, self.config.data.std, self.device)
             with self.gradients_stay(unless=i == config.accumulation_steps - 1):
@@ -164,7 +188,7 @@ class Trainer:
                 average_gradients(self.method.parameters())
             optim = self.config.optim
             norm = prepare_step(self.optimizer, self.resolved, progress.step, optim.clip_norm, optim.clip_scope)
-            if norm is not None:
+            if norm is not None and progress.reports:
                 micro_outputs[-1].metrics["gradient_norm"] = norm
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -172,7 +196,7 @@ class Trainer:
         self.position.step += 1
         if self.position.step % facts.steps_per_epoch == 0:
             self.method.end_epoch(progress)
-        return joined(micro_outputs)
+        return merge_outputs(micro_outputs)
 
     def gradients_stay(self, unless: bool) -> contextlib.AbstractContextManager[None]:
         """DDP averages gradients in the last micro-batch only."""
@@ -188,14 +212,21 @@ class Trainer:
         return Progress(**{**vars(progress), "micro_step": micro_step, "micro_steps": micro_steps, "generator": generator})
 
     def flush(self, outputs: list[StepOutput]) -> dict[str, float]:
-        """Means over the steps since the last point and over the workers; checked, shown and reported."""
+        """Report the mean loss of the steps since the last point, and the meters of those that had them; means over the workers."""
         step = self.position.step
-        losses = mean_over_workers([float(o.loss) for o in outputs if o.loss is not None])
+        meters = [output.metrics for output in outputs if output.metrics]
+        names = list(meters[-1]) if meters else []
+        values: list[Tensor | float] = [o.loss for o in outputs if o.loss is not None]
+        count = len(values)
+        values += [m[name] for name in names for m in meters if name in m]
+        numbers = mean_over_workers(to_host(values))
+        losses = numbers[:count]
         check_finite(losses, step - len(losses) + 1, self.saved_step)
         metrics = {"loss": sum(losses) / len(losses)} if losses else {}
-        names = list(outputs[-1].metrics)
-        every = [[float(o.metrics[name]) for o in outputs if name in o.metrics] for name in names]
-        metrics |= dict(zip(names, mean_over_workers([sum(values) / len(values) for values in every]), strict=True))
+        left = iter(numbers[count:])
+        for name in names:
+            found = [next(left) for m in meters if name in m]
+            metrics[name] = sum(found) / len(found)
         chance = self.method.chance_loss()
         if chance and "loss" in metrics:
             metrics["loss_chance"] = chance[0]
@@ -236,7 +267,10 @@ class Trainer:
             self.display.say(f"[yellow]warning:[/yellow] {warning}")
 
     def state(self) -> checkpoint.State:
-        """The whole state of the run, free of clocks and machine names. All workers ask together."""
+        """Return the whole state of the run, free of clocks and machine names; tables by image id on rank 0 only.
+
+        Tensors are those of the next step, which changes them; tables are copies. All workers ask together.
+        """
         return {
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -247,9 +281,7 @@ class Trainer:
 
     def restore(self, state: checkpoint.State) -> None:
         """The inverse of `state`."""
-        self.method.load_state_dict(state["method"])
-        for name, table in self.method.id_tables().items():
-            table.load(state["id_tables"][name])
+        restore_method(self.method, state)
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
@@ -258,28 +290,35 @@ class Trainer:
         self.saved_step = self.position.step or None
 
     def save(self, best: bool = False) -> None:
+        """Begin to write a checkpoint, unless this step has one; `writer.wait` tells when it is whole. All workers call together.
+
+        Raises:
+            checkpoint.DiskFull: the earlier checkpoint could not be written.
+        """
         step = self.position.step
         if step == self.saved_step and not best:
             return
+        self.writer.wait()  # before the tables are gathered: memory holds one copy of the state
         state = self.state()
         if rank() == 0:
-            self.uploads.wait()  # what is being sent must not be pruned
-            checkpoint.save(self.folder.checkpoints, state, step=step, best=best, keep_every=self.config.train.keep_every)
-            self.folder.keep(step=step, total_steps=self.resolved.facts.total_steps)
-            self.uploads.begin(self.folder.path, step, self.config.train.keep_every)
+            note = partial(self.folder.saved, step=step, total_steps=self.resolved.facts.total_steps, bad_images=self.bad_list())
+            self.writer.save(state, step=step, best=best, then=note)
         self.saved_step = step
 
+    def bad_list(self) -> bytes:
+        """Return a line of JSON for every image that could not be decoded."""
+        return "".join(json.dumps(vars(BadSlot(i, *why))) + "\n" for i, why in self.position.bad.items()).encode()
+
     def note_bad(self, slots: Iterable[BadSlot]) -> None:
-        """List images that could not be decoded; stop when there are too many."""
+        """Count images that could not be decoded; stop when there are too many. The next checkpoint lists them in the run's folder."""
         new = [slot for slot in slots if slot.id not in self.position.bad]
         if not new:
             return
-        self.position.bad |= {slot.id: slot.reason for slot in new}
-        if rank() == 0:
-            with open(self.folder.bad_images, "a") as file:
-                file.writelines(json.dumps(vars(slot)) + "\n" for slot in new)
+        self.position.bad |= {slot.id: (slot.path, slot.reason) for slot in new}
         count, images = len(self.position.bad), self.images
         if count > self.config.data.max_bad_fraction * images:
+            if rank() == 0:
+                self.folder.bad_images.write(self.bad_list())
             raise TrainingStopped(
                 f"{count} of {images} images cannot be decoded, more than data.max_bad_fraction={self.config.data.max_bad_fraction:g} "
                 f"allows (first: {new[0].path}: {new[0].reason}); they are listed in {self.folder.bad_images}. "
@@ -287,12 +326,26 @@ class Trainer:
             )
 
 
-def agreed(stop: bool, bad: list[BadSlot]) -> tuple[bool, list[BadSlot]]:
-    """What one worker knows, all know: whether to stop, and the images that could not be decoded."""
+def restore_method(method: Method, state: checkpoint.State) -> None:
+    """Fill a method from a checkpoint, its tables by image id included."""
+    method.load_state_dict(state["method"])
+    for name, table in method.id_tables().items():
+        table.load(state["id_tables"][name])
+
+
+def exchange(stop: bool, bad: list[BadSlot]) -> tuple[bool, list[BadSlot]]:
+    """Tell all workers what each knows: whether to stop, and the images that could not be decoded."""
     if world_size() == 1:
         return stop, bad
     flags = all_reduce_sum(torch.tensor([int(stop), len(bad)]))
     return bool(flags[0]), [slot for part in all_gather_objects(bad) for slot in part] if flags[1] else []
+
+
+def to_host(values: list[Tensor | float]) -> list[float]:
+    """Scalars as numbers; those on the device come in one copy."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    numbers = iter(torch.stack([tensor.detach().float() for tensor in tensors]).tolist() if tensors else [])
+    return [next(numbers) if isinstance(value, Tensor) else float(value) for value in values]
 
 
 def mean_over_workers(values: list[float]) -> list[float]:
@@ -303,29 +356,15 @@ def mean_over_workers(values: list[float]) -> list[float]:
     return mean
 
 
-def micro_batches(batch: Batch, count: int) -> list[Batch]:
-    """A batch in `count` equal parts; part i holds every `count`-th image from i on, so each lane gives to each part."""
-    if count == 1:
-        return [batch]
-    return [
-        dataclasses.replace(
-            batch,
-            crops={name: crops[i::count] for name, crops in batch.crops.items()},
-            tables={name: table[i::count] for name, table in batch.tables.items()},
-            ids=batch.ids[i::count],
-            labels=batch.labels[i::count],
-        )
-        for i in range(count)
-    ]
-
-
-def joined(parts: list[StepOutput]) -> StepOutput:
-    """One output for the step: mean loss and metrics of its micro-batches."""
+def merge_outputs(parts: list[StepOutput]) -> StepOutput:
+    """One output for the step: mean loss and meters of its micro-batches."""
+    if len(parts) == 1:
+        return StepOutput(loss=parts[0].loss, metrics=parts[0].metrics)
     losses = [p.loss for p in parts if p.loss is not None]
     metrics: dict[str, Any] = {}
     for name in parts[-1].metrics:
-        values = [torch.as_tensor(p.metrics[name], dtype=torch.float64) for p in parts if name in p.metrics]
-        metrics[name] = torch.stack(values).mean()
+        values = [p.metrics[name] for p in parts if name in p.metrics]
+        metrics[name] = sum(values[1:], start=values[0]) / len(values)
     return StepOutput(loss=torch.stack(losses).mean() if losses else None, metrics=metrics)
 
 

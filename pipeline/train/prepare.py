@@ -66,11 +66,12 @@ def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = 
         facts.total_steps,
         earlier=config.train.first_epoch * facts.steps_per_epoch,
         finish=(data.mean, data.std) if data.finish == "tasks" else None,
+        buffer_bytes=data.buffer_bytes,
     )
     return Prepared(config, stream, resolved, build_method(config, facts, start_from))
 
 
-def prepare_again(folder: RunFolder, start_from: Callable[[nn.Module], None] | None = None) -> Prepared:
+def prepare_resume(folder: RunFolder, start_from: Callable[[nn.Module], None] | None = None) -> Prepared:
     """Prepare a run that goes on: with its config, on the images it began with.
 
     Raises:

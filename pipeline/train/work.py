@@ -1,12 +1,10 @@
-"""What one worker does with a run, in the driver's own process or under Ray Train: train, then evaluate and export on rank 0."""
+"""What a process does with a run: train, as the only worker or as one of many; then evaluate, draw and export."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Generator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,23 +14,43 @@ from methods.parts.contract import find
 from methods.parts.distributed import rank, world_size
 from methods.parts.norms import synchronized
 from methods.parts.vit import compile_blocks
-from pipeline import registry
-from pipeline.evaluate.clusters import Clusters
+from pipeline import mirror, registry
 from pipeline.evaluate.online import Online
-from pipeline.evaluate.protocols import final_scores
+from pipeline.evaluate.protocols import Scores, final_scores
 from pipeline.gallery import run_figures
 from pipeline.ingest.stream import Batch
-from pipeline.machine import choose_device, keep_freed_memory, set_precision, set_threads
-from pipeline.runs import RunFolder, write_atomic, write_json
+from pipeline.machine import choose_device, keep_freed_memory, memory_advice, set_precision, set_threads
+from pipeline.place import Place
+from pipeline.runs import RunFolder, write_json
 from pipeline.train import checkpoint
 from pipeline.train.display import Screen
-from pipeline.train.done import Done
-from pipeline.train.loop import Position, Report, Trainer
+from pipeline.train.guards import TrainingStopped
+from pipeline.train.loop import Report, Trainer, restore_method
 from pipeline.train.optim import build_optimizer
 from pipeline.train.prepare import Prepared, untrained
 
 
-def work(
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How training ended: after which completed step, and whether that was the last of the run.
+
+    `preempted` are the ids of nodes that are being taken away, if training ended because of them.
+    """
+
+    step: int
+    complete: bool
+    preempted: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Final scores of a run, and the names of its pictures."""
+
+    scores: Scores
+    pictures: list[str]
+
+
+def train(
     ready: Prepared,
     folder: RunFolder,
     state: checkpoint.State | None,
@@ -40,49 +58,31 @@ def work(
     screen: Screen,
     report: Report,
     stop: Callable[[], bool],
-    device: torch.device | None = None,
-    local_workers: int = 1,
     tasks: int | None = None,
-    evaluate: bool = True,
-) -> Done:
-    """Train to the end, or until `stop`; then, on rank 0, evaluate, draw and export.
+    share: Callable[[Any], Any] = lambda value: value,
+    **how: Any,
+) -> TrainResult:
+    """Train to the end, or until `stop`.
 
     Args:
-        tasks: windows cut at the same time for this worker; see `Stream.batches`.
-        evaluate: False = only export at the end, as a trial of a search does: the test split is not read.
+        tasks, share: see `Stream.batches`.
 
-    The others are those of `assemble`.
+    The others are those of `build_trainer`.
 
     Raises:
-        TrainingStopped: a loss that is no number, or too many bad images.
+        TrainingStopped: a loss that is no number, too many bad images, or too little memory.
         checkpoint.DiskFull: a checkpoint could not be written.
     """
-    trainer, online = assemble(ready, folder, state, screen=screen, report=report, stop=stop, device=device, local_workers=local_workers)
+    trainer = build_trainer(ready, folder, state, screen=screen, report=report, stop=stop, **how)
     try:
-        with contextlib.closing(batches(ready, trainer.position.step, tasks)) as stream:
+        with contextlib.closing(batches(ready, trainer, tasks, share)) as stream:
             trainer.run(stream)
-    except BaseException:
-        with contextlib.suppress(checkpoint.DiskFull):
-            trainer.uploads.wait()  # the checkpoint that the message speaks of
-        raise
-    trainer.uploads.wait()
-    done = Done(trainer.position.step, trainer.position.step >= ready.resolved.facts.total_steps)
-    if not done.complete:
-        return done
-    final = trainer.state()
-    if rank() > 0:
-        return done
-    folder.update(state_sha256=checkpoint.state_hash(final))
-    method = trainer.method
-    if not evaluate:
-        exported(ready, folder, method.evaluation_backbone(), done.step, trainer.last_knn)
-        return done
-    screen.say("evaluating ...")
-    clusters = online.clusters(method) if method.has_clusters else None
-    return evaluated(done, ready, folder, method.evaluation_backbone(), report, trainer.last_knn, clusters, trainer.device)
+    except torch.OutOfMemoryError as error:
+        raise TrainingStopped(memory_advice(error, ready.config)) from error
+    return TrainResult(trainer.position.step, trainer.position.step >= ready.resolved.facts.total_steps)
 
 
-def assemble(
+def build_trainer(
     ready: Prepared,
     folder: RunFolder,
     state: checkpoint.State | None,
@@ -90,19 +90,21 @@ def assemble(
     screen: Screen,
     report: Report,
     stop: Callable[[], bool],
+    ask_every: int = 1,
     device: torch.device | None = None,
     local_workers: int = 1,
-    pointer: Path | None = None,
+    pointer: Place | None = None,
     kept: dict[Any, Any] | None = None,
-) -> tuple[Trainer, Online]:
-    """A trainer at the step from which the run goes on, and what measures its backbone.
+) -> Trainer:
+    """Return a trainer at the step from which the run goes on.
 
     Args:
         state: what to start from where the run has no checkpoint yet; None = the weights that `ready` holds.
+        ask_every: steps between two questions to `stop`.
         device: None = this process's best.
         local_workers: workers on this machine, which share its cores.
         pointer: a checkpoint, of another run perhaps, from which to go on whatever the run has itself.
-        kept: images of earlier runs in this process, for the next.
+        kept: evaluation images, for later runs and evaluations of this process.
 
     Raises:
         ConfigError: `evaluate.score` cannot be measured, or another thread count than a deterministic run began with.
@@ -133,9 +135,10 @@ def assemble(
         report=report,
         images=len(ready.manifest) if resolved.facts.num_images else resolved.facts.total_steps * resolved.facts.global_batch_size,
         stop=stop,
+        ask_every=ask_every,
     )
-    online = Online(config, ready.manifest, device, precision, trainer.note_bad, kept)
     if rank() == 0:
+        online = Online(config, ready.manifest, device, precision, trainer.note_bad, kept)
         trainer.online = online.measure if online.measures else None
         trainer.online_clusters = online.clusters if method.has_clusters else None
     if state is not None:
@@ -143,58 +146,72 @@ def assemble(
         if own is None or pointer is not None:  # a continued run owns its beginning, and so does one that takes over another's state
             trainer.saved_step = None
             trainer.save()
-    if rank() == 0:
-        keep_listed_bad(folder, trainer.position)
-    return trainer, online
+    return trainer
 
 
-def batches(ready: Prepared, start: int, tasks: int | None = None) -> Generator[Batch]:
-    """This worker's batches from completed step `start` on."""
-    return ready.stream.batches(start, rank=rank(), world_size=world_size(), tasks=tasks)
+def batches(
+    ready: Prepared, trainer: Trainer, tasks: int | None = None, share: Callable[[Any], Any] = lambda value: value
+) -> Generator[Batch]:
+    """This worker's batches from the trainer's step on."""
+    return ready.stream.batches(
+        trainer.position.step,
+        rank=rank(),
+        world_size=world_size(),
+        tasks=tasks,
+        share=share,
+        micro_batches=ready.config.train.accumulation_steps,
+        device=trainer.device,
+    )
 
 
-def evaluated(
-    done: Done,
-    ready: Prepared,
-    folder: RunFolder,
-    backbone: nn.Module,
-    report: Report,
-    last_knn: float | None,
-    clusters: Clusters | None,
-    device: torch.device,
-) -> Done:
-    """Final evaluation, pictures and export of a complete run."""
-    config = ready.config
+# ---------------------------------------------------------------------------- after training
+
+
+def evaluate_and_export(ready: Prepared, folder: RunFolder, *, kept: dict[Any, Any] | None = None) -> Evaluation:
+    """Final evaluation, pictures and export of a complete run, whose method `ready` holds."""
+    config, method = ready.config, ready.method
+    device, precision = choose_device(config)
+    method.to(device)
+    backbone = method.evaluation_backbone()
     scores = final_scores(config, ready.manifest, backbone, untrained(config, ready.resolved), device)
     write_json(folder.path / "evaluation.json", scores.to_dict())
+    clusters = Online(config, ready.manifest, device, precision, kept=kept).clusters(method) if method.has_clusters else None
     pictures = run_figures(ready, folder, backbone, scores, clusters, device)
-    report(done.step, scores.metrics())
-    exported(ready, folder, backbone, done.step, last_knn, scores.tags())
-    checkpoint.send(folder.path, done.step, config.train.keep_every)
-    return dataclasses.replace(done, scores=scores, pictures=[picture.name for picture in pictures])
+    export_backbone(ready, folder, scores.tags())
+    mirror.push(folder.path)
+    return Evaluation(scores, [picture.name for picture in pictures])
 
 
-def exported(
-    ready: Prepared, folder: RunFolder, backbone: nn.Module, step: int, last_knn: float | None, tags: Mapping[str, str] | None = None
-) -> None:
-    """The backbone as a model that `evaluate`, `embed` and the registry take."""
+def evaluate_checkpoint(ready: Prepared, run: str) -> Evaluation:
+    """The same in another process than that of training: from the last checkpoint of the folder or URI `run`."""
+    runs_dir, _, name = run.rpartition("/")
+    folder = RunFolder(mirror.local_copy(runs_dir) / name)
+    mirror.pull(folder.path)
+    set_threads(ready.config, None)
+    load_method(ready, folder)
+    return evaluate_and_export(ready, folder)
+
+
+def load_method(ready: Prepared, folder: RunFolder) -> None:
+    """Fill the method of `ready` from the run's last checkpoint."""
+    pointed = checkpoint.pointed_to(folder.checkpoints)
+    assert pointed is not None, "a run has a checkpoint of its last step"
+    restore_method(ready.method, checkpoint.load(pointed))
+
+
+def export_backbone(ready: Prepared, folder: RunFolder, tags: Mapping[str, str] | None = None) -> None:
+    """Write the backbone of a complete run as a model that `evaluate`, `embed` and the registry take."""
     config = ready.config
     facts: dict[str, Any] = {
         "method": find(config.method).name,
         "recipe": config.recipe,
         "run": folder.name,
         "data_fingerprint": ready.manifest.fingerprint,
-        "steps": step,
-        "knn_held_out": last_knn,
+        "steps": ready.resolved.facts.total_steps,
+        "knn_held_out": folder.state().get("knn"),
     }
     facts |= tags or {}
+    backbone: nn.Module = ready.method.evaluation_backbone()
     registry.export(
         backbone, config.backbone, folder.model, size=config.evaluation_size, mean=config.data.mean, std=config.data.std, facts=facts
     )
-
-
-def keep_listed_bad(folder: RunFolder, position: Position) -> None:
-    """After a restart the list of bad images holds just those of the checkpoint; later ones are found again."""
-    if folder.bad_images.exists():
-        lines = [line for line in folder.bad_images.read_text().splitlines() if json.loads(line)["id"] in position.bad]
-        write_atomic(folder.bad_images, "".join(line + "\n" for line in lines).encode())

@@ -1,29 +1,33 @@
-"""Two workers under Ray Train: every registered method. What happens when workers are lost: `make chaos`."""
+"""Two workers under Ray Train: every registered method. A worker that is killed; more: `make chaos`."""
 
 from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
-from ray.train import RunConfig, ScalingConfig
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from methods.parts.contract import Method, find, registered
 from pipeline.config import override
 from pipeline.ingest.stream import start_ray
 from pipeline.recipes import entries, load_recipe
 from pipeline.runs import RunFolder, create_run
+from pipeline.tracking import read_points
 from pipeline.train import checkpoint
+from pipeline.train.display import NullReporter
+from pipeline.train.placement import CPU_WORKER
 from pipeline.train.prepare import prepare
-from pipeline.train.relay import Listener, Mute, Relay
-from pipeline.train.workers import CPU_WORKER
-from tests.e2e.test_one_machine import here
+from pipeline.train.ray_trainer import evaluate_in_task, run_workers, worker_main
+from pipeline.train.work import Evaluation, TrainResult
+from tests.conftest import ROOT, USERS_ENV
+from tests.e2e.test_one_machine import here as run_here
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 SMALL = {find(load_recipe(e.name).method).name: e.name for e in reversed(list(entries())) if e.name.endswith("-small")}
@@ -40,12 +44,16 @@ def ray_with_room(_ray_ends: None) -> None:
     start_ray(extra_cpus=1)
 
 
+def every_method(settings: dict[str, Any]) -> dict[str, TrainResult]:
+    """What each worker does: the worker function of a run, for one run after the other."""
+    common = {key: settings[key] for key in ("channel", "tasks")}
+    return {method: worker_main(one | common) for method, one in settings["methods"].items()}
+
+
 @pytest.fixture(scope="module")
-def trained(ray_with_room: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[RunFolder, Any]]:
+def trained(ray_with_room: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[RunFolder, TrainResult, Evaluation]]:
     """Every method by one group of two workers, one after the other: starting a group takes longer than these few steps."""
-    root, settings, folders = tmp_path_factory.mktemp("many"), {}, {}
-    relay = ray.remote(Relay).options(num_cpus=0).remote()
-    listener = Listener(relay, Mute(), root, lambda step: None, restarts=len(SMALL))
+    root, settings, runs = tmp_path_factory.mktemp("many"), {}, {}
     for method, recipe in SMALL.items():
         config = load_recipe(recipe)
         sizes: dict[str, Any] = {f"views.{name}.size": 16 if name == "local" else 32 for name in config.views}
@@ -54,40 +62,24 @@ def trained(ray_with_room: None, tmp_path_factory: pytest.TempPathFactory) -> di
         if hasattr(config.method, "num_prototypes"):
             sizes["method.num_prototypes"] = 16
         ready = prepare(override(config, TINY | sizes))
-        folders[method] = create_run(root, method, method)
-        run = str(folders[method].path)
-        relay.give.remote(run, {"prepared": [ray.put((ready, None))], "evaluate": True})
-        settings[method] = {"relay": relay, "run": run, "remote": None, "tasks": 1, "timeout_s": 600.0, "prepares": False}
-
-    def in_turn(settings: dict[str, Any]) -> dict[str, Any]:
-        from pipeline.train.worker import run
-
-        return {method: run(one) for method, one in settings.items()}
-
-    trainer = DataParallelTrainer(
-        in_turn,
-        train_loop_config=settings,
-        scaling_config=ScalingConfig(num_workers=2, resources_per_worker=CPU_WORKER),
-        run_config=RunConfig(name=".ray", storage_path=str(root)),
-    )
-    pool = ThreadPoolExecutor(1)
-    outcome = pool.submit(trainer.fit)
+        folder = create_run(root, method, method)
+        runs[method] = ready, folder
+        settings[method] = {"prepared": [ray.put((ready, None))], "run": str(folder.path)}
+    here = sys.modules[__name__]
+    ray.cloudpickle.register_pickle_by_value(here)  # workers cannot import it
     try:
-        while not outcome.done():  # what the driver of a run does meanwhile
-            listener.listen(stop=False)
-            time.sleep(0.2)
-    except BaseException:
-        ray.shutdown()  # the group would go on
-        raise
-    done = outcome.result().return_value
-    return {method: (folder, done[method]) for method, folder in folders.items()}
+        screen = NullReporter(32)
+        done = run_workers(every_method, {"methods": settings}, RunFolder(root), 2, CPU_WORKER, screen=screen, timeout_s=600)
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(here)
+    return {method: (folder, done[method], evaluate_in_task(ready, folder, stop=lambda: False)) for method, (ready, folder) in runs.items()}
 
 
 @pytest.mark.parametrize("method", list(registered()))
-def test_every_method_trains_on_two_workers(method: str, trained: dict[str, tuple[RunFolder, Any]]) -> None:
-    folder, done = trained[method]
-    assert done.complete and done.step == 4
-    assert done.scores.get("trained") > 0
+def test_every_method_trains_on_two_workers(method: str, trained: dict[str, tuple[RunFolder, TrainResult, Evaluation]]) -> None:
+    folder, done, evaluation = trained[method]
+    assert done == TrainResult(4, complete=True)
+    assert evaluation.scores.get("trained") > 0
     points = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     losses = {p["step"]: p["metrics"]["loss"] for p in points if "loss" in p["metrics"]}
     kind = registered()[method].method
@@ -103,7 +95,7 @@ def test_every_method_trains_on_two_workers(method: str, trained: dict[str, tupl
 
 
 def test_more_workers_than_fit_are_refused_with_a_remedy(ray_with_room: None, tmp_path: Path) -> None:
-    done = here(
+    done = run_here(
         "pretrain",
         "swav-small",
         "--data.path=patches:per_photo=100",
@@ -113,3 +105,28 @@ def test_more_workers_than_fit_are_refused_with_a_remedy(ray_with_room: None, tm
         code=2,
     )
     assert "train.workers=64" in done.stderr and "use fewer workers" in done.stderr
+
+
+def test_a_run_that_loses_a_worker_ends_as_one_left_alone(tmp_path: Path) -> None:
+    """The same final state, bit for bit, by the command that users give."""
+    settings = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items() if key not in ("train.steps", "train.log_every")]
+    settings += ["--train.steps=12", "--train.log-every=2", "--train.checkpoint-every=2", "--train.deterministic", "--track.no-register"]
+    command = [sys.executable, "manyviews.py", "pretrain", "swav-small", "--method.num-prototypes=16", f"--runs-dir={tmp_path}", *settings]
+    states = {}
+    for name in ("alone", "killed"):
+        process = subprocess.Popen([*command, f"--run={name}"], cwd=ROOT, env=USERS_ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        folder = RunFolder(tmp_path / name)
+        if name == "killed":
+            while folder.state().get("step", 0) < 4 and process.poll() is None:
+                time.sleep(0.1)
+            workers = [
+                child for child in psutil.Process(process.pid).children(recursive=True) if "TrainWorker" in " ".join(child.cmdline())
+            ]
+            workers[-1].kill()
+        said = process.communicate(timeout=600)[0].decode()
+        assert process.returncode == 0, said
+        assert ("lost worker" in said) == (name == "killed")
+        states[name] = checkpoint.state_hash(checkpoint.load(checkpoint.pointed_to(folder.checkpoints)))
+        losses = [point["step"] for point in read_points(folder.path) if "loss" in point["metrics"]]
+        assert losses == [2, 4, 6, 8, 10, 12], "a point twice, or none"
+    assert states["alone"] == states["killed"]

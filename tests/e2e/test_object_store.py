@@ -19,42 +19,22 @@ import pytest
 
 from pipeline.ingest.patches import open_patches
 from tests.conftest import USERS_ENV
+from tests.store import SECRET, s3_store
 
-moto = pytest.importorskip("moto.server", reason="needs moto[server]; pip install -e .[dev]")
-boto3 = pytest.importorskip("boto3", reason="needs boto3; pip install -e .[dev]")
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parent.parent.parent
-SECRET = "secret-never-to-be-shown"
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, dict[str, str]]]:
     """A client with a bucket of images, and the environment that leads to it."""
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "AKIADUMMYDUMMY",
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    client = boto3.client(
-        "s3",
-        endpoint_url=environment["AWS_ENDPOINT_URL"],
-        aws_access_key_id="AKIADUMMYDUMMY",
-        aws_secret_access_key=SECRET,
-        region_name="us-east-1",
-    )
-    client.create_bucket(Bucket="lake")
-    source = open_patches("patches:per_photo=16")
-    rows = list(source.read(np.arange(len(source))))
-    file = tmp_path_factory.mktemp("data") / "a.parquet"
-    pq.write_table(pa.table({"image": [r.image for r in rows], "label": [r.label for r in rows]}), file, row_group_size=64)
-    client.upload_file(str(file), "lake", "images/a.parquet")
-    yield client, environment
-    server.stop()
+    with s3_store() as (client, environment):
+        source = open_patches("patches:per_photo=16")
+        rows = list(source.read(np.arange(len(source))))
+        file = tmp_path_factory.mktemp("data") / "a.parquet"
+        pq.write_table(pa.table({"image": [r.image for r in rows], "label": [r.label for r in rows]}), file, row_group_size=64)
+        client.upload_file(str(file), "lake", "images/a.parquet")
+        yield client, environment
 
 
 def start(arguments: list[str], environment: dict[str, str], cache: Path) -> subprocess.Popen[str]:
@@ -70,10 +50,11 @@ def in_store(client: Any, key: str) -> dict[str, Any]:
         return {}
 
 
-def test_a_run_in_the_store_goes_on_without_its_local_copy(store: tuple[Any, dict[str, str]], tmp_path: Path) -> None:
-    """Two workers, because each has a local copy of its own beside the driver's; then one, which goes on from what they sent."""
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_in_the_store_goes_on_without_its_local_copy(workers: int, store: tuple[Any, dict[str, str]], tmp_path: Path) -> None:
+    """Two workers write to the store from other processes than the driver's; then one goes on from there."""
     client, environment = store
-    name, where, workers = "run", "--runs-dir=s3://lake/runs", 2
+    name, where = f"run-{workers}", "--runs-dir=s3://lake/runs"
     settings = [
         "--train.steps=12",
         "--train.global-batch-size=32",
@@ -93,8 +74,9 @@ def test_a_run_in_the_store_goes_on_without_its_local_copy(store: tuple[Any, dic
     said = first.communicate()[0]
     shutil.rmtree(tmp_path / "cache")
     config = client.get_object(Bucket="lake", Key=f"runs/{name}/config.yaml")["Body"].read().decode()
-    assert "  workers: 2\n" in config
-    client.put_object(Bucket="lake", Key=f"runs/{name}/config.yaml", Body=config.replace("  workers: 2\n", "  workers: 1\n").encode())
+    assert f"  workers: {workers}\n" in config
+    fewer = config.replace("  workers: 2\n", "  workers: 1\n")
+    client.put_object(Bucket="lake", Key=f"runs/{name}/config.yaml", Body=fewer.encode())
 
     second = start(["resume", name, where], environment, tmp_path / "other")
     said += second.communicate()[0]
@@ -108,6 +90,7 @@ def test_a_run_in_the_store_goes_on_without_its_local_copy(store: tuple[Any, dic
     folders = {key.split("/")[1] for key in left if key.startswith("checkpoints/step-")}
     pointers = {in_store(client, f"runs/{name}/checkpoints/{which}.json").get("folder") for which in ("last", "best")} - {None}
     assert folders == pointers, "what is not pointed to is removed"
+    assert not list((tmp_path / "other").rglob("state.pt")), "checkpoints lie in the store only"
     lines = client.get_object(Bucket="lake", Key=f"runs/{name}/metrics.jsonl")["Body"].read().decode().splitlines()
     steps = [json.loads(line)["step"] for line in lines if "loss" in json.loads(line)["metrics"]]
     assert steps == sorted(set(steps)) and steps[-1] == 12

@@ -14,7 +14,7 @@ import pytest
 
 from methods.parts.errors import ConfigError
 from pipeline.config import DataConfig
-from pipeline.ingest import files, parquet, tars
+from pipeline.ingest import files, parquet, stores, tars
 from pipeline.ingest.manifest import Manifest
 from pipeline.ingest.sources import is_local_path, open_source
 from tests.ingest.pictures import png, write_tar
@@ -36,7 +36,7 @@ def server() -> Iterator[str]:
 
 def forget() -> None:
     """Drop what a process keeps, as a new process would."""
-    for cached in (files._file_system, files._handle, parquet._footer):
+    for cached in (stores._file_system, files._handle, parquet._footer):
         cached.cache_clear()
     parquet._row_groups.clear()
 
@@ -144,7 +144,7 @@ def test_one_object_and_a_pattern(tmp_path: Path, s3: object, make: object) -> N
 def test_a_bucket_is_listed_once(tmp_path: Path, s3: object) -> None:
     make_folder(tmp_path / "data")
     uri = upload(s3, tmp_path / "data", "once")
-    system, _ = files._at(uri, files.OPEN_ATTEMPTS)
+    system, _ = stores.at(uri, files.OPEN_ATTEMPTS)
     asked: list[object] = []
 
     class Counting:
@@ -153,7 +153,7 @@ def test_a_bucket_is_listed_once(tmp_path: Path, s3: object) -> None:
             return getattr(system, name)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "_file_system", lambda *_: Counting())
+        patch.setattr(stores, "_file_system", lambda *_: Counting())
         assert len(open_path(uri)) == 5
     assert asked == ["get_file_info", "get_file_info"]  # what the path is, and what lies below it
 

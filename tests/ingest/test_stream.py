@@ -1,12 +1,19 @@
 """The whole stream through Ray Data: the planned images, the same after a resume, and bad images replaced and reported."""
 
+import gc
 import io
+import itertools
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -43,8 +50,63 @@ def make_plan(manifest: Manifest, window: int = 32, lanes: int = 4, batch: int =
     return Plan(manifest.spans, manifest.training_ids(0), seed=3, global_batch=batch, lanes=lanes, window=window)
 
 
-def collect(manifest: Manifest, plan: Plan, total: int, start: int = 0, finish: Normalisation | None = None, **place: int) -> list[Batch]:
-    return list(Stream(manifest, plan, VIEWS, 3, total, finish=finish).batches(start, tasks=2, **place))
+def collect(
+    manifest: Manifest,
+    plan: Plan,
+    total: int,
+    start: int = 0,
+    finish: Normalisation | None = None,
+    steps: int = 1000,
+    micro_batches: int = 1,
+) -> list[Batch]:
+    stream = Stream(manifest, plan, VIEWS, 3, total, finish=finish, execution_steps=steps)
+    return list(stream.batches(start, tasks=2, micro_batches=micro_batches))
+
+
+class Shared:
+    """What rank 0 gives, for ranks that are threads of this process: all of them wait for one another."""
+
+    def __init__(self, ranks: int) -> None:
+        self.barrier, self.value, self.times = threading.Barrier(ranks, timeout=120), None, 0
+
+    def by(self, rank: int) -> Any:
+        def share(value: Any) -> Any:
+            assert (value is not None) == (rank == 0)
+            if rank == 0:
+                self.value, self.times = value, self.times + 1
+            self.barrier.wait()
+            found = self.value
+            self.barrier.wait()
+            return found
+
+        return share
+
+
+def collect_ranks(
+    manifest: Manifest, plan: Plan, total: int, ranks: int, start: int = 0, steps: int = 1000
+) -> tuple[list[list[Batch]], int]:
+    """The batches of every rank, and how many executions there were."""
+    shared, stream = Shared(ranks), Stream(manifest, plan, VIEWS, 3, total, execution_steps=steps)
+
+    def one(rank: int) -> list[Batch]:
+        return list(stream.batches(start, rank=rank, world_size=ranks, tasks=2, share=shared.by(rank)))
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(one, range(ranks))), shared.times
+
+
+def coordinators() -> int:
+    """Executors' processes that this process's Ray runs."""
+    processes = psutil.Process().children(recursive=True)
+    return sum(process.is_running() and "SplitCoordinator" in "".join(process.cmdline()) for process in processes)
+
+
+def wait_until(holds: Any, seconds: float = 60) -> bool:
+    """Whether it comes to hold."""
+    end = time.monotonic() + seconds
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.1)
+    return bool(holds())
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -80,42 +142,59 @@ def test_views_finished_by_the_tasks_are_those_finished_on_the_device(ray_local:
             torch.testing.assert_close(ours.stacks[name], theirs.stacks[name], rtol=0, atol=5e-6)
 
 
-def test_batches_cut_here_are_those_of_the_tasks(ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest = write(tmp_path, 500, bad=(3, 250))
-    plan = make_plan(manifest, window=64)  # eight chunks
-    here: list[int] = []
-
-    def noted(*arguments: Any) -> Any:
-        here.append(len(arguments[0]))
-        return cut_images(*arguments)
-
-    monkeypatch.setattr(stream, "cut_images", noted)  # the tasks' own is another
-    monkeypatch.setattr(stream, "OWN_PART", 16)
-    monkeypatch.setattr(stream, "OWN_IMAGES", 200)
-    monkeypatch.setattr(stream, "announced", lambda execution, count, delivered: execution)  # as if they were slow
-    mixed = [collect(manifest, plan, 20, start) for start in (0, 5)]
-    assert 2 <= len(here) <= 32 and set(here) == {16}, "of each stream one window at most"
-    here.clear()
-    small = collect(manifest, make_plan(manifest, window=8), 20, 5)
-    assert 2 < len(here) <= 2 * 200 // 32, "windows of one chunk: as many images as are allowed, or up to the first bad one"
-    assert all(same(a, b) for a, b in zip(collect(manifest, make_plan(manifest, window=8), 20)[5:], small, strict=True))
-    monkeypatch.setattr(Manifest, "rereadable", False)
-    count = len(here)
-    by_tasks = collect(manifest, plan, 20)
-    assert len(here) == count
-    assert all(same(a, b) for a, b in zip(by_tasks, mixed[0], strict=True))
-    assert all(same(a, b) for a, b in zip(by_tasks[5:], mixed[1], strict=True))
-    assert any(batch.bad for batch in mixed[0])
-
-
-def test_resume_gives_the_remaining_batches(ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_and_many_executions_give_the_same_batches(ray_local: None, tmp_path: Path) -> None:
     manifest = write(tmp_path, 500)
+    plan = make_plan(manifest, window=16)  # two chunks; the last of an epoch's 8 groups has one
+    assert plan.steps_per_epoch == 15
+    whole = collect(manifest, plan, 34)
+    for start, steps in ((0, 9), (14, 1000), (33, 1000), (34, 1000)):  # the end of an epoch lies inside an execution, or at its end
+        rest = collect(manifest, plan, 34, start, steps=steps)
+        assert len(rest) == 34 - start and all(same(a, b) for a, b in zip(whole[start:], rest, strict=True))
+
+
+def test_any_number_of_ranks_shares_the_global_batch(ray_local: None, tmp_path: Path) -> None:
+    manifest = write(tmp_path, 300, bad=(3, 250))
+    plan = make_plan(manifest, window=16)
+    whole = collect(manifest, plan, 20)
+    for ranks, start, steps, executions in ((2, 3, 7, 3), (4, 0, 1000, 1)):
+        parts, times = collect_ranks(manifest, plan, 20, ranks, start, steps)
+        assert times == executions
+        for batch, *of_ranks in zip(whole[start:], *parts, strict=True):
+            lanes = batch.crops["global"].unflatten(0, (4, 8))
+            for rank, part in enumerate(of_ranks):
+                assert (part.crops["global"] == lanes[rank::ranks].flatten(0, 1)).all()
+            assert {slot.id for slot in batch.bad} == {slot.id for part in of_ranks for slot in part.bad}
+    assert any(batch.bad for batch in whole)
+
+
+def test_executions_are_few_and_end_with_groups() -> None:
+    plan = Plan(np.array([[0, 10_000]]), np.arange(10_000), seed=0, global_batch=64, lanes=8, window=32)  # 4 chunks, 39 groups of 156 steps
+    parts = list(Stream(None, plan, VIEWS, 0, 0).executions(101, 5_000))  # type: ignore[arg-type]
+    assert parts[0][0] == 101 and parts[-1][1] == 5_000 and all(one[1] == next[0] for one, next in itertools.pairwise(parts))
+    assert all(end % 156 % 4 == 0 for _, end in parts[:-1])
+    lengths = [end - first for first, end in parts]
+    assert 100 <= lengths[0] < 104 and all(1000 <= length < 1004 for length in lengths[1:-1]), "the first batch waits for the first one"
+    few = Plan(np.array([[0, 10_000]]), np.arange(10_000), seed=0, global_batch=64, lanes=8, window=512)
+    assert len(list(Stream(None, few, VIEWS, 0, 0).executions(0, 1_000))) == 1  # type: ignore[arg-type]
+
+
+def test_the_budget_of_bytes() -> None:
+    assert stream.execution_bytes(9_000, 1_000) == 4_000, "two executions and what the workers hold"
+    assert stream.execution_bytes(1_000, 1_000) == 2_000, "never less than two groups"
+
+
+def test_micro_batches_lie_in_one_piece(ray_local: None, tmp_path: Path) -> None:
+    manifest = write(tmp_path, 100, bad=(3, 50))
     plan = make_plan(manifest)
-    whole = collect(manifest, plan, 40)
-    monkeypatch.setattr(stream, "PASS_BYTES", 1)  # many Ray Data executions
-    for start in (0, 14, 15, 39, 40):
-        rest = collect(manifest, plan, 40, start=start)
-        assert len(rest) == 40 - start and all(same(a, b) for a, b in zip(whole[start:], rest, strict=True))
+    for plain, batch in zip(collect(manifest, plan, 3), collect(manifest, plan, 3, micro_batches=2), strict=True):
+        for i, part in enumerate(batch.split(2)):
+            assert (part.ids == plain.ids[i::2]).all() and (part.labels == plain.labels[i::2]).all()
+            for name in VIEWS:
+                assert (part.crops[name] == plain.crops[name][i::2]).all() and part.crops[name].is_contiguous()
+                assert (part.tables[name] == plain.tables[name][i::2]).all()
+        assert [slot.id for slot in batch.bad] == [slot.id for slot in plain.bad] or batch.bad
+    with pytest.raises(ValueError, match="3 micro-batches cannot share the 8 images"):
+        collect(manifest, plan, 3, micro_batches=3)
 
 
 def test_views_do_not_depend_on_the_window(ray_local: None, tmp_path: Path) -> None:
@@ -126,17 +205,6 @@ def test_views_do_not_depend_on_the_window(ray_local: None, tmp_path: Path) -> N
         by_id.append({int(i): batch.crops["global"][k] for batch in batches for k, i in enumerate(batch.ids)})
     shared = by_id[0].keys() & by_id[1].keys()
     assert len(shared) > 100 and all((by_id[0][i] == by_id[1][i]).all() for i in shared)
-
-
-def test_ranks_share_the_global_batch(ray_local: None, tmp_path: Path) -> None:
-    manifest = write(tmp_path, 300)
-    plan = make_plan(manifest)
-    whole = collect(manifest, plan, 12)
-    parts = [collect(manifest, plan, 12, rank=rank, world_size=2) for rank in range(2)]
-    for step, batch in enumerate(whole):
-        lanes = batch.crops["global"].unflatten(0, (4, 8))
-        for rank in range(2):
-            assert (parts[rank][step].crops["global"] == lanes[rank::2].flatten(0, 1)).all()
 
 
 def test_bad_images_are_replaced_and_reported(ray_local: None, tmp_path: Path) -> None:
@@ -174,27 +242,59 @@ def test_substitutes_come_from_another_chunk() -> None:
 def test_a_wrong_block_is_refused(tmp_path: Path) -> None:
     manifest = write(tmp_path, 200)
     plan = make_plan(manifest)
-    items = stream._Items(plan, 0, 4, 0, 1)
     blocks = []
-    for number in range(items.first, items.last):
-        epoch, group, lane = items.at(number)
+    for (epoch, group), lane in itertools.product(plan.groups_between(0, 4), range(plan.lanes)):
         block = cut_images(manifest.read(plan.window(epoch, group, lane)), epoch, VIEWS, 3, plan.chunk)
-        slots = stream._first_slot(plan, group, lane) + np.arange(len(block["id"]))
+        slots = plan.first_slot(group, lane) + np.arange(len(block["id"]))
         blocks.append(block | {"epoch": np.full(len(slots), epoch), "slot": slots})
-    assert len(list(stream.batches_of(blocks, manifest, plan, VIEWS, items, 0))) == 4
-    for wrong in (blocks[1:], [blocks[0] | {"epoch": blocks[0]["epoch"] + 1}], [{k: v[:-1] for k, v in blocks[0].items()}]):
+    sliced = Stream(manifest, plan, VIEWS, 3, 4).sliced
+    assert len(list(sliced(iter(blocks), (0, 4), range(4)))) == 4
+    wrong = (blocks[1:], blocks[:-1], [blocks[0] | {"epoch": blocks[0]["epoch"] + 1}], [{k: v[:-1] for k, v in blocks[0].items()}])
+    for found in wrong:
         with pytest.raises(RuntimeError, match="out of order"):
-            list(stream.batches_of(wrong, manifest, plan, VIEWS, items, 0))
+            list(sliced(iter(found), (0, 4), range(4)))
+
+
+def test_the_trainer_only_waits_while_two_batches_are_ready(ray_local: None, tmp_path: Path) -> None:
+    """One lane for each of two workers: no executor in this process, next to no time of it, and the loop does not wait."""
+    manifest = write(tmp_path, 200)
+    plan = make_plan(manifest, window=16, lanes=2)  # a window is one chunk
+    shared, endless = Shared(2), Stream(manifest, plan, VIEWS, 3, 10_000)
+    streams = [endless.batches(rank=rank, world_size=2, tasks=1, share=shared.by(rank)) for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+
+        def step() -> None:
+            list(pool.map(next, streams))
+
+        try:
+            for _ in range(5):
+                step()
+            time.sleep(3)  # a busy machine may be late with the first ones
+            process, seconds, took = psutil.Process(), 8, []
+            before = process.cpu_times()
+            for _ in range(seconds):
+                begin = time.monotonic()
+                step()
+                took.append(time.monotonic() - begin)
+                time.sleep(max(0.0, 1 - took[-1]))
+            after = process.cpu_times()
+            names = [thread.name for thread in threading.enumerate()]
+        finally:
+            list(pool.map(lambda one: one.close(), streams))
+    used = (after.user + after.system - before.user - before.system) / seconds
+    assert not any("StreamingExecutor" in name for name in names)
+    assert used < 0.05 * 2, f"{used:.3f} of a core for two workers"
+    assert np.median(took) < 0.02, "both batches were ready"
 
 
 def test_leaving_early_ends_the_stream(ray_local: None, tmp_path: Path) -> None:
-    import threading
-
+    assert wait_until(lambda: not coordinators()), "those of other tests"
     manifest = write(tmp_path, 200)
-    batches = Stream(manifest, make_plan(manifest), VIEWS, 3, 10_000).batches(tasks=2)
-    assert next(batches).step == 0
-    batches.close()
-    assert not any(thread.name == "manyviews-stream" for thread in threading.enumerate())
+    with closing(Stream(manifest, make_plan(manifest), VIEWS, 3, 10_000, execution_steps=20).batches(tasks=2)) as batches:
+        assert next(batches).step == 0 and coordinators() >= 1
+        assert [batch.step for batch in itertools.islice(batches, 10)] == list(range(1, 11)), "the next execution has begun"
+    assert wait_until(lambda: not any(thread.name == "manyviews-ahead" for thread in threading.enumerate()))
+    assert wait_until(lambda: not coordinators()), "executors end with their stream"
 
 
 def test_a_failing_task_reaches_the_trainer(ray_local: None, tmp_path: Path) -> None:
@@ -202,6 +302,7 @@ def test_a_failing_task_reaches_the_trainer(ray_local: None, tmp_path: Path) -> 
     (tmp_path / "a.parquet").unlink()
     with pytest.raises(Exception, match=r"a\.parquet"):
         collect(manifest, make_plan(manifest), 2)
+    assert wait_until(lambda: gc.collect() >= 0 and not coordinators()), "executors end with their stream"
 
 
 @pytest.mark.parametrize("alone_s", [0.0, 60.0])
@@ -211,7 +312,8 @@ def test_evaluation_images(ray_local: None, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(stream, "OWN_PART", 50)
     monkeypatch.setattr(stream, "ALONE_S", alone_s)
     by_tasks: list[int] = []
-    monkeypatch.setattr(stream, "run", lambda *arguments: by_tasks.append(arguments[2]) or ray_data.run(*arguments))
+    execution = ray_data.execution
+    monkeypatch.setattr(stream, "execution", lambda *one, **others: by_tasks.append(len(one[1])) or execution(*one, **others))
     ids = np.random.default_rng(0).permutation(150)[:120]
     result = evaluation_images(manifest, ids, 16, tasks=2)
     good = ids[~np.isin(ids, (7, 80))]
@@ -229,13 +331,13 @@ def test_long_streams_hold_little_memory(ray_local: None, tmp_path: Path, monkey
     views = {"global": CropGroup(count=2, size=96)}
     plan = make_plan(manifest, window=64)
     block = 64 * 2 * 96 * 96 * 3
-    monkeypatch.setattr(stream, "PASS_BYTES", 8 * block)
     used = []
-    for batch in Stream(manifest, plan, views, 3, 120).batches(tasks=2):
+    for batch in Stream(manifest, plan, views, 3, 120, buffer_bytes=16 * block).batches(tasks=2):
         free, whole = (resources.get("object_store_memory") for resources in (ray.available_resources(), ray.cluster_resources()))
         if batch.step % 5 == 0 and free is not None and whole is not None:  # a busy node may not have told
             used.append(whole - free)
-    assert len(used) > 5 and max(used) < 24 * block  # this pass, the next, and what is being cut; 120 steps make 100 blocks or more
+            time.sleep(0.05)
+    assert len(used) > 5 and max(used) < 16 * block, f"{max(used) / block:.1f} blocks; 120 steps make 60"
 
 
 def test_ray_starts_once_and_tasks_find_the_package(ray_local: None) -> None:

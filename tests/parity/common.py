@@ -50,7 +50,7 @@ def _work(rank: int, world: int, folder: str, what: Callable[[int, int], Any]) -
 
 def in_processes(world: int, folder: Path, what: Callable[[int, int], Any]) -> list[Any]:
     """What `what(rank, world)` gives in each of `world` gloo processes, forked from one that has imported what most of them need."""
-    common = ["torch", "timm", "torch._dynamo", "pytest", "pipeline.recipes", "pipeline.train.workers", "tests.test_methods"]
+    common = ["torch", "timm", "torch._dynamo", "pytest", "pipeline.recipes", "pipeline.train.ray_trainer", "tests.test_methods"]
     mp.get_context("forkserver").set_forkserver_preload(common)
     mp.start_processes(_work, (world, str(folder), what), nprocs=world, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]

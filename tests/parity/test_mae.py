@@ -132,7 +132,7 @@ def _gradients(rank: int, world: int, images: Tensor, keep: Tensor) -> tuple[flo
 
 
 def test_two_workers_equal_one_with_the_same_masks(tmp_path: Path) -> None:
-    images, keep = views_of().stacks["global"], random_keep(4, 16, 4, generator=torch.Generator().manual_seed(0))
+    images, keep = views_of().stacks["global"], random_keep(torch.arange(4), 16, 4, seed=0)
     loss, gradients = _gradients(0, 1, images, keep)
     found = in_processes(2, tmp_path, partial(_gradients, images=images, keep=keep))
     assert np.mean([one for one, _ in found]) == pytest.approx(loss, rel=1e-10)
@@ -154,7 +154,7 @@ def test_the_encoder_sees_the_kept_patches_only() -> None:
     method, images = method_of(), views_of().stacks["global"]
     seen: list[int] = []
     method.backbone.blocks[0].register_forward_pre_hook(lambda _, x: seen.append(x[0].shape[1]))
-    keep = method.draw(images, progress().generator)
+    keep = method.draw(images, torch.arange(len(images)), seed=0)
     painted, _ = method.paint(images, keep)
     other = torch.where(pixels_of(keep), images, torch.randn_like(images))
     torch.testing.assert_close(method.paint(other, keep)[0], painted)
@@ -165,7 +165,7 @@ def test_errors_on_visible_patches_do_not_count() -> None:
     """The target may have any values where patches were seen; the same change at masked ones is felt."""
     method, views = method_of(normalize_patches=False), views_of()
     images = views.stacks["global"]
-    keep = method.draw(images, progress().generator)
+    keep = method.draw(images, torch.arange(len(images)), seed=0)
     plain, original = method(views, progress(), [keep]).loss.item(), method.pixel_targets
     for area, felt in ((keep, False), (masked_of(keep, 16), True)):
         changed = patchify(torch.where(pixels_of(area), images + 1, images), 4)
@@ -176,7 +176,7 @@ def test_errors_on_visible_patches_do_not_count() -> None:
 
 def test_no_gradient_reaches_the_visible_pixels_of_the_picture() -> None:
     method, views = method_of(), views_of()
-    keep = method.draw(views.stacks["global"], progress().generator)
+    keep = method.draw(views.stacks["global"], views.image_ids, seed=0)
     painted = torch.randn(4, 16, 48, dtype=torch.float64, requires_grad=True)
     method.paint = lambda images, keep: (painted, torch.randn(4, 24))
     method(views, progress(), [keep]).loss.backward()

@@ -296,7 +296,7 @@ def _two_steps(rank: int, world: int, views: list[Views], masks: list[Tensor]) -
 
 def test_two_workers_equal_one_with_the_same_masks(tmp_path: Path) -> None:
     views = [views_of(seed=step) for step in range(3)]
-    masks = [random_keep(8, 16, 11, generator=torch.Generator().manual_seed(step)) for step in range(3)]
+    masks = [random_keep(torch.arange(8), 16, 11, seed=step) for step in range(3)]
     losses, weights = _two_steps(0, 1, views, masks)
     found = in_processes(2, tmp_path, partial(_two_steps, views=views, masks=masks))
     np.testing.assert_allclose(np.mean([one for one, _ in found], axis=0), losses, rtol=1e-9)
@@ -306,15 +306,12 @@ def test_two_workers_equal_one_with_the_same_masks(tmp_path: Path) -> None:
 
 
 def _own_masks(rank: int, world: int) -> Tensor:
-    return method_of().draw_masks(views_of(batch=4), progress(3))[0]
+    views = views_of(batch=8 // world)
+    views.image_ids = torch.arange(rank, 8, world)
+    return method_of().draw_masks(views, progress(3))[0]
 
 
-def test_workers_draw_different_masks_from_one_generator(tmp_path: Path) -> None:
-    first, second = in_processes(2, tmp_path, _own_masks)
-    assert first.shape == (4, 11) and not torch.equal(first, second)
-    assert torch.equal(torch.cat([first, second]), random_keep(8, 16, 11, generator=_after(2, progress(3).generator)))
-
-
-def _after(draws: int, generator: torch.Generator) -> torch.Generator:
-    torch.rand(draws, generator=generator, dtype=torch.float64)
-    return generator
+def test_masks_follow_the_image_to_its_worker(tmp_path: Path) -> None:
+    whole = _own_masks(0, 1)
+    for rank, own in enumerate(in_processes(2, tmp_path, _own_masks)):
+        assert own.shape == (4, 11) and torch.equal(own, whole[rank::2])

@@ -20,7 +20,7 @@ def codes_and_queue(rank: int, world: int, scores: np.ndarray, epsilons: list[fl
     own = torch.from_numpy(scores).chunk(world)[rank]
     queue = FeatureQueue(length=len(scores), dim=scores.shape[1]).double()
     queue.push(own)
-    return {str(e): sinkhorn(own, e, 3) for e in epsilons} | {"queue": queue.rows, "share": queue.share}
+    return {str(e): sinkhorn(own, e, 3, span=2.0) for e in epsilons} | {"queue": queue.rows, "share": queue.share}
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -31,7 +31,7 @@ def test_codes_and_queue_over_workers(world: int, tmp_path: Path) -> None:
     results = in_processes(world, tmp_path, partial(codes_and_queue, scores=scores, epsilons=[0.05, 0.01]))
     for epsilon in (0.05, 0.01):
         joined = np.concatenate([r[str(epsilon)] for r in results])
-        np.testing.assert_allclose(joined, sinkhorn(torch.from_numpy(scores), epsilon, 3).numpy(), atol=1e-12)
+        np.testing.assert_allclose(joined, sinkhorn(torch.from_numpy(scores), epsilon, 3, span=2.0).numpy(), atol=1e-12)
     unit = scores / np.linalg.norm(scores, axis=1, keepdims=True)
     for r in results:
         np.testing.assert_allclose(r["queue"], unit, rtol=1e-14)

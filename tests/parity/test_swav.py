@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -84,13 +85,14 @@ def progress(step: int = 0) -> Progress:
 @pytest.mark.parametrize("shape", [(16, 8), (6, 40), (33, 7)])
 @pytest.mark.parametrize("iterations", [1, 3, 10])
 def test_codes_equal_the_algorithm_box(epsilon: float, shape: tuple[int, int], iterations: int) -> None:
-    """Both branches: at small epsilon the exponents span more than 80 and logarithms take over."""
+    """Both forms: at small epsilon the exponents may span more than 80 and logarithms take over; and logarithms throughout."""
     scores = np.random.default_rng(0).uniform(-1, 1, shape)
     want = literal_sinkhorn(scores, epsilon, iterations)
-    got = sinkhorn(torch.from_numpy(scores), epsilon, iterations)
-    np.testing.assert_allclose(got.numpy(), want, atol=EXACT)
-    single = sinkhorn(torch.from_numpy(scores).float(), epsilon, iterations)
-    np.testing.assert_allclose(single.numpy(), want, atol=SINGLE if epsilon >= 0.01 else 2e-4)
+    for span in (2.0, math.inf):
+        got = sinkhorn(torch.from_numpy(scores), epsilon, iterations, span=span)
+        np.testing.assert_allclose(got.numpy(), want, atol=EXACT)
+        single = sinkhorn(torch.from_numpy(scores).float(), epsilon, iterations, span=span)
+        np.testing.assert_allclose(single.numpy(), want, atol=SINGLE if epsilon >= 0.01 else 2e-4)
 
 
 def test_codes_equal_the_original(golden) -> None:
@@ -98,9 +100,9 @@ def test_codes_equal_the_original(golden) -> None:
     for i, (_, _, epsilon, iterations) in enumerate(values["cases"]):
         scores = torch.from_numpy(values[f"scores_{i:02d}"])
         for dtype, tolerance in ((torch.float64, EXACT), (torch.float32, SINGLE)):
-            codes = sinkhorn(scores.to(dtype), float(epsilon), int(iterations))
+            codes = sinkhorn(scores.to(dtype), float(epsilon), int(iterations), span=2.0)
             np.testing.assert_allclose(codes.numpy(), values[f"q_{i:02d}"], atol=tolerance)
-    collapsed = sinkhorn(torch.from_numpy(values["scores_collapsed"]), 0.05, 3)
+    collapsed = sinkhorn(torch.from_numpy(values["scores_collapsed"]), 0.05, 3, span=2.0)
     np.testing.assert_allclose(collapsed.numpy(), values["q_collapsed"], atol=EXACT)
 
 

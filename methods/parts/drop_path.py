@@ -1,0 +1,78 @@
+"""Stochastic depth whose decisions follow the image: the same on any number of workers. Huang et al. 2016, arXiv:1603.09382.
+
+`Method.forward` says which images a batch holds (`images_of_step`); a network that is given whole crops of them, `(V B, ...)`,
+crop by crop, then drops paths by (seed of the step, pass, layer, crop, image id). Anything else is drawn as timm does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import timm.layers
+import torch
+from torch import Tensor, nn
+
+from methods.parts.counter_random import draw_seed, random_words
+from methods.parts.numerics import to_device
+
+
+@dataclass
+class Images:
+    """The images of a micro-batch, ids `(B,)`, and the generator that is the same on every worker."""
+
+    ids: Tensor
+    generator: torch.Generator | None
+
+
+_images: ContextVar[Images | None] = ContextVar("images", default=None)
+
+
+@contextlib.contextmanager
+def images_of_step(ids: Tensor, generator: torch.Generator | None) -> Iterator[None]:
+    """Let the networks called inside know the images of their rows."""
+    token = _images.set(Images(ids, generator))
+    try:
+        yield
+    finally:
+        _images.reset(token)
+
+
+def draw_keep(rows: int, rates: Sequence[float]) -> Tensor | None:
+    """Return the factors of one pass through all paths, `(paths, rows)`: 0 where dropped, else 1 / (1 - rate).
+
+    None: the images of the rows are not known.
+    """
+    images = _images.get()
+    if images is None or rows % len(images.ids):
+        return None
+    words = random_words(images.ids, rows // len(images.ids), len(rates), draw_seed(images.generator)).T
+    rate = to_device(torch.tensor(rates, dtype=torch.float32), words.device)[:, None]
+    return (words >= rate * 2.0**32) / (1 - rate)
+
+
+class DropPath(timm.layers.DropPath):  # type: ignore[misc]
+    """timm's, which multiplies by `keep` `(rows,)` instead of drawing where it is set."""
+
+    keep: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.drop_prob == 0:
+            return x
+        keep = self.keep
+        if keep is None:
+            drawn = draw_keep(len(x), [self.drop_prob])
+            if drawn is None:
+                return super().forward(x)  # type: ignore[no-any-return]
+            keep = drawn[0]
+        return x * keep.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+def follow_images(network: nn.Module) -> None:
+    """Replace timm's drop path, in place."""
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is timm.layers.DropPath:
+                setattr(module, name, DropPath(child.drop_prob, child.scale_by_keep))

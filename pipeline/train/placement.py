@@ -1,0 +1,112 @@
+"""How many workers fit on the cluster, and with which resources."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Collection
+from typing import Any
+
+from methods.parts.errors import ConfigError
+from pipeline.config import TrainConfig, divisors
+from pipeline.ingest.ray_data import joins_cluster
+
+Resources = dict[str, float]
+# logical CPUs of a worker: less than one without a GPU, because Ray Data hangs unless a whole one stays free somewhere
+CPU_WORKER: Resources = {"CPU": 0.25}
+GPU_WORKER: Resources = {"CPU": 1.0, "GPU": 1.0}
+
+
+def worker_resources(config: TrainConfig) -> Resources:
+    """The resources of each worker: a GPU by `train.accelerator`, which with `auto` asks whether the cluster has one now."""
+    import ray
+
+    gpu = config.accelerator == "gpu" or (config.accelerator == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
+    return dict(GPU_WORKER if gpu else CPU_WORKER)
+
+
+def place_workers(
+    config: TrainConfig,
+    lanes: int,
+    *,
+    say: Callable[[str], None],
+    stop: Callable[[], bool] = lambda: False,
+    probe: bool = False,
+    without: Collection[str] = (),
+) -> tuple[int, Resources]:
+    """Choose the largest number of workers in `train.workers` that divides the lanes and fits; wait for a cluster that grows.
+
+    Args:
+        stop: True ends the wait.
+        probe: run a task on every node first, because Ray lists a node that died for some time yet.
+        without: ids of nodes that are about to be taken away.
+
+    Returns:
+        The number of workers, and the resources of each.
+
+    Raises:
+        ConfigError: not even the fewest fit, after `train.wait_s` on a cluster, at once on one machine.
+    """
+    import ray
+    from ray.autoscaler.sdk import request_resources
+
+    low, high = config.worker_range
+    choices = [w for w in divisors(lanes) if low <= w <= high]
+    deadline = time.monotonic() + (config.wait_s if joins_cluster() else 0.0)
+    waiting = False
+    while True:
+        alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in without]
+        nodes = [node["Resources"] for node in (responsive_nodes(alive) if probe else alive)]
+        resources = worker_resources(config)
+        fitting = [w for w in choices if fits(w, resources, nodes)]
+        if fitting or time.monotonic() >= deadline or stop():
+            break
+        if not waiting:
+            waiting = True
+            say(f"waiting up to {config.wait_s:.0f} s until the cluster has room for {choices[0]} workers with {_words(resources)} each")
+            request_resources(bundles=[*[resources] * choices[-1], {"CPU": 1}])  # an autoscaler, if there is one, makes room
+        time.sleep(2.0)
+    if waiting:
+        request_resources(bundles=[])
+    if fitting:
+        if joins_cluster() and config.accelerator == "auto" and "GPU" not in resources:
+            say("the cluster has no GPU now: training on CPUs; --train.accelerator gpu waits for GPUs")
+        return max(fitting), resources
+    there = "; ".join(_words({k: n.get(k, 0) for k in ("CPU", "GPU") if n.get(k)}) or "none" for n in nodes)
+    raise ConfigError(
+        f"train.workers={config.workers}: {choices[0]} workers with {_words(resources)} each, beside one whole free CPU for cutting "
+        f"images, do not fit on the nodes there are ({there}); use fewer workers or add nodes"
+    )
+
+
+def fits(workers: int, resources: Resources, nodes: list[Resources]) -> bool:
+    """Return whether the workers can be placed so that one whole logical CPU stays free on some node, for the tasks that cut images."""
+    room = [min(int(node.get(key, 0) / amount + 1e-9) for key, amount in resources.items()) for node in nodes]
+    for spare, node in enumerate(nodes):  # the node that keeps a whole CPU free
+        kept = int(max(0.0, node.get("CPU", 0) - 1) / resources["CPU"] + 1e-9) if node.get("CPU", 0) >= 1 else -1
+        if kept >= 0 and sum(room) - room[spare] + min(room[spare], kept) >= workers:
+            return True
+    return False
+
+
+def responsive_nodes(nodes: list[dict[str, Any]], timeout_s: float = 10.0) -> list[dict[str, Any]]:
+    """Return the nodes that run a task of no resources within `timeout_s`."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def ping(node: dict[str, Any]) -> Any:
+        pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        return ray.remote(lambda: True).options(num_cpus=0, max_retries=0, scheduling_strategy=pinned).remote()
+
+    asked = {ping(node): node for node in nodes}
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
+    found = []
+    for reference in answered:
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(reference)
+            found.append(asked[reference])
+    return found
+
+
+def _words(resources: Resources) -> str:
+    return ", ".join(f"{amount:g} {key}" for key, amount in resources.items())
