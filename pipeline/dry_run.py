@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.config import RunConfig, resolve
 from pipeline.ingest.manifest import Row
-from pipeline.machine import Check, available_cores, choose_device, thread_count
+from pipeline.machine import Check, available_cores, choose_device, set_precision, thread_count
 
 BUDGET_S = 2.0  # for the timed steps; the first one, which makes kernels, comes on top
 
@@ -49,6 +49,7 @@ def measure(config: RunConfig, rows: Sequence[Row], num_images: int | None) -> C
 
     facts = resolve(config, num_images).facts
     device, precision = choose_device(config)
+    set_precision(device)  # as in the run
     method = build_method(config, facts).to(device).train()
     pixels = sum(group.count * group.size**2 for group in config.views.values())
     most = (256, 3e7) if device.type == "cuda" else (32, 6e5)  # images, pixels: a second or two
