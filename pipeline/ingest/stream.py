@@ -249,6 +249,8 @@ class Stream:
                     chunks = [{key: column[rows] for key, column in block.items()} for block in held]
                     yield _collated(chunks, names, self.manifest, epoch, step, micro_batches, pin)
             held = chunks = []  # frees the group's blocks before the next is waited for
+        if next(found, None) is not None:  # only who asks for the end lets Ray's threads end too
+            raise RuntimeError("the stream is out of order: it has more windows than planned; please report this")
 
     def _checked(self, block: dict[str, np.ndarray] | None, epoch: int, group: int, lane: int) -> dict[str, np.ndarray]:
         rows, first = self.plan.chunks(group) * self.plan.chunk, self.plan.first_slot(group, lane)

@@ -13,9 +13,10 @@ from methods.parts.errors import ConfigError
 from pipeline.config import DataConfig, RunConfig, TrainConfig, resolve
 from pipeline.ingest.manifest import Manifest
 from pipeline.ingest.sources import absolute_source, open_source
-from pipeline.ingest.stream import Batch, Stream
+from pipeline.ingest.stream import Stream
 from pipeline.ingest.unbounded import Reader, Unbounded
 from pipeline.recipes import load_recipe
+from tests.ingest.ranks import collect_ranks
 
 SOURCE = """
 import io
@@ -52,14 +53,13 @@ def opened(file: Path, function: str) -> Manifest:
     return open_source(DataConfig(path=f"stream:{file}:{function}"))
 
 
-def batches(manifest: Manifest, *, start: int = 0, rank: int = 0, world: int = 1) -> list[Batch]:
-    config = load_recipe("swav-small")
+def stream(manifest: Manifest) -> Stream:
     plan = manifest.plan(seed=0, held_out=0.1, global_batch=16, lanes=4, window=8, steps_per_epoch=3)
-    return list(Stream(manifest, plan, config.views, 0, 7).batches(start, rank=rank, world_size=world, tasks=2))
+    return Stream(manifest, plan, load_recipe("swav-small").views, 0, 7, execution_steps=4)
 
 
 def test_images_are_dealt_in_order_of_arrival(ray_local: None, file: Path) -> None:
-    found = batches(opened(file, "endless"))
+    found = list(stream(opened(file, "endless")).batches(tasks=2))
     assert [batch.step for batch in found] == list(range(7))
     assert [batch.epoch for batch in found] == [0, 0, 0, 1, 1, 1, 2]
     everything = np.concatenate([batch.ids.numpy() for batch in found])
@@ -71,9 +71,9 @@ def test_images_are_dealt_in_order_of_arrival(ray_local: None, file: Path) -> No
 
 
 def test_two_workers_and_a_resumed_run_see_the_same(ray_local: None, file: Path) -> None:
-    whole = batches(opened(file, "endless"))
-    halves = [batches(opened(file, "endless"), rank=rank, world=2) for rank in (0, 1)]
-    rest = batches(opened(file, "endless"), start=4)
+    source = stream(opened(file, "endless"))
+    whole, rest = (list(source.batches(start, tasks=2)) for start in (0, 4))
+    halves, _ = collect_ranks(source, 2)
     for step, batch in enumerate(whole):
         lanes = batch.crops["local"].reshape(4, 4, *batch.crops["local"].shape[1:])
         for rank in (0, 1):
