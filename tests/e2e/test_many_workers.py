@@ -24,7 +24,7 @@ from pipeline.train import checkpoint
 from pipeline.train.display import NullReporter
 from pipeline.train.placement import CPU_WORKER
 from pipeline.train.prepare import prepare
-from pipeline.train.ray_trainer import evaluate_in_task, run_workers, worker_main
+from pipeline.train.ray_trainer import run_workers, worker_main
 from pipeline.train.work import Evaluation, TrainResult
 from tests.conftest import ROOT, USERS_ENV
 from tests.e2e.test_one_machine import here as run_here
