@@ -33,7 +33,7 @@ def place_workers(
     stop: Callable[[], bool] = lambda: False,
     probe: bool = False,
     without: Collection[str] = (),
-) -> tuple[int, Resources]:
+) -> tuple[int, Resources] | None:
     """Choose the largest number of workers in `train.workers` that divides the lanes and fits; wait for a cluster that grows.
 
     Args:
@@ -42,7 +42,7 @@ def place_workers(
         without: ids of nodes that are about to be taken away.
 
     Returns:
-        The number of workers, and the resources of each.
+        The number of workers, and the resources of each; None if `stop` ended the wait.
 
     Raises:
         ConfigError: not even the fewest fit, after `train.wait_s` on a cluster, at once on one machine.
@@ -72,6 +72,8 @@ def place_workers(
         if joins_cluster() and config.accelerator == "auto" and "GPU" not in resources:
             say("the cluster has no GPU now: training on CPUs; --train.accelerator gpu waits for GPUs")
         return max(fitting), resources
+    if stop():
+        return None
     there = "; ".join(_words({k: n.get(k, 0) for k in ("CPU", "GPU") if n.get(k)}) or "none" for n in nodes)
     raise ConfigError(
         f"train.workers={config.workers}: {choices[0]} workers with {_words(resources)} each, beside one whole free CPU for cutting "

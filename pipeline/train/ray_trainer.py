@@ -67,9 +67,12 @@ def train_with_workers(
     while True:
         start = checkpoint.last_step(folder.checkpoints)
         on_attempt(start)
-        workers, resources = place_workers(
-            config, ready.config.data.lanes, say=screen.say, stop=stop, probe=bool(failures), without=leaving
-        )
+        if start >= ready.resolved.facts.total_steps:  # only the evaluation is left
+            return TrainResult(start, complete=True)
+        placed = place_workers(config, ready.config.data.lanes, say=screen.say, stop=stop, probe=bool(failures), without=leaving)
+        if placed is None:
+            return TrainResult(start, complete=False)
+        workers, resources = placed
         try:
             result: TrainResult = run_workers(
                 worker_main,

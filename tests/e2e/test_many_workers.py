@@ -25,7 +25,7 @@ from pipeline.train.display import NullReporter
 from pipeline.train.placement import CPU_WORKER
 from pipeline.train.prepare import prepare
 from pipeline.train.ray_trainer import run_workers, worker_main
-from pipeline.train.work import Evaluation, TrainResult
+from pipeline.train.work import Evaluation, TrainResult, evaluate_checkpoint
 from tests.conftest import ROOT, USERS_ENV
 from tests.e2e.test_one_machine import here as run_here
 
@@ -72,7 +72,7 @@ def trained(ray_with_room: None, tmp_path_factory: pytest.TempPathFactory) -> di
         done = run_workers(every_method, {"methods": settings}, RunFolder(root), 2, CPU_WORKER, screen=screen, timeout_s=600)
     finally:
         ray.cloudpickle.unregister_pickle_by_value(here)
-    return {method: (folder, done[method], evaluate_in_task(ready, folder, stop=lambda: False)) for method, (ready, folder) in runs.items()}
+    return {method: (folder, done[method], evaluate_checkpoint(ready, str(folder.path))) for method, (ready, folder) in runs.items()}
 
 
 @pytest.mark.parametrize("method", list(registered()))
