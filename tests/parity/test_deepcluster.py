@@ -27,7 +27,7 @@ def deepcluster(**settings: Any) -> DeepCluster:
     torch.manual_seed(0)
     method = DeepCluster(config, Same(DIM), facts)
     method.projector = nn.Linear(DIM, DIM, bias=False)
-    method.memory.rows = method.memory.rows.double()
+    method.memory.held = method.memory.held.double()
     return method.double()
 
 
