@@ -115,7 +115,7 @@ def assemble(
     if device.type == "cpu":
         keep_freed_memory()
     if world_size() > 1 and ready.method.sync_batchnorm:
-        synchronized(ready.method)
+        synchronized(ready.method, device)
     method = ready.method.to(device)
     if config.train.compile:
         compile_blocks(method)
