@@ -106,6 +106,71 @@ def test_layerwise_rates_equal_their_equations(name: str) -> None:
         np.testing.assert_allclose(groups[1].params[0].detach().numpy(), plain, atol=1e-12)
 
 
+def literal_direction(name: str, g: np.ndarray, p: np.ndarray, wd: float, trust: float, adapt: bool) -> np.ndarray:
+    """The rescaled gradient of one tensor, as the docstrings of LARC and LARS state it."""
+    p_norm, g_norm = np.sqrt((p**2).sum()), np.sqrt((g**2).sum())
+    if name == "larc":
+        if not adapt:
+            return g + wd * p
+        positive = p_norm > 0 and g_norm > 0
+        return trust * p_norm / (g_norm + wd * p_norm + 1e-8) * (g + wd * p) if positive else g
+    if p.ndim <= 1:
+        return g
+    decayed = g + wd * p
+    norm = np.sqrt((decayed**2).sum())
+    return trust * p_norm / norm * decayed if adapt and p_norm > 0 and norm > 0 else decayed
+
+
+@pytest.mark.parametrize("wd", [0.0, 0.02])
+@pytest.mark.parametrize("name", ["larc", "lars", "lars-classic"])
+def test_every_tensor_has_its_own_rate(name: str, wd: float) -> None:
+    """Matrices, filters in channels-last memory, vectors and scalars; zero weights, zero gradients, absent gradients, frozen steps."""
+    rng = np.random.default_rng(1)
+    shapes = [(4, 3), (5,), (3, 2, 3, 3), (2, 2), (6,), (), (3, 3), (4,)]
+    values = [rng.normal(size=shape) for shape in shapes]
+    values[3], values[4] = np.zeros((2, 2)), np.zeros(6)
+    trust, lr, momentum = 0.01, 0.3, 0.9
+
+    def group(adapt: bool, frozen: int) -> ParamGroup:
+        params = [nn.Parameter(torch.from_numpy(v.copy())) for v in values]
+        params[2].data = params[2].data.contiguous(memory_format=torch.channels_last)
+        return ParamGroup(params=params, adapt=adapt, frozen_steps=frozen)
+
+    groups = [group(True, 0), group(False, 0), group(True, 2)]
+    config = OptimConfig(name=name, weight_decay=wd, momentum=momentum, trust_coefficient=trust)
+    optimizer = build_optimizer(config, groups)
+    want = [[v.copy() for v in values] for _ in groups]
+    moved = [[np.zeros_like(v) for v in values] for _ in groups]
+    plan = resolved(lr=lr, start_lr=lr, warmup_steps=0, milestones=(0.5,))
+    for step in range(4):
+        for g, (settings, ws, ms) in enumerate(zip(groups, want, moved, strict=True)):
+            for i, p in enumerate(settings.params):
+                gradient = np.zeros(shapes[i]) if i in (6, 7) and step != 1 else rng.normal(size=shapes[i])
+                p.grad = None if i == 0 and step == 2 else torch.from_numpy(np.array(gradient))
+                if p.grad is None or (g == 2 and step < 2):
+                    continue
+                d = literal_direction(name.removesuffix("-classic"), gradient, ws[i], wd, trust, settings.adapt)
+                ms[i] = momentum * ms[i] + (lr * d if name == "lars-classic" else d)
+                ws[i] = ws[i] - (ms[i] if name == "lars-classic" else lr * ms[i])
+        prepare_step(optimizer, plan, step, None)
+        optimizer.step()
+    for settings, ws in zip(groups, want, strict=True):
+        for p, w in zip(settings.params, ws, strict=True):
+            np.testing.assert_allclose(p.detach().numpy(), w, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["larc", "lars", "lars-classic"])
+def test_no_optimizer_asks_the_device(name: str) -> None:
+    """On meta any read of a value raises."""
+    params = [nn.Parameter(torch.ones(shape, device="meta")) for shape in ((3, 2), (3,))]
+    optimizer = build_optimizer(OptimConfig(name=name, weight_decay=0.1), [ParamGroup(params=params)])
+    for step in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        assert prepare_step(optimizer, resolved(), step, 1.0, "tensor").is_meta
+        optimizer.step()
+
+
 def test_learning_rate_falls_in_steps_after_the_warmup() -> None:
     """MoCo v1: a tenth at 120 of 200 epochs, a hundredth at 160."""
     plan = resolved(lr=0.03, start_lr=0.0, warmup_steps=0, milestones=(0.6, 0.8))

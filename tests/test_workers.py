@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from timm.layers import BatchNormAct2d, SyncBatchNormAct
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from methods.parts.contract import Progress
 from methods.parts.distributed import average_gradients, gather_with_gradient
 from methods.parts.errors import ConfigError
-from methods.parts.norms import SyncBatchNorm, average_statistics, synchronized
+from methods.parts.norms import GroupedBatchNorm, SyncBatchNorm, average_statistics, grouped, synchronized
 from methods.parts.views import Views
 from pipeline.config import TrainConfig, override, resolve
 from pipeline.recipes import load_recipe
@@ -96,6 +97,26 @@ def test_synchronized_norms_keep_names_and_are_plain_ones_in_one_process() -> No
     for mode in (True, False):
         a, b = (m.train(mode).evaluation_backbone()(views.crops[0]) for m in (method, twin))
         assert torch.equal(a, b)
+
+
+def test_on_a_gpu_norms_are_those_of_torch_and_timm() -> None:
+    """The structure only: torch's refuse CPU tensors between workers. Both ways keep names, parameters, buffers and values."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ModuleDict({"act": BatchNormAct2d(4), "plain": nn.BatchNorm1d(4)}))
+    net.append(grouped(nn.Sequential(nn.BatchNorm2d(4)), 2)).eval()
+    objects = dict(net.named_parameters()) | dict(net.named_buffers())
+    act = net[2]["act"].act
+    there, here = synchronized(copy.deepcopy(net), "cuda"), synchronized(copy.deepcopy(net), "cpu")
+    assert list(there.state_dict()) == list(here.state_dict()) == list(net.state_dict())
+    kinds = (nn.SyncBatchNorm, SyncBatchNormAct, nn.SyncBatchNorm, GroupedBatchNorm)
+    assert [type(m) for m in (there[1], there[2]["act"], there[2]["plain"], there[3][0])] == list(kinds)
+    assert there[3][0].groups == 2 and not any(m.training for m in there.modules())
+    x = torch.randn(2, 4, 3, 3)
+    for way in (there, here):
+        assert torch.equal(way[2]["act"](x), net[2]["act"](x))
+    synchronized(net, "cuda")
+    assert net[2]["act"].act is act
+    assert all(value is objects[name] for name, value in (dict(net.named_parameters()) | dict(net.named_buffers())).items())
+    assert synchronized(there, "cuda")[1] is there[1]  # once is enough
 
 
 def _averaged(rank: int, world: int) -> torch.Tensor:

@@ -112,9 +112,10 @@ def _other(config: BackboneConfig, settings: dict[str, Any]) -> nn.Module:
         _one_convolution(backbone, 7, 2)
     if config.stem != "imagenet":
         _small_stem(backbone, config)
-    for module in backbone.modules():
-        if isinstance(module, nn.Conv2d) and max(module.stride) > 1:
-            module.register_forward_pre_hook(_fill_up_tiny_map)
+    if not torch.cuda.is_available():  # a hook is a call of Python in every step, and breaks the graph of torch.compile
+        for module in backbone.modules():
+            if isinstance(module, nn.Conv2d) and max(module.stride) > 1:
+                module.register_forward_pre_hook(_fill_up_tiny_map)
     return backbone
 
 

@@ -32,14 +32,19 @@ def all_reduce_max(value: Tensor) -> Tensor:
     return value
 
 
+def _renamed(name: str, before: str) -> Any:
+    """A function of `torch.distributed` by its name since torch 2.14, or by the one before."""
+    return getattr(dist, name, None) or getattr(dist, before)
+
+
 def all_gather_rows(value: Tensor) -> Tensor:
     """`(B, ...)` of every worker, joined in rank order to `(W * B, ...)`; no gradient. Every worker must bring B rows."""
     if world_size() == 1:
         return value
-    value = value.contiguous()  # images may be channels_last; the parts then must not be
-    parts = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(world_size())]
-    dist.all_gather(parts, value)
-    return torch.cat(parts)
+    value = value.contiguous()  # images may be channels_last; what is gathered then must not be
+    joined = value.new_empty((world_size() * len(value), *value.shape[1:]))
+    _renamed("all_gather_single", "all_gather_into_tensor")(joined, value)
+    return joined
 
 
 def all_gather_small(value: Tensor) -> Tensor:
@@ -67,8 +72,10 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = all_reduce_sum(gradients[0].contiguous().clone())
-        return total[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+        gradient = gradients[0].contiguous()
+        own = gradient.new_empty((ctx.rows, *gradient.shape[1:]))
+        _renamed("reduce_scatter_single", "reduce_scatter_tensor")(own, gradient, op=dist.ReduceOp.SUM)
+        return own
 
 
 def own_columns(value: Tensor) -> tuple[Tensor, int]:

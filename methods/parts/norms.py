@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -138,12 +138,20 @@ class GroupedBatchNormAct(GroupedBatchNorm):
         return self.act(self.drop(super().forward(input)))  # type: ignore[no-any-return]
 
 
-def synchronized(module: nn.Module) -> nn.Module:
+def synchronized(module: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
     """The module with every batch norm replaced by one over all workers; names, parameters and buffers stay the same objects.
 
-    Grouped ones stay: their method wants statistics of parts.
+    Grouped ones stay: their method wants statistics of parts. On a GPU the new ones are torch's and timm's, which refuse CPU
+    tensors; on a CPU they are those of this file.
     """
-    return _replaced(module, SyncBatchNorm, SyncBatchNormAct)
+    if torch.device(device).type == "cpu":
+        return _replaced(module, SyncBatchNorm, SyncBatchNormAct)
+    if isinstance(module, _BatchNorm):
+        keeps = isinstance(module, (GroupedBatchNorm, nn.SyncBatchNorm))
+        return module if keeps else convert_sync_batchnorm(module)  # torch's, or timm's with its activation
+    for name, child in module.named_children():
+        setattr(module, name, synchronized(child, device))
+    return module
 
 
 def grouped(module: nn.Module, groups: int) -> nn.Module:

@@ -119,7 +119,7 @@ def build_trainer(
     if device.type == "cpu":
         keep_freed_memory()
     if world_size() > 1 and ready.method.sync_batchnorm:
-        synchronized(ready.method)
+        synchronized(ready.method, device)
     method = ready.method.to(device)
     if config.train.compile:
         compile_blocks(method)

@@ -118,3 +118,31 @@ def test_views_are_view_major(channels_last: bool) -> None:
         assert torch.allclose(finished.crops[2 + v], expected, atol=1e-5)
     assert all((pixels[name] == before[name]).all() for name in pixels)
     assert finished.image_ids.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_groups_of_one_size_keep_their_own_settings() -> None:
+    """Two groups of one size, worked on together, equal each by itself; so do they in one pass, as on a GPU."""
+    other = CropGroup(count=1, size=24, **(STRONG | {"blur": 1.0, "blur_taps": 5, "grayscale_first": True, "solarize_threshold": 0.3}))
+    views = {"first": CropGroup(count=2, size=24, **STRONG), "small": CropGroup(count=1, size=12, **STRONG), "other": other}
+    sizes = np.full(9, 40)
+    tables = draw_views(0, 0, np.arange(9), sizes, sizes, views)
+    pixels = {name: torch.randint(0, 256, (9, g.count, g.size, g.size, 3), dtype=torch.uint8) for name, g in views.items()}
+    batch = SimpleNamespace(crops=pixels, tables=tables, ids=torch.arange(9), labels=torch.full((9,), -1))
+    finished = finish_views(batch, views, MEAN, STD, "cpu")
+    assert list(finished.stacks) == ["first", "small", "other"]
+    for name, group in views.items():
+        for v, crops in enumerate(finished.stacks[name].chunk(group.count)):
+            expected = finish_crops(pixels[name][:, v], tables[name][:, v], group, MEAN, STD)
+            assert torch.allclose(crops, expected, atol=1e-5), name
+
+
+def test_the_device_is_never_asked() -> None:
+    """On meta any read of a value raises, and so does a tensor of another device."""
+    views = {"global": CropGroup(count=2, size=24, **STRONG), "local": CropGroup(count=1, size=12, **(STRONG | {"grayscale_first": True}))}
+    sizes = np.full(20, 40)
+    tables = draw_views(0, 0, np.arange(20), sizes, sizes, views)
+    pixels = {name: torch.zeros((20, g.count, g.size, g.size, 3), dtype=torch.uint8) for name, g in views.items()}
+    batch = SimpleNamespace(crops=pixels, tables=tables, ids=torch.arange(20), labels=torch.full((20,), -1))
+    finished = finish_views(batch, views, MEAN, STD, "meta")
+    assert [tuple(stack.shape) for stack in finished.stacks.values()] == [(40, 3, 24, 24), (20, 3, 12, 12)]
+    assert all(stack.is_meta and stack.is_contiguous(memory_format=torch.channels_last) for stack in finished.stacks.values())
