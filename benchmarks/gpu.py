@@ -10,13 +10,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import inspect
 import json
 import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,13 @@ from pipeline.config import RunConfig, override
 from pipeline.ingest.crops import draw_views
 from pipeline.ingest.photometric import finish_views
 from pipeline.ingest.stream import Batch, Stream, start_ray
-from pipeline.machine import available_cores, memory_advice, set_precision
+from pipeline.machine import available_cores, memory_advice
 from pipeline.recipes import load_recipe
 from pipeline.runs import create_run
+from pipeline.train.display import NullReporter
 from pipeline.train.loop import Trainer
-from pipeline.train.optim import build_optimizer
 from pipeline.train.prepare import prepare
+from pipeline.train.work import build_trainer
 
 RECIPES = {  # images of one GPU; the recipe of the same method that stands in with --tiny
     "swav-imagenet": (64, "swav-small"),
@@ -62,16 +62,6 @@ COLUMNS = {
 }
 
 
-class Quiet:
-    """A screen that shows nothing."""
-
-    images_per_s = 0.0
-
-    def update(self, step: int, **values: float | None) -> None: ...
-
-    def say(self, text: str) -> None: ...
-
-
 # ---------------------------------------------------------------------------- what is measured
 
 
@@ -96,30 +86,13 @@ def configured(recipe: str, images: int, folder: Path, lanes: int = 8) -> RunCon
 
 
 def build(config: RunConfig, folder: Path, device: torch.device) -> tuple[Trainer, Stream]:
-    """A run's trainer on a device, without anything that measures or reports, and its stream."""
-    set_precision(device)
-    ready = prepare(config)
-    method = ready.method.to(device)
-    trainer = Trainer(
-        config=ready.config,
-        resolved=ready.resolved,
-        method=method,
-        optimizer=build_optimizer(config.optim, method.param_groups()),
-        folder=create_run(folder, None, "gpu"),
-        device=device,
-        precision=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
-        display=Quiet(),
-        report=lambda step, metrics: None,
-        images=len(ready.manifest),
+    """A run's trainer on a device, without anything that shows or reports, and its stream."""
+    ready, screen = prepare(config), NullReporter(config.train.global_batch_size)
+    trainer = build_trainer(
+        ready, create_run(folder, None, "gpu"), None, screen=screen, report=lambda step, metrics: None, stop=lambda: False, device=device
     )
-    method.train()
+    trainer.method.train()
     return trainer, ready.stream
-
-
-def batches(stream: Stream, device: torch.device) -> Iterator[Batch]:
-    """The stream's batches, on the device as far as the stream itself brings them there."""
-    brings = "device" in inspect.signature(stream.batches).parameters
-    return stream.batches(**({"device": device} if brings else {}))
 
 
 def random_batch(views: ViewsConfig, images: int, device: torch.device, step: int = 0, of: int = 2**31) -> Batch:
@@ -159,7 +132,7 @@ def step_rate(trainer: Trainer, batch: Batch, seconds: float) -> float:
 
 def loader_rate(stream: Stream, device: torch.device, seconds: float) -> float:
     """Images/s of the batches alone; those that were ready before the clock started do not count."""
-    with contextlib.closing(batches(stream, device)) as found:  # type: ignore[type-var]
+    with contextlib.closing(stream.batches(device=device)) as found:
         for _ in range(4):
             next(found)
         begin, images = time.perf_counter(), 0
@@ -172,7 +145,7 @@ def loader_rate(stream: Stream, device: torch.device, seconds: float) -> float:
 def fed(trainer: Trainer, stream: Stream, seconds: float) -> tuple[float, float]:
     """Images/s of steps that the loader feeds, and the time that a step waits for its batch, ms."""
     trainer.position.step, waits, images = 0, [], 0
-    with contextlib.closing(batches(stream, trainer.device)) as found:  # type: ignore[type-var]
+    with contextlib.closing(stream.batches(device=trainer.device)) as found:
         for _ in range(4):
             trainer.step(next(found))
         synchronize(trainer.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import time
 from pathlib import Path
 
@@ -13,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from benchmarks.gpu import batches, configured, make_images, random_batch
+from benchmarks.gpu import configured, make_images, random_batch
 from methods.parts.backbones import BackboneConfig, build_backbone
 from pipeline.config import DataConfig
 from pipeline.embed import embed
 from pipeline.exports import export
 from pipeline.ingest.photometric import finish_views
-from pipeline.ingest.stream import Stream, start_ray
+from pipeline.ingest.stream import Stream
 from pipeline.machine import set_precision
 from pipeline.recipes import load_recipe
 from pipeline.train.prepare import prepare
@@ -30,11 +29,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images = tmp_path_factory.mktemp("data") / "images"
     make_images(images, 512, (64, 48))
     return images
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_here() -> None:
-    start_ray()
 
 
 @pytest.mark.parametrize("recipe", ["swav-imagenet", "byol", "moco-v1", "dino-vits16"])
@@ -56,11 +50,9 @@ def stream_of(folder: Path) -> Stream:
     return prepare(configured("simclr-small", 32, folder, lanes=2)).stream
 
 
-def test_batches_arrive_on_the_device_with_the_pixels_of_the_cpu(folder: Path, device: torch.device) -> None:
+def test_batches_arrive_on_the_device_with_the_pixels_of_the_cpu(ray_local: None, folder: Path, device: torch.device) -> None:
     stream = stream_of(folder)
-    if "device" not in inspect.signature(stream.batches).parameters:
-        pytest.skip("this stream delivers on the CPU")
-    with contextlib.closing(batches(stream, device)) as there, contextlib.closing(batches(stream, torch.device("cpu"))) as here:  # type: ignore[type-var]
+    with contextlib.closing(stream.batches(device=device)) as there, contextlib.closing(stream.batches()) as here:
         for _ in range(20):
             found, expected = next(there), next(here)
             assert found.step == expected.step and found.ids.device.type == device.type
@@ -70,9 +62,9 @@ def test_batches_arrive_on_the_device_with_the_pixels_of_the_cpu(folder: Path, d
                 assert torch.equal(found.crops[name].cpu(), crops)
 
 
-def test_the_next_batch_is_ready_when_a_step_ends(folder: Path, device: torch.device) -> None:
+def test_the_next_batch_is_ready_when_a_step_ends(ray_local: None, folder: Path, device: torch.device) -> None:
     waits = []
-    with contextlib.closing(batches(stream_of(folder), device)) as found:  # type: ignore[type-var]
+    with contextlib.closing(stream_of(folder).batches(device=device)) as found:
         for step in range(12):
             asked = time.perf_counter()
             next(found)
@@ -82,7 +74,9 @@ def test_the_next_batch_is_ready_when_a_step_ends(folder: Path, device: torch.de
     assert np.median(waits) < 0.05
 
 
-def test_features_and_the_served_model_use_the_device_and_agree_with_the_cpu(folder: Path, device: torch.device, tmp_path: Path) -> None:
+def test_features_and_the_served_model_use_the_device_and_agree_with_the_cpu(
+    ray_local: None, folder: Path, device: torch.device, tmp_path: Path
+) -> None:
     from types import SimpleNamespace
 
     from pipeline.served import Embedder

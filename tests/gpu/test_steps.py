@@ -12,15 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import build, random_batch
+from benchmarks.gpu import build, configured, make_images, random_batch
 from methods.parts.contract import Progress, find, registered
 from methods.parts.views import Views
 from pipeline.config import RunConfig, override
 from pipeline.ingest.photometric import finish_views
 from pipeline.ingest.stream import Batch
 from pipeline.recipes import entries, load_recipe
+from pipeline.runs import create_run
+from pipeline.train.display import NullReporter
 from pipeline.train.guards import TrainingStopped
 from pipeline.train.loop import Trainer
+from pipeline.train.prepare import prepare
+from pipeline.train.work import train
 
 BATCH = 16
 DATA = {"data.path": "patches:per_photo=6", "data.held_out": 0.0, "data.lanes": 2, "train.global_batch_size": BATCH}  # 7 steps an epoch
@@ -126,15 +130,15 @@ def test_a_resumed_run_has_the_same_loss_curve(method: str, device: torch.device
     assert [float(again.step(batch(again)).loss) for _ in range(5)] == pytest.approx(expected, rel=1e-3)  # type: ignore[arg-type]
 
 
-def test_a_full_device_ends_training_with_a_sentence(cuda: torch.device, tmp_path: Path) -> None:
-    config = override(load_recipe("swav"), DATA | {"data.lanes": 1, "train.global_batch_size": 64, "train.steps": 4})
-    trainer, _ = build(config, tmp_path, cuda)
-    due = random_batch(config.views, 64, cuda)
+def test_a_full_device_ends_training_with_a_sentence(ray_local: None, cuda: torch.device, tmp_path: Path) -> None:
+    make_images(tmp_path / "images", 128, (64, 48))
+    ready = prepare(override(configured("swav", 64, tmp_path / "images", lanes=1), {"train.epochs": 2}))
     _, total = torch.cuda.mem_get_info()
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**30) / total)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**30) / total)  # weights fit, the step does not
+    quiet = {"screen": NullReporter(64), "report": lambda step, metrics: None, "stop": lambda: False}
     try:
-        with pytest.raises(TrainingStopped, match=r"train\.global_batch_size=64"):
-            trainer.run(iter([due]))
+        with pytest.raises(TrainingStopped, match=r"out of memory.*train\.global_batch_size=64"):
+            train(ready, create_run(tmp_path, None, "full"), None, **quiet)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()
