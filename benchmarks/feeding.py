@@ -12,13 +12,14 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
 import ray
 from views import LARGE
 
+from pipeline.ingest.crops import COLUMNS
 from pipeline.ingest.manifest import Manifest
 from pipeline.ingest.plan import Plan
 from pipeline.ingest.ray_data import raise_priority, start_ray
@@ -30,23 +31,17 @@ IMAGES = 100_000
 WAITED_S = 0.005  # a batch that is ready takes microseconds
 
 
-@lru_cache(maxsize=1)
-def _columns(rows: int) -> dict[str, np.ndarray]:
-    from pipeline.ingest.crops import COLUMNS
-
-    columns: dict[str, np.ndarray] = {}
-    for name, group in LARGE.items():
-        columns[f"crops/{name}"] = np.full((rows, group.count, group.size, group.size, 3), 100, np.uint8)
-        columns[f"table/{name}"] = np.zeros((rows, group.count, len(COLUMNS)), np.float32)
-    return columns | {"label": np.full(rows, -1), "reason": np.full(rows, "", object)}
-
-
 def _ready(item: dict[str, np.ndarray], plan: Plan) -> dict[str, np.ndarray]:
     """What a task would cut, without cutting."""
     epoch, group, lane = (int(item[key][0]) for key in ("epoch", "group", "lane"))
     rows = plan.chunks(group) * plan.chunk
     slot = plan.first_slot(group, lane) + np.arange(rows)
-    return _columns(rows) | {"id": slot, "planned": slot, "epoch": np.full(rows, epoch), "slot": slot}
+    columns = {"id": slot, "planned": slot, "slot": slot, "epoch": np.full(rows, epoch), "label": np.full(rows, -1)}
+    columns["reason"] = np.full(rows, "", object)
+    for name, views in LARGE.items():
+        columns[f"crops/{name}"] = np.zeros((rows, views.count, views.size, views.size, 3), np.uint8)
+        columns[f"table/{name}"] = np.zeros((rows, views.count, len(COLUMNS)), np.float32)
+    return columns
 
 
 class ReadyPixels(Stream):
