@@ -14,6 +14,7 @@ from methods.parts.errors import ConfigError
 from pipeline.config import RunConfig
 from pipeline.ingest.sources import open_source
 from pipeline.ingest.stream import start_ray
+from pipeline.machine import available_cores
 from pipeline.points import read_points
 from tuning import draws
 from tuning.spaces import parse_space
@@ -46,7 +47,7 @@ def room(config: RunConfig, asked: int | None, gpus_asked: float | None, trials:
     from pipeline.ingest.ray_data import joins_cluster
     from pipeline.train.placement import CPU_WORKER, GPU_WORKER, fits
 
-    workers, cores = config.train.worker_range[0], os.cpu_count() or 1
+    workers, cores = config.train.worker_range[0], int(available_cores())
     cluster = joins_cluster()
     concurrent = asked or (1 if workers else max(1, cores // 4))
     start_ray(extra_cpus=math.ceil(LOCAL_SHARE * max(1, workers) * concurrent), resources={SLOT: concurrent})

@@ -16,6 +16,7 @@ from pipeline.evaluate.probes import PROTOCOLS, Probes, ProbeScores
 from pipeline.evaluate.protocols import Scores, final_scores
 from pipeline.ingest.sources import open_source
 from pipeline.ingest.stream import start_ray
+from pipeline.machine import set_precision
 
 
 def config_of(export: Path) -> RunConfig:
@@ -44,6 +45,7 @@ def evaluate(export: Path, config: RunConfig, protocols: Sequence[str] = ("knn",
     untrained = build_backbone(config.backbone)
     start_ray()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    set_precision(device)
     backbone = backbone.to(device)
     scores = final_scores(config, manifest, backbone, untrained, device) if "knn" in protocols else None
     if scores is not None and not scores.rows:
