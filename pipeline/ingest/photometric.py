@@ -28,7 +28,6 @@ HUE_PLACE = np.argmax(ORDERS == HUE, axis=1)  # (24,): which of the four operati
 RANK = np.argsort(np.argsort(HUE_PLACE, kind="stable"))  # (24,): of each order among all, sorted by the place of the hue
 HUE_OFFSETS = np.array([0, 4, 2])  # sixths of a turn, see `_hue_`
 CHUNK_VALUES = 2**20  # float32 values worked on at a time on a CPU: fewer miss its cache, more pay less overhead (measured)
-LARGE_ROW = 64 * 64  # pixels from which on copies one by one take a CPU half as long as those of a list of rows
 BLUR_BLOCK = 56  # pixels of a row or column blurred at a time: smaller blocks multiply fewer zeros, larger ones are fewer calls
 
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean and standard deviation, in [0, 1]
@@ -142,11 +141,7 @@ def _finish(
         _blur_(x, sent)
         _solarize_(x, sent)
         _normalise(x, mean, std, done[: len(rows)].movedim(-1, 1) if channels_last else done[: len(rows)])
-        if device.type == "cpu" and height * width > LARGE_ROW:
-            for place, row in zip(rows.tolist(), done, strict=False):
-                out[place].copy_(row)
-        else:
-            out.index_copy_(0, sent["target"], done[: len(rows)])
+        out.index_copy_(0, sent["target"], done[: len(rows)])
     return list((out.movedim(-1, 1) if channels_last else out).split(counts))
 
 
