@@ -243,11 +243,13 @@ def _blend_(x: Tensor, place: int, at: slice, host: dict[str, np.ndarray], sent:
     if (host["factor"][place, at] == 1).all():  # also where there is no sample
         return
     x, gray = x[at], plane[at, None]
-    _gray(x, out=plane[at])
-    if host["mean_share"][place, at].any():
+    if not host["gray_share"][place, at].any():  # no saturation, as happens in the small chunks of a CPU
+        gray = _gray(x.mean((2, 3), keepdim=True))[:, None].mul_(mean_share)
+    elif host["mean_share"][place, at].any():
+        _gray(x, out=plane[at])
         torch.addcmul(gray.mean((2, 3), keepdim=True).mul_(mean_share), gray, gray_share, out=gray)
     else:
-        gray.mul_(gray_share)
+        _gray(x, out=plane[at]).unsqueeze(1).mul_(gray_share)
     torch.addcmul(gray, x, factor, out=x)
     if host["factor"][place, at].max() > 1:  # else it darkens, or is a convex combination, and stays in [0, 1]
         x.clamp_(0, 1)
