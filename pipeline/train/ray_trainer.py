@@ -25,7 +25,7 @@ from pipeline.train.display import Screen
 from pipeline.train.guards import TrainingStopped
 from pipeline.train.placement import Resources, place_workers, worker_resources
 from pipeline.train.prepare import Prepared
-from pipeline.train.reporting import RemoteReporter, deliver, open_channel
+from pipeline.train.reporting import RemoteReporter, deliver, open_channel, share_through
 from pipeline.train.work import Evaluation, TrainResult, evaluate_checkpoint, train
 
 POLL_S = 0.25  # between two looks of the driver at its workers
@@ -242,7 +242,6 @@ def worker_main(settings: dict[str, Any]) -> TrainResult:
     """
     import ray
     from ray.train import get_context, get_preemption_info
-    from ray.train.collective import broadcast_from_rank_zero
     from ray.train.torch import get_device
 
     raise_priority()
@@ -276,7 +275,7 @@ def worker_main(settings: dict[str, Any]) -> TrainResult:
             device=get_device(),
             local_workers=context.get_local_world_size(),
             tasks=settings["tasks"],
-            share=broadcast_from_rank_zero,
+            share=share_through(settings["channel"], context.get_world_rank()),
         )
     finally:
         reporter.close()

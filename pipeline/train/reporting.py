@@ -1,11 +1,11 @@
-"""Messages between the workers of a run and its driver, through one small actor that the driver polls."""
+"""Messages between the workers of a run and its driver, and among the workers, through one small actor that the driver polls."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipeline.points import append_line, encode
@@ -22,6 +22,15 @@ class Channel:
     def __init__(self) -> None:
         self.messages: list[Message] = []
         self.stop = False
+        self.offer: Any = None
+
+    def set_offer(self, value: Any) -> None:
+        """From rank 0, for the other workers."""
+        self.offer = value
+
+    def get_offer(self) -> Any:
+        """From a worker."""
+        return self.offer
 
     def post(self, messages: list[Message]) -> bool:
         """From a worker. Return whether to stop."""
@@ -42,6 +51,28 @@ def open_channel() -> Any:
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0, scheduling_strategy=here)(Channel).remote()
+
+
+def share_through(channel: Any, rank: int) -> Callable[[Any], Any]:
+    """Return a collective function of all workers: it takes a value, and returns on every rank what rank 0 gave.
+
+    The value may hold object references. `ray.train.collective.broadcast_from_rank_zero` would keep these, and what they stand for, as long
+    as rank 0 lives, because it measures their size by pickling them.
+    """
+    import ray
+    from ray.train.collective import barrier
+
+    def share(value: Any) -> Any:
+        if rank == 0:
+            ray.get(channel.set_offer.remote(value))
+        barrier()
+        found = ray.get(channel.get_offer.remote())
+        barrier()
+        if rank == 0:
+            channel.set_offer.remote(None)
+        return found
+
+    return share
 
 
 class RemoteReporter:
