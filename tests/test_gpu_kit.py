@@ -15,6 +15,7 @@ BENCHMARK = [sys.executable, str(ROOT / "benchmarks" / "gpu.py")]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_the_benchmark_measures_a_tiny_recipe_on_the_cpu(tmp_path: Path) -> None:
     file = tmp_path / "gpu.json"
