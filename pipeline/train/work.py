@@ -73,8 +73,8 @@ def train(
         TrainingStopped: a loss that is no number, too many bad images, or too little memory.
         checkpoint.DiskFull: a checkpoint could not be written.
     """
-    trainer = build_trainer(ready, folder, state, screen=screen, report=report, stop=stop, **how)
     try:
+        trainer = build_trainer(ready, folder, state, screen=screen, report=report, stop=stop, **how)
         with contextlib.closing(batches(ready, trainer, tasks, share)) as stream:
             trainer.run(stream)
     except torch.OutOfMemoryError as error:
