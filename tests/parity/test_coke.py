@@ -18,7 +18,7 @@ from methods.parts.contract import Progress, RunFacts, StepOutput
 from methods.parts.distributed import average_gradients
 from methods.parts.norms import synchronized
 from methods.parts.views import Views
-from tests.parity.common import EXACT, SINGLE, Same, in_processes
+from tests.parity.common import EXACT, SINGLE, Same, in_processes, pieces_of
 
 # ---------------------------------------------------------------------------- a run without a loop
 
@@ -308,7 +308,7 @@ def trained(rank: int, world: int, sharded: bool, begin: int = 0, state: dict[st
 
 
 def state_of(method: CoKe) -> dict[str, Any]:
-    return {"method": method.state_dict(), "tables": {name: table.pieces() for name, table in method.id_tables().items()}}
+    return {"method": method.state_dict(), "tables": {name: pieces_of(table) for name, table in method.id_tables().items()}}
 
 
 def every_way(rank: int, world: int) -> dict[str, Any]:

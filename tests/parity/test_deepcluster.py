@@ -14,7 +14,7 @@ from methods.deepcluster import DeepCluster, DeepClusterConfig, random_rows, sph
 from methods.parts.contract import Progress, RunFacts
 from methods.parts.errors import ConfigError
 from methods.parts.views import Views
-from tests.parity.common import EXACT, Same, in_processes
+from tests.parity.common import EXACT, Same, in_processes, pieces_of
 
 N, BATCH, DIM, K, HEADS = 26, 6, 5, 4, 3
 STEPS = N // BATCH  # of an epoch: two images are left out of each
@@ -65,7 +65,7 @@ def train(method: DeepCluster, steps: range, rank: int = 0, world: int = 1) -> l
                 weight -= 0.5 * gradient / world
         method.after_step([out.outputs], progress(step))
         trace.append({"loss": None if out.loss is None else out.loss.detach(), "prototypes": method.prototypes.clone()})
-        trace[-1] |= {name: torch.cat(table.pieces()).clone() for name, table in method.id_tables().items()}
+        trace[-1] |= {name: torch.cat(pieces_of(table)).clone() for name, table in method.id_tables().items()}
     return trace
 
 
@@ -178,7 +178,7 @@ def test_a_restart_changes_nothing(killed: int) -> None:
     after = deepcluster()
     after.load_state_dict(before.state_dict())
     for name, table in after.id_tables().items():
-        table.load([piece.clone() for piece in before.id_tables()[name].pieces()])
+        table.load([piece.clone() for piece in pieces_of(before.id_tables()[name])])
     for ours, theirs in zip(train(after, range(killed, 3 * STEPS)), want[killed:], strict=True):
         for name in ("loss", "memory", "labels", "prototypes"):
             assert (ours[name] is None and theirs[name] is None) or torch.equal(ours[name], theirs[name]), name
