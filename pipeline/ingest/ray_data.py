@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from methods.parts.errors import ConfigError
 from pipeline.machine import available_cores, total_memory
 
 if TYPE_CHECKING:
+    from ray import ObjectRef
     from ray.data import DataIterator
 
 QUIET = {
@@ -157,7 +159,7 @@ def execution(
 
     Block k is for consumer k mod `consumers`, if the blocks of every round have equally many rows; each consumer gets its own in order.
     The executor lives in an actor of Ray's, on this machine. It begins when all consumers iterate, and ends when they have ended or
-    nobody holds the iterators any more.
+    nobody holds the iterators any more. `function` reaches the tasks by reference, so that the executor does not load what it imports.
 
     Args:
         items: columns of one row each.
@@ -182,8 +184,21 @@ def execution(
     with DataContext.current(context):
         rows = ray.data.from_items(list(items), override_num_blocks=len(items))
         # no task pool of fixed size: it would not be fused with what comes before
-        splits: list[DataIterator] = rows.map_batches(function, batch_size=None).streaming_split(consumers, equal=True)
+        apply = partial(_apply, held=[ray.put(function)])
+        splits: list[DataIterator] = rows.map_batches(apply, batch_size=None).streaming_split(consumers, equal=True)
     return splits
+
+
+def _apply(item: dict[str, np.ndarray], held: list[ObjectRef]) -> dict[str, np.ndarray]:
+    return _function(held[0])(item)
+
+
+@lru_cache(maxsize=2)  # of this execution, and of the next one
+def _function(reference: ObjectRef) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    import ray
+
+    function: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] = ray.get(reference)
+    return function
 
 
 def blocks(iterator: DataIterator, prefetch: int) -> Generator[dict[str, np.ndarray]]:
