@@ -50,11 +50,10 @@ def in_store(client: Any, key: str) -> dict[str, Any]:
         return {}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_in_the_store_goes_on_without_its_local_copy(workers: int, store: tuple[Any, dict[str, str]], tmp_path: Path) -> None:
-    """Two workers write to the store from other processes than the driver's; then one goes on from there."""
+def test_a_run_in_the_store_goes_on_without_its_local_copy(store: tuple[Any, dict[str, str]], tmp_path: Path) -> None:
+    """Two workers write to the store from other processes than the driver's; then the driver itself goes on from there."""
     client, environment = store
-    name, where = f"run-{workers}", "--runs-dir=s3://lake/runs"
+    name, where = "first", "--runs-dir=s3://lake/runs"
     settings = [
         "--train.steps=12",
         "--train.global-batch-size=32",
@@ -63,7 +62,7 @@ def test_a_run_in_the_store_goes_on_without_its_local_copy(workers: int, store: 
         "--train.threads=1",
     ]
     first = start(
-        ["pretrain", "swav-small", "--data.path=s3://lake/images", where, f"--run={name}", f"--train.workers={workers}", *settings],
+        ["pretrain", "swav-small", "--data.path=s3://lake/images", where, f"--run={name}", "--train.workers=2", *settings],
         environment,
         tmp_path / "cache",
     )
@@ -74,8 +73,8 @@ def test_a_run_in_the_store_goes_on_without_its_local_copy(workers: int, store: 
     said = first.communicate()[0]
     shutil.rmtree(tmp_path / "cache")
     config = client.get_object(Bucket="lake", Key=f"runs/{name}/config.yaml")["Body"].read().decode()
-    assert f"  workers: {workers}\n" in config
-    fewer = config.replace("  workers: 2\n", "  workers: 1\n")
+    assert "  workers: 2\n" in config
+    fewer = config.replace("  workers: 2\n", "  workers: 0\n")
     client.put_object(Bucket="lake", Key=f"runs/{name}/config.yaml", Body=fewer.encode())
 
     second = start(["resume", name, where], environment, tmp_path / "other")
