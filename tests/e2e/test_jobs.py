@@ -30,7 +30,7 @@ from tests.conftest import USERS_ENV
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(
         importlib.util.find_spec("aiohttp_cors") is None, reason="a head that takes jobs needs ray[default]: pip install -e '.[cluster]'"
     ),
@@ -65,7 +65,7 @@ class Head:
                     raise
             time.sleep(0.5)
 
-    def finish(self, job: str, timeout_s: float = 240.0) -> tuple[str, str]:
+    def finish(self, job: str, timeout_s: float = 480.0) -> tuple[str, str]:
         """Status and log of a job when it has ended."""
         wait_until(lambda: self.client.get_job_status(job).is_terminal(), timeout_s, lambda: self.client.get_job_logs(job))
         return str(self.client.get_job_status(job)), self.client.get_job_logs(job)
@@ -164,11 +164,30 @@ def ask(url: str, token: str | None) -> int:
 
 
 @pytest.fixture(scope="module")
-def finished(head: Head, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A shared runs folder with a run `first`, trained by a job; and that job's log."""
+def finished(head: Head, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """A shared runs folder with a run `first`: stopped with its job, resumed by another; and the logs of both."""
     runs = tmp_path_factory.mktemp("shared") / "runs"
-    log = head.run("pretrain", *TINY, f"--runs-dir={runs}", "--run=first", "--train.steps=12", f"--json={runs / 'first.json'}")
-    return runs, log
+    settings = ["--train.steps=4000", "--train.checkpoint-every=10000"]
+    # time for the current step and its checkpoint; Ray's own limit of 3 s would often do
+    command = ["python", "manyviews.py", "pretrain", *TINY, f"--runs-dir={runs}", "--run=first", *settings]
+    job = head.submit(shlex.join(command), RAY_JOB_STOP_WAIT_TIME_S="60")
+    points = runs / "first" / "metrics.jsonl"
+
+    def trains() -> bool:
+        assert not head.client.get_job_status(job).is_terminal(), head.client.get_job_logs(job)
+        return points.exists() and '"loss"' in points.read_text()
+
+    wait_until(trains, 240, lambda: head.client.get_job_logs(job))
+    assert head.client.stop_job(job)
+    status, stopped = head.finish(job)
+    assert status == "STOPPED"
+    config = runs / "first" / "config.yaml"
+    config.write_text(config.read_text().replace("steps: 4000", f"steps: {last_step(runs) + 5}"))  # the rest need not take long
+    return runs, stopped, head.run("resume", "first", f"--runs-dir={runs}", f"--json={runs / 'first.json'}")
+
+
+def last_step(runs: Path) -> int:
+    return int(json.loads((runs / "first" / "checkpoints" / "last.json").read_text())["step"])
 
 
 def test_a_stranger_without_the_token_is_refused(head: Head) -> None:
@@ -200,17 +219,21 @@ def test_workers_get_the_uploaded_code_and_nothing_of_the_submitting_machine(hea
     assert (threads, policy) == ("3", "PASSIVE")
 
 
-def test_pretrain_as_a_job_shows_progress_and_leaves_a_run(finished: tuple[Path, str]) -> None:
-    runs, log = finished
-    assert re.search(r"^step 12/12 .* loss [\d.]+ \(ln K 2\.773\) .* eta 0:00$", log, re.M)
+def test_a_job_stopped_in_the_middle_is_resumed_by_another(finished: tuple[Path, str, str]) -> None:
+    runs, stopped, log = finished
+    assert_readable(stopped)
+    assert "manyviews resume first" in stopped
+    end = last_step(runs)
+    assert 15 <= end < 4000 and f"from step {end - 5}" in log
+    assert re.search(rf"^step {end}/{end} .* loss [\d.]+ \(ln K 2\.773\) .* eta 0:00$", log, re.M)
     assert "kNN top-1, test images" in log
     assert json.loads((runs / "first.json").read_text())["status"] == "finished"
     assert (runs / "first" / "model" / "backbone.safetensors").is_file()
     assert not (ROOT / "first").exists() and not (ROOT / "runs" / "first").exists()
 
 
-def test_evaluate_and_embed_as_jobs(head: Head, finished: tuple[Path, str]) -> None:
-    runs, _ = finished
+def test_evaluate_and_embed_as_jobs(head: Head, finished: tuple[Path, str, str]) -> None:
+    runs, _, _ = finished
     head.run("evaluate", "first", f"--runs-dir={runs}", f"--json={runs / 'scores.json'}")
     trained = json.loads((runs / "first" / "evaluation.json").read_text())["trained"]
     assert json.loads((runs / "scores.json").read_text())["trained"] == pytest.approx(trained, abs=1e-6)
@@ -219,38 +242,12 @@ def test_evaluate_and_embed_as_jobs(head: Head, finished: tuple[Path, str]) -> N
     assert sum(pq.read_metadata(part).num_rows for part in (runs / "features").glob("part-*.parquet")) == 361
 
 
-def test_a_job_stopped_in_the_middle_is_resumed_by_another(head: Head, tmp_path: Path) -> None:
-    common = [f"--runs-dir={tmp_path}", "--run=stopped", "--train.steps=4000", "--train.checkpoint-every=10000", "--track.no-register"]
-    # time for the current step and its checkpoint; Ray's own limit of 3 s would often do
-    job = head.submit(shlex.join(["python", "manyviews.py", "pretrain", *TINY, *common]), RAY_JOB_STOP_WAIT_TIME_S="60")
-    points = tmp_path / "stopped" / "metrics.jsonl"
-
-    def trains() -> bool:
-        assert not head.client.get_job_status(job).is_terminal(), head.client.get_job_logs(job)
-        return points.exists() and '"loss"' in points.read_text()
-
-    wait_until(trains, 180, lambda: head.client.get_job_logs(job))
-    assert head.client.stop_job(job)
-    status, log = head.finish(job)
-    assert status == "STOPPED"
-    assert_readable(log)
-    assert "manyviews resume stopped" in log
-    step = json.loads((tmp_path / "stopped" / "checkpoints" / "last.json").read_text())["step"]
-    assert 10 <= step < 4000
-    config = tmp_path / "stopped" / "config.yaml"
-    config.write_text(config.read_text().replace("steps: 4000", f"steps: {step + 5}"))  # the rest need not take long
-    log = head.run("resume", "stopped", f"--runs-dir={tmp_path}")
-    assert f"from step {step}" in log
-    assert f"step {step + 5}/{step + 5}" in log
-    assert json.loads((tmp_path / "stopped" / "run.json").read_text())["status"] == "finished"
-
-
 def test_a_search_as_a_job_whose_trials_are_groups_of_two_workers(head: Head, tmp_path: Path) -> None:
     """One after the other; the second learns nothing and is cut: its group is killed, and the job ends all the same."""
     search = ["--space", "optim.base_lr=choice:6e-3,1e-9", "--search=grid", "--grace=8", "--concurrent=1", "--name=groups"]
     settings = ["--train.steps=12", "--evaluate.knn-every=4", "--train.workers=2", "--train.threads=1", f"--runs-dir={tmp_path}"]
     # Ray's own warning about the number of processes may be in the log: each group brings four beside its workers
-    status, log = head.finish(head.submit(shlex.join(["python", "manyviews.py", "tune", *TINY, *settings, *search])), timeout_s=480)
+    status, log = head.finish(head.submit(shlex.join(["python", "manyviews.py", "tune", *TINY, *settings, *search])), timeout_s=800)
     assert status == "SUCCEEDED", log
     trials = [json.loads(path.read_text()) for path in sorted((tmp_path / "groups").glob("trial-*/trial.json"))]
     assert [(t["status"], t["step"]) for t in trials] == [("finished", 12), ("stopped", 8)], log
