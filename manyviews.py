@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import screens
-from pipeline.settings import configured, parse_settings
+from pipeline.cli import printing
+from pipeline.cli.overrides import configured, parse_settings
 from tuning import verbs as verbs_of_tuning
 
 # Idle threads of one process must not spin on cores that another one needs; read when torch is loaded.
@@ -156,7 +156,7 @@ def _runs_dir(given: str) -> Path:
     """The folder to work in."""
     if "://" not in given:
         return Path(given)
-    from pipeline.mirror import local_copy
+    from pipeline.storage.mirror import local_copy
 
     return local_copy(given)
 
@@ -168,95 +168,95 @@ def pretrain(options: Any, settings: list[str]) -> int:
     config = configured(_given(options, "recipe", "RECIPE"), settings)
     from pipeline.train import launch
 
-    return screens.conclude(launch.pretrain(config, runs_dir=options.runs_dir, run=options.run, console=screens.console()), options)
+    return printing.conclude(launch.pretrain(config, runs_dir=options.runs_dir, run=options.run, console=printing.console()), options)
 
 
 def resume(options: Any, settings: list[str]) -> int:
     from methods.parts.errors import ConfigError
-    from pipeline.runs import find_run
+    from pipeline.run_folder import find_run
 
     try:
         folder = find_run(options.run, options.runs_dir)
     except ConfigError:
-        if (code := verbs_of_tuning.resume(options.run, options, screens.write_json, screens.console())) is None:
+        if (code := verbs_of_tuning.resume(options.run, options, printing.write_json, printing.console())) is None:
             raise
         return code
     from pipeline.train import launch
 
-    return screens.conclude(launch.resume(folder, runs_dir=options.runs_dir, console=screens.console()), options)
+    return printing.conclude(launch.resume(folder, runs_dir=options.runs_dir, console=printing.console()), options)
 
 
 def continue_run(options: Any, settings: list[str]) -> int:
     from pipeline.config import from_yaml
-    from pipeline.runs import find_run
+    from pipeline.run_folder import find_run
 
     earlier = find_run(_given(options, "from_run", "RUN"), options.runs_dir)
     config = parse_settings(from_yaml(earlier.config_text()), settings, f"manyviews continue {earlier.name}")
     from pipeline.train import launch
 
-    return screens.conclude(
-        launch.continue_run(earlier, config, runs_dir=options.runs_dir, run=options.run, console=screens.console()), options
+    return printing.conclude(
+        launch.continue_run(earlier, config, runs_dir=options.runs_dir, run=options.run, console=printing.console()), options
     )
 
 
 def evaluate(options: Any, settings: list[str]) -> int:
-    from pipeline import registry
+    from pipeline.export import registry
 
     model = _given(options, "model", "RUN_OR_MODEL")
     folder = registry.resolve_model(model, runs_dir=options.runs_dir, uri=_tracking_uri(settings))
-    from pipeline.evaluate import verb
+    from pipeline.cli import evaluation
 
-    config = parse_settings(verb.config_of(folder), settings, f"manyviews evaluate {model}")
-    scores, probes = verb.evaluate(folder, config, options.protocol)
+    config = parse_settings(evaluation.config_of(folder), settings, f"manyviews evaluate {model}")
+    scores, probes = evaluation.evaluate(folder, config, options.protocol)
     if scores is not None:
-        screens.show_scores(scores)
+        printing.show_scores(scores)
     for probe in probes:
-        screens.show_probe(probe)
+        printing.show_probe(probe)
     found = {"model": model} | (scores.to_dict() if scores is not None else {})
-    screens.write_json(options, found | {probe.name: probe.to_dict() for probe in probes})
+    printing.write_json(options, found | {probe.name: probe.to_dict() for probe in probes})
     return 0
 
 
 def embed(options: Any, settings: list[str]) -> int:
-    from pipeline import registry
     from pipeline.config import DataConfig
-    from pipeline.embed import BAD
-    from pipeline.embed import embed as run
+    from pipeline.export import registry
+    from pipeline.export.embed import BAD
+    from pipeline.export.embed import embed as run
 
     folder = registry.resolve_model(options.model, runs_dir=options.runs_dir, uri=options.uri)
     report = run(folder, DataConfig(path=options.data_path), options.to, gpus=options.gpus, bf16=options.bf16)
-    screens.console().print(f"{report.rows:,} embeddings in {options.to} ({report.images_per_s:,.0f} images/s)", highlight=False)
+    printing.console().print(f"{report.rows:,} embeddings in {options.to} ({report.images_per_s:,.0f} images/s)", highlight=False)
     if report.bad:
-        screens.console().print(f"{report.bad} images could not be decoded; {options.to / BAD} lists them", highlight=False)
-    screens.write_json(options, {"rows": report.rows, "bad": report.bad, "seconds": report.seconds, "to": str(options.to)})
+        printing.console().print(f"{report.bad} images could not be decoded; {options.to / BAD} lists them", highlight=False)
+    printing.write_json(options, {"rows": report.rows, "bad": report.bad, "seconds": report.seconds, "to": str(options.to)})
     return 0
 
 
 def views(options: Any, settings: list[str]) -> int:
     config = configured(_given(options, "recipe", "RECIPE"), settings)
-    from pipeline.gallery import views_sheet
-    from pipeline.ingest.sources import open_source
+    from pipeline.data.sources.base import open_source
+    from pipeline.figures.run_figures import views_sheet
 
     manifest = open_source(config.data)
     picture = views_sheet(config, manifest, options.to, images=options.images)
     for name, group in config.views.items():
         print(f"{name}: {group.describe()}")
     print(picture)
-    screens.write_json(options, {"picture": str(picture)})
+    printing.write_json(options, {"picture": str(picture)})
     return 0
 
 
 def figure(options: Any, settings: list[str]) -> int:
-    from pipeline import pictures
+    from pipeline.figures import pictures
 
     picture, model = pictures.find(_given(options, "name", "NAME")), _given(options, "model", "RUN_OR_MODEL")
-    from pipeline.pictures.subject import Subject
+    from pipeline.figures.context import Subject
 
     subject = Subject.of(model, runs_dir=options.runs_dir, uri=_tracking_uri(settings))
     subject.config = parse_settings(subject.config, settings, f"manyviews figure {picture.name} {model}")
     path = picture.draw(subject, options.to or Path(f"{picture.name}.png"))
     print(path)
-    screens.write_json(options, {"picture": str(path)})
+    printing.write_json(options, {"picture": str(path)})
     return 0
 
 
@@ -264,67 +264,67 @@ def methods(options: Any, settings: list[str]) -> int:
     from methods.parts.contract import registered
 
     rows = [(e.name, e.method.paper, (sys.modules[e.method.__module__].__doc__ or "").split("\n")[0]) for e in registered().values()]
-    screens.show_table(["method", "paper", "what it does"], rows)
-    screens.write_json(options, [{"name": n, "paper": p, "summary": s} for n, p, s in rows])
+    printing.show_table(["method", "paper", "what it does"], rows)
+    printing.write_json(options, [{"name": n, "paper": p, "summary": s} for n, p, s in rows])
     return 0
 
 
 def recipes(options: Any, settings: list[str]) -> int:
     from pipeline.recipes import entries
 
-    screens.show_table(["recipe", "what it is"], [(e.name, e.summary) for e in entries()])
+    printing.show_table(["recipe", "what it is"], [(e.name, e.summary) for e in entries()])
     print("\nmanyviews pretrain RECIPE --help shows every setting; pipeline/recipes/ holds the files")
-    screens.write_json(options, [{"name": e.name, "summary": e.summary} for e in entries()])
+    printing.write_json(options, [{"name": e.name, "summary": e.summary} for e in entries()])
     return 0
 
 
 def tune(options: Any, settings: list[str]) -> int:
     recipe = _given(options, "recipe", "RECIPE")
-    return verbs_of_tuning.tune(options, settings, recipe, screens.write_json, screens.console())
+    return verbs_of_tuning.tune(options, settings, recipe, printing.write_json, printing.console())
 
 
 def report(options: Any, settings: list[str]) -> int:
-    return verbs_of_tuning.report(options, screens.write_json, screens.console())
+    return verbs_of_tuning.report(options, printing.write_json, printing.console())
 
 
 def study(options: Any, settings: list[str]) -> int:
-    return verbs_of_tuning.study(options, settings, screens.write_json, screens.console())
+    return verbs_of_tuning.study(options, settings, printing.write_json, printing.console())
 
 
 def runs(options: Any, settings: list[str]) -> int:
-    from pipeline.runs import find_run, list_runs
+    from pipeline.run_folder import find_run, list_runs
 
-    if options.run and verbs_of_tuning.shown(options.run, options, screens.write_json, screens.console()):
+    if options.run and verbs_of_tuning.shown(options.run, options, printing.write_json, printing.console()):
         return 0
     folders = [find_run(options.run, options.runs_dir)] if options.run else list_runs(options.runs_dir)
     states = [folder.state() | {"folder": str(folder.path)} for folder in folders]
     sweeps = [] if options.run else verbs_of_tuning.listed(options.runs_dir)
     if options.run:
-        screens.show_run(states[0], options)
+        printing.show_run(states[0], options)
     elif states or sweeps:
-        screens.show_runs(states, sweeps, options)
+        printing.show_runs(states, sweeps, options)
     else:
         print(f"no runs in {options.runs_dir}; start one with: manyviews pretrain swav-small")
-    screens.write_json(options, [*states, *sweeps])
+    printing.write_json(options, [*states, *sweeps])
     return 0
 
 
 def sync(options: Any, settings: list[str]) -> int:
-    from pipeline.train import finish
+    from pipeline.train import registration
 
-    sent, model = finish.sync(options.run, runs_dir=options.runs_dir)
+    sent, model = registration.sync(options.run, runs_dir=options.runs_dir)
     print(f"{sent} points sent to MLflow" + (f"; registered as {model.uri}" if model else ""))
-    screens.write_json(options, {"run": options.run, "sent": sent, "registered": model.uri if model else None})
+    printing.write_json(options, {"run": options.run, "sent": sent, "registered": model.uri if model else None})
     return 0
 
 
 def doctor(options: Any, settings: list[str]) -> int:
     config = configured(options.recipe or "swav-small", settings)
-    from pipeline.doctor import diagnose, render
+    from pipeline.doctor.report import diagnose, render
 
     checks = diagnose(data=config.data, runs_dir=options.runs_dir, uri=config.track.uri, config=config)
-    screens.console().print(render(checks))
-    screens.write_json(options, [vars(check) for check in checks])
+    printing.console().print(render(checks))
+    printing.write_json(options, [vars(check) for check in checks])
     return 1 if any(check.ok == "fail" for check in checks) else 0
 
 
@@ -349,7 +349,7 @@ def _recipe_list() -> str:
 
 
 def _picture_list() -> str:
-    from pipeline.pictures import entries
+    from pipeline.figures.pictures import entries
 
     return _list("pictures", [(e.name, e.summary) for e in entries()])
 

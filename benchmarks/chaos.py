@@ -27,8 +27,8 @@ from typing import Any
 
 import psutil
 
-from pipeline.runs import RunFolder
-from pipeline.train import checkpoint
+from pipeline import checkpoint
+from pipeline.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 200

@@ -21,7 +21,7 @@ from torch import Tensor
 from methods.coke import OnlineClusters, default_dual_learning_rate
 from methods.parts.numerics import l2_normalize
 from pipeline.config import DataConfig
-from pipeline.ingest.sources import open_source
+from pipeline.data.sources.base import open_source
 
 
 def pixel_features(path: str, images: int | None, dim: int, size: int = 16) -> Tensor:

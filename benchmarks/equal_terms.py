@@ -27,21 +27,21 @@ from methods.parts.backbones import build_backbone
 from methods.parts.contract import Masks, Method, MethodConfig, ParamGroup, Progress, RunFacts, StepOutput, find
 from methods.parts.groups import without_vectors
 from methods.parts.views import Views
+from pipeline.build import build_method
+from pipeline.cli.overrides import configured
 from pipeline.config import RunConfig, override, resolve
+from pipeline.data.crop_task import decode_all
+from pipeline.data.crops import cut_window, draw_views
+from pipeline.data.decode import evaluation_crop
+from pipeline.data.loader import Batch
+from pipeline.data.sources.base import open_source
 from pipeline.evaluate.features import calibrate_batchnorm, extract, raw_pixels
 from pipeline.evaluate.knn import knn_accuracy
-from pipeline.ingest.crops import cut_window, draw_views
-from pipeline.ingest.decode import evaluation_crop
-from pipeline.ingest.sources import open_source
-from pipeline.ingest.stream import Batch
-from pipeline.ingest.window import decode_all
 from pipeline.machine import choose_device, keep_freed_memory
-from pipeline.runs import RunFolder
-from pipeline.settings import configured
-from pipeline.train.display import NullReporter
+from pipeline.run_folder import RunFolder
 from pipeline.train.loop import Trainer
 from pipeline.train.optim import build_optimizer
-from pipeline.train.prepare import build_method
+from pipeline.train.progress import NullReporter
 
 
 class Lightly(Method):

@@ -19,12 +19,12 @@ import numpy as np
 import ray
 from views import LARGE
 
-from pipeline.ingest.crops import COLUMNS
-from pipeline.ingest.manifest import Manifest
-from pipeline.ingest.plan import Plan
-from pipeline.ingest.ray_data import raise_priority, start_ray
-from pipeline.ingest.stream import Stream
-from pipeline.ingest.window import block_bytes
+from pipeline.data.crop_task import block_bytes
+from pipeline.data.crops import COLUMNS
+from pipeline.data.image_dataset import Manifest
+from pipeline.data.loader import Stream
+from pipeline.data.ray_data import raise_priority, start_ray
+from pipeline.data.sampler import Plan
 
 LANES, CHUNK, WINDOW = 8, 64, 128
 IMAGES = 100_000

@@ -25,16 +25,16 @@ from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
 from methods.parts.views import ViewsConfig
+from pipeline.build import prepare
 from pipeline.config import RunConfig, override
-from pipeline.ingest.crops import draw_views
-from pipeline.ingest.photometric import finish_views
-from pipeline.ingest.stream import Batch, Stream, start_ray
+from pipeline.data.augment import finish_views
+from pipeline.data.crops import draw_views
+from pipeline.data.loader import Batch, Stream, start_ray
 from pipeline.machine import available_cores, memory_advice
 from pipeline.recipes import load_recipe
-from pipeline.runs import create_run
-from pipeline.train.display import NullReporter
+from pipeline.run_folder import create_run
 from pipeline.train.loop import Trainer
-from pipeline.train.prepare import prepare
+from pipeline.train.progress import NullReporter
 from pipeline.train.work import build_trainer
 
 RECIPES = {  # images of one GPU; the recipe of the same method that stands in with --tiny

@@ -18,10 +18,10 @@ from steps import bounded
 from methods.coke import CoKe
 from methods.parts.contract import Progress
 from methods.parts.views import Views
+from pipeline.build import build_method
 from pipeline.config import resolve
 from pipeline.recipes import load_recipe
 from pipeline.train.optim import build_optimizer
-from pipeline.train.prepare import build_method
 
 
 def peak_mb() -> float:

@@ -23,11 +23,11 @@ from torch.utils.data import DataLoader, Dataset
 from views import LARGE, original, photographs
 
 from pipeline.config import DataConfig
-from pipeline.ingest.manifest import Manifest, Row
-from pipeline.ingest.plan import Plan
-from pipeline.ingest.sources import open_source
-from pipeline.ingest.stream import Stream, start_ray
-from pipeline.ingest.window import cut_images
+from pipeline.data.crop_task import cut_images
+from pipeline.data.image_dataset import Manifest, Row
+from pipeline.data.loader import Stream, start_ray
+from pipeline.data.sampler import Plan
+from pipeline.data.sources.base import open_source
 
 BATCH, WINDOW = 64, 128
 

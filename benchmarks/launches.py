@@ -21,12 +21,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from methods.parts.backbones import BackboneConfig, build_backbone
 from methods.parts.contract import ParamGroup, Progress
+from pipeline.build import build_method
 from pipeline.config import OptimConfig, RunConfig, resolve
-from pipeline.ingest import photometric
-from pipeline.ingest.crops import draw_views
+from pipeline.data import augment
+from pipeline.data.crops import draw_views
 from pipeline.recipes import entries, load_recipe
 from pipeline.train.optim import build_optimizer, clip_each_, prepare_step
-from pipeline.train.prepare import build_method
 
 # views, allocations and questions
 FREE = {
@@ -79,18 +79,18 @@ def random_batch(config: RunConfig, images: int) -> Any:
 
 def colour(config: RunConfig, images: int) -> int:
     """Launches of `finish_views`, with the copies to the device: of each group's crops, two small ones of each size, ids and labels."""
-    batch, chunk = random_batch(config, images), photometric.CHUNK_VALUES
-    photometric.CHUNK_VALUES = 2**62
+    batch, chunk = random_batch(config, images), augment.CHUNK_VALUES
+    augment.CHUNK_VALUES = 2**62
     try:
 
         def finish() -> object:
-            return photometric.finish_views(batch, config.views, config.data.mean, config.data.std, "cpu")
+            return augment.finish_views(batch, config.views, config.data.mean, config.data.std, "cpu")
 
         few = random_batch(config, 1)  # makes what is kept from step to step
-        photometric.finish_views(few, config.views, config.data.mean, config.data.std, "cpu")
+        augment.finish_views(few, config.views, config.data.mean, config.data.std, "cpu")
         count = launches(finish).total()
     finally:
-        photometric.CHUNK_VALUES = chunk
+        augment.CHUNK_VALUES = chunk
     return count + len(batch.crops) + 2 * len({crops.shape[2:] for crops in batch.crops.values()}) + 2
 
 
@@ -118,7 +118,7 @@ def method_step(recipe: str, images: int) -> tuple[int, int]:
     config = load_recipe(recipe)
     resolved = resolve(config, 10**6)
     method = build_method(config, resolved.facts).train()
-    views = photometric.finish_views(random_batch(config, images), config.views, config.data.mean, config.data.std, "cpu")
+    views = augment.finish_views(random_batch(config, images), config.views, config.data.mean, config.data.std, "cpu")
     optimizer = build_optimizer(config.optim, method.param_groups())
     progress = Progress(step=1, total_steps=resolved.facts.total_steps, steps_per_epoch=resolved.facts.steps_per_epoch)
     outputs: list[Any] = []

@@ -20,11 +20,11 @@ import torch
 from equal_terms import Images, Trained, score
 from torch import nn
 
+from pipeline.build import build_method
+from pipeline.cli.overrides import configured
 from pipeline.config import RunConfig, override, resolve
 from pipeline.evaluate.features import calibrate_batchnorm, extract
 from pipeline.evaluate.probes import draw, lowshot_accuracy
-from pipeline.settings import configured
-from pipeline.train.prepare import build_method
 
 TRIAL = 20  # steps of the shorter of two trials, whose times set the length of the schedule
 

@@ -20,8 +20,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from pipeline.mlflow_client import mlflow_client
-from pipeline.points import read_points
+from pipeline.metrics_log import read_points
+from pipeline.tracking.client import mlflow_client
 
 ROOT = Path(__file__).resolve().parent.parent
 

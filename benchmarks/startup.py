@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.points import read_points
+from pipeline.metrics_log import read_points
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = [

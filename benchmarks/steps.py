@@ -26,12 +26,12 @@ from methods.parts.backbones import build_backbone
 from methods.parts.contract import Method, ParamGroup, Progress, find
 from methods.parts.errors import ConfigError
 from methods.parts.views import Views
+from pipeline.build import build_method
+from pipeline.cli.overrides import configured
 from pipeline.config import RunConfig, resolve
 from pipeline.machine import choose_device, keep_freed_memory
 from pipeline.recipes import entries, load_recipe
-from pipeline.settings import configured
 from pipeline.train.optim import build_optimizer
-from pipeline.train.prepare import build_method
 
 
 @dataclass

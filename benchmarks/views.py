@@ -24,13 +24,13 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
 from methods.parts.views import CropGroup, ViewsConfig
-from pipeline.ingest import decode as decoding
-from pipeline.ingest import photometric
-from pipeline.ingest.crops import COLUMNS, cut_window, draw_views
-from pipeline.ingest.decode import decode
-from pipeline.ingest.manifest import Row
-from pipeline.ingest.patches import FILES, load_photo, open_patches
-from pipeline.ingest.window import cut_images, finish_columns
+from pipeline.data import augment
+from pipeline.data import decode as decoding
+from pipeline.data.crop_task import cut_images, finish_columns
+from pipeline.data.crops import COLUMNS, cut_window, draw_views
+from pipeline.data.decode import decode
+from pipeline.data.image_dataset import Row
+from pipeline.data.sources.patches import FILES, load_photo, open_patches
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.228, 0.224, 0.225)
 LARGE = {"global": CropGroup(count=2, size=224, scale=(0.14, 1.0)), "local": CropGroup(count=6, size=96, scale=(0.05, 0.14))}
@@ -296,8 +296,8 @@ def photometric_steps() -> dict[str, Callable[[Any, Any, ViewsConfig], None]]:
             for name, group in views.items():
                 table = tables[name].reshape(-1, len(COLUMNS)).copy()
                 for column, value in off.items():
-                    table[:, photometric.COLUMN[column]] = value
-                photometric.finish_crops(torch.from_numpy(crops[name]).flatten(0, 1), table, group, MEAN, STD)
+                    table[:, augment.COLUMN[column]] = value
+                augment.finish_crops(torch.from_numpy(crops[name]).flatten(0, 1), table, group, MEAN, STD)
 
         return run
 

@@ -21,8 +21,8 @@ from typing import Any
 
 from PIL import Image
 
-from pipeline.ingest.patches import FILES, load_photo
-from pipeline.points import read_points
+from pipeline.data.sources.patches import FILES, load_photo
+from pipeline.metrics_log import read_points
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = [

@@ -55,7 +55,7 @@ def write_sweep(folder: Path, trials: Sequence[Mapping[str, Any]], space: Mappin
         path = folder / f"trial-{number:03d}"
         path.mkdir()
         (path / "trial.json").write_text(json.dumps({"number": number} | state))
-        found = {s: v if v == v else "nan" for s, v in curve.items()}  # as pipeline.points writes it
+        found = {s: v if v == v else "nan" for s, v in curve.items()}  # as pipeline.metrics_log writes it
         points = [{"step": s, "time": 1.0, "metrics": {"loss": 2.0, "score": v}} for s, v in found.items()]
         (path / "metrics.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
     return folder

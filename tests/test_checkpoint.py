@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.ingest import files
-from pipeline.place import Place
-from pipeline.runs import RunFolder
-from pipeline.train import checkpoint
-from pipeline.train.checkpoint import CheckpointWriter
+from pipeline import checkpoint
+from pipeline.checkpoint import CheckpointWriter
+from pipeline.run_folder import RunFolder
+from pipeline.storage import files
+from pipeline.storage.place import Place
 from tests.store import s3_store
 
 
@@ -159,7 +159,7 @@ def test_a_pointer_is_written_after_what_it_points_to(place: Place, monkeypatch:
 
 KILLED = """
 import sys, time, torch
-from pipeline.place import Place
+from pipeline.storage.place import Place
 from pipeline.train import checkpoint
 place = Place.of(sys.argv[1])
 checkpoint.save(place, {"w": torch.ones(1000)}, step=1)

@@ -14,9 +14,9 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from methods.parts.errors import ConfigError
-from pipeline import cluster, doctor
 from pipeline.config import DataConfig, RunConfig, TrainConfig
-from pipeline.ingest import ray_data
+from pipeline.data import ray_data
+from pipeline.doctor import cluster, report
 from pipeline.machine import Check
 from pipeline.recipes import load_recipe
 
@@ -220,7 +220,7 @@ def test_the_address_of_a_dashboard_is_explained(monkeypatch: pytest.MonkeyPatch
 
 
 def test_results_are_not_left_in_the_copy_of_a_job(tmp_path: Path) -> None:
-    from pipeline.runs import create_run
+    from pipeline.run_folder import create_run
 
     copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1" / "runs"
     with pytest.raises(ConfigError, match=r"runs_dir=.*give a shared folder"):
@@ -291,7 +291,7 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_the_doctor_asks_both_nodes_of_a_cluster(two_nodes: str, tmp_path: Path) -> None:
     import ray
 
-    checks = doctor.diagnose(runs_dir=tmp_path / "shared" / "runs", config=load_recipe("swav-small"))
+    checks = report.diagnose(runs_dir=tmp_path / "shared" / "runs", config=load_recipe("swav-small"))
     assert [check.name for check in checks if check.ok == "fail"] == []
     assert find(checks, "cluster").found.startswith("2 nodes, 2 CPUs, 0 GPUs")
     assert "2 nodes write and read" in find(checks, "shared runs").found

@@ -16,12 +16,12 @@ from torch import nn
 from methods.parts.contract import RunFacts
 from methods.parts.norms import synchronized
 from methods.swav import SwAV, SwAVConfig
-from pipeline import canvas, cluster_figures
+from pipeline.data.loader import EvaluationImages
 from pipeline.evaluate import online
 from pipeline.evaluate.clusters import Clusters, assign
 from pipeline.evaluate.online import Online
-from pipeline.ingest.stream import EvaluationImages
-from pipeline.train.guards import Guards
+from pipeline.figures import cluster_charts, style
+from pipeline.train.health import Guards
 from tests.parity.common import in_processes
 from tests.test_figures import LIME, RED, near, plain, read
 from tests.test_train import Stuck, Toy, batches, config, trainer
@@ -218,23 +218,23 @@ def test_empty_clusters_are_warned_of_once_where_there_are_images_enough() -> No
 def test_the_gallery_shows_the_most_typical_first_and_frames_another_class(tmp_path: Path) -> None:
     images = np.stack([plain(8, 8, c) for c in (LIME, RED, (255, 255, 0), (255, 0, 255))])
     found = Clusters(images, np.array([0, 0, 1, 1]), np.array([2, 2, 2, 1]), np.array([0.5, 0.9, 0.7, 0.2]), 3)
-    picture = read(cluster_figures.gallery(found, ["a", "b"], tmp_path / "c.png", most=2))
+    picture = read(cluster_charts.gallery(found, ["a", "b"], tmp_path / "c.png", most=2))
     red, yellow, pink = (np.argwhere(near(picture, c)) for c in (RED, (255, 255, 0), (255, 0, 255)))
     assert red[:, 1].max() < yellow[:, 1].min()  # 0.9 before 0.7
     assert not near(picture, LIME).any()  # two in a row
     assert pink[:, 0].min() > red[:, 0].max()  # the smaller cluster below
-    frames = np.argwhere(near(picture, canvas.VERMILLION))
+    frames = np.argwhere(near(picture, style.VERMILLION))
     assert frames[:, 1].min() > red[:, 1].max() and frames[:, 0].max() < pink[:, 0].min()  # only the yellow one
     unknown = dataclasses.replace(found, labels=np.full(4, -1))
-    assert not near(read(cluster_figures.gallery(unknown, [], tmp_path / "u.png")), canvas.VERMILLION).any()
+    assert not near(read(cluster_charts.gallery(unknown, [], tmp_path / "u.png")), style.VERMILLION).any()
 
 
 def test_bars_of_the_histogram_count_clusters(tmp_path: Path) -> None:
     found = clusters([0, 1, 2, 3, 3, 3], count=6)  # three of one image, one of three, two empty
-    picture = read(cluster_figures.size_histogram(found, tmp_path / "s.png"))
-    heights = near(picture, canvas.BLUE)[140:].sum(axis=0)  # below the words
+    picture = read(cluster_charts.size_histogram(found, tmp_path / "s.png"))
+    heights = near(picture, style.BLUE)[140:].sum(axis=0)  # below the words
     bars = heights[np.flatnonzero(heights > 20)]
     assert bars.max() == pytest.approx(3 * bars.min(), rel=0.05)
-    assert near(picture, canvas.VERMILLION)[140:].sum(axis=0).max() == pytest.approx(2 * bars.min(), rel=0.05)
-    none_empty = read(cluster_figures.size_histogram(clusters([0, 1, 2, 3]), tmp_path / "f.png"))
-    assert not near(none_empty, canvas.VERMILLION).any()
+    assert near(picture, style.VERMILLION)[140:].sum(axis=0).max() == pytest.approx(2 * bars.min(), rel=0.05)
+    none_empty = read(cluster_charts.size_histogram(clusters([0, 1, 2, 3]), tmp_path / "f.png"))
+    assert not near(none_empty, style.VERMILLION).any()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from methods.parts.errors import ConfigError
+from pipeline.cli.overrides import parse_settings
 from pipeline.config import flatten, from_yaml, override, resolve, to_yaml
 from pipeline.recipes import entries, load_recipe
-from pipeline.settings import parse_settings
 
 NAMES = [entry.name for entry in entries()]
 

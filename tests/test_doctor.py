@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from methods.parts.errors import ConfigError
-from pipeline import doctor, machine
+from pipeline import machine
 from pipeline.config import DataConfig
+from pipeline.doctor import report
 from pipeline.machine import Check
 
 
@@ -59,7 +60,7 @@ def server(status: int, words: bytes) -> Iterator[str]:
 
 
 def look(tmp_path: Path, **given: object) -> list[Check]:
-    return doctor.diagnose(**{"runs_dir": tmp_path / "runs", "ray": False, **given})  # type: ignore[arg-type]
+    return report.diagnose(**{"runs_dir": tmp_path / "runs", "ray": False, **given})  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------- the whole
@@ -96,7 +97,7 @@ def test_the_table_prints_paths_as_they_are() -> None:
     from rich.console import Console
 
     out = io.StringIO()
-    table = doctor.render([Check("disk", "fail", "at [/data] [bold]", "free some"), Check("cores", "ok", "2 cores")])
+    table = report.render([Check("disk", "fail", "at [/data] [bold]", "free some"), Check("cores", "ok", "2 cores")])
     Console(file=out, width=100).print(table)
     words = out.getvalue()
     assert "[/data] [bold]" in words and "✗ fix" in words and "free some" in words and "✓ ok" in words
@@ -133,20 +134,21 @@ def test_a_large_sample_is_spread_over_the_data(tmp_path: Path) -> None:
         def describe(self) -> str:
             return "1,000,000 images"
 
-    from pipeline.ingest import manifest, sources
+    from pipeline.data import image_dataset
+    from pipeline.data.sources import base
 
     fake = Fake()
     fake.labels, fake.class_names, fake.skipped = np.full(10, -1), [], []  # type: ignore[attr-defined]
 
-    def read(ids: list[int]) -> list[manifest.Row]:
+    def read(ids: list[int]) -> list[image_dataset.Row]:
         fake.asked += ids
-        return [manifest.Row(ids[0], jpeg(), -1, "x")]
+        return [image_dataset.Row(ids[0], jpeg(), -1, "x")]
 
     fake.read = read  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "open_source", lambda _: fake)
+        patch.setattr(base, "open_source", lambda _: fake)
         checks = look(tmp_path, data=DataConfig())
-    assert len(set(fake.asked)) == doctor.SAMPLE and min(fake.asked) == 0 and max(fake.asked) == 999_999
+    assert len(set(fake.asked)) == report.SAMPLE and min(fake.asked) == 0 and max(fake.asked) == 999_999
     assert "no labels" in find(checks, "data").found
 
 
@@ -172,7 +174,7 @@ def test_a_runs_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytes
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(machine.tempfile, "TemporaryFile", refuse)
-    check = find(doctor.diagnose(runs_dir=tmp_path / "other", ray=False), "disk")
+    check = find(report.diagnose(runs_dir=tmp_path / "other", ray=False), "disk")
     assert check.ok == "fail" and "Permission denied" in check.found and "--runs-dir" in check.remedy
 
 
@@ -238,17 +240,17 @@ def test_a_tracking_database_that_is_whole_locked_or_broken(tmp_path: Path) -> N
 def test_ray_sends_a_task_round(tmp_path: Path, ray_local: None) -> None:
     import ray
 
-    check = find(doctor.diagnose(runs_dir=tmp_path), "Ray")
+    check = find(report.diagnose(runs_dir=tmp_path), "Ray")
     assert check.ok == "ok" and "CPUs" in check.found
     assert ray.is_initialized()  # a Ray that was there before stays
 
 
 def test_a_ray_that_cannot_start_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pipeline.ingest.stream as stream
+    import pipeline.data.loader as loader
 
     def refuse() -> None:
         raise ConfigError("RAY_ADDRESS=nowhere:1: no cluster answers; start one or unset it")
 
-    monkeypatch.setattr(stream, "start_ray", refuse)
-    check = find(doctor.diagnose(runs_dir=tmp_path), "Ray")
+    monkeypatch.setattr(loader, "start_ray", refuse)
+    check = find(report.diagnose(runs_dir=tmp_path), "Ray")
     assert check == Check("Ray", "fail", "RAY_ADDRESS=nowhere:1", "no cluster answers; start one or unset it")

@@ -17,8 +17,8 @@ from PIL import Image
 from methods.parts.backbones import BackboneConfig, build_backbone
 from methods.parts.errors import ConfigError
 from pipeline.config import DataConfig
-from pipeline.embed import BAD, FACTS, EmbedReport, embed
-from pipeline.registry import export
+from pipeline.export.embed import BAD, FACTS, EmbedReport, embed
+from pipeline.export.registry import export
 
 CONFIG = BackboneConfig(name="resnet18", width=0.25, depth=(1, 1, 1, 1), stem="full")
 IMAGES = 23
@@ -77,7 +77,7 @@ def test_the_numbers_are_those_of_the_served_model(result: tuple[Path, EmbedRepo
 
     import pandas as pd
 
-    from pipeline.served import Embedder
+    from pipeline.export.pyfunc import Embedder
 
     served = Embedder()
     served.load_context(SimpleNamespace(artifacts={"export": str(model)}))
@@ -160,7 +160,7 @@ def test_actors_that_hold_gpus_write_what_tasks_write(
     result: tuple[Path, EmbedReport], model: Path, images: Path, ray_with_a_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rows of the tasks; the device of the actors is the CPU here."""
-    monkeypatch.setattr("pipeline.embed.GPU", "cpu")
+    monkeypatch.setattr("pipeline.export.embed.GPU", "cpu")
     report = embed(model, DataConfig(path=str(images), max_bad_fraction=0.2), tmp_path / "a", batch_size=4, window=5)
     assert (report.rows, report.bad) == (21, 2)
     ours, expected = pq.read_table(tmp_path / "a"), pq.read_table(result[0])

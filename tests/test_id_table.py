@@ -15,8 +15,8 @@ from methods.parts import id_table
 from methods.parts.distributed import all_gather_objects, all_gather_rows
 from methods.parts.errors import ConfigError
 from methods.parts.id_table import IdTable, first_places
-from pipeline.place import Place
-from pipeline.train import checkpoint
+from pipeline import checkpoint
+from pipeline.storage.place import Place
 from tests.parity.common import in_processes
 
 N, BATCH = 103, 12

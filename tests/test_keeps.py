@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from methods.parts.backbones import BackboneConfig, build_backbone
-from pipeline import canvas, inversion
-from pipeline.pictures.keeps import Looks, alike, draw, explained
+from pipeline.figures import inversion, style
+from pipeline.figures.inversion_pictures import Looks, alike, draw, explained
 from tests.test_figures import LIME, RED, near, plain, read
 
 CPU = torch.device("cpu")
@@ -119,4 +119,4 @@ def test_the_picture_has_a_row_for_each_image_and_a_block_for_each_backbone(tmp_
     picture = read(draw(np.stack([plain(8, 8, RED)] * 2), seen, samples, words, tmp_path / "keeps.png"))
     assert near(picture, LIME).sum() == pytest.approx(near(picture, (0, 0, 255)).sum(), rel=0.02)
     assert near(picture, LIME).sum() == pytest.approx(4 * near(picture, RED).sum(), rel=0.05)
-    assert near(picture, canvas.BLUE).any()
+    assert near(picture, style.BLUE).any()

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from methods.parts.errors import ConfigError
-from pipeline import cluster, machine
+from pipeline import machine
 from pipeline.config import RunConfig, TrainConfig, override
+from pipeline.doctor import cluster
 from pipeline.machine import choose_device, memory_advice, set_precision
 from pipeline.recipes import load_recipe
 

@@ -15,10 +15,10 @@ from methods.parts.contract import Method, Progress, RunFacts, find, registered
 from methods.parts.errors import ConfigError
 from methods.parts.selective_kernels import SelectiveKernel
 from methods.parts.views import CropGroup, Views
+from pipeline.build import build_method
 from pipeline.config import OptimConfig, RunConfig, override
 from pipeline.recipes import entries, load_recipe
 from pipeline.train.optim import build_optimizer
-from pipeline.train.prepare import build_method
 
 SMALL = [entry.name for entry in entries() if entry.name.endswith("-small")]
 BATCH = 16

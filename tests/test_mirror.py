@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from methods.parts.errors import ConfigError
-from pipeline import mirror
-from pipeline.place import Place
-from pipeline.runs import create_run, find_run
-from pipeline.train import checkpoint
+from pipeline import checkpoint
+from pipeline.run_folder import create_run, find_run
+from pipeline.storage import mirror
+from pipeline.storage.place import Place
 from tests.store import s3_store
 
 URI = "s3://lake/runs"

@@ -11,15 +11,15 @@ import pytest
 from PIL import Image
 
 import manyviews
-from pipeline import pictures, registry
+from pipeline import checkpoint
+from pipeline.build import prepare
 from pipeline.config import RunConfig, override, to_yaml
-from pipeline.evaluate.protocols import Scores
-from pipeline.pictures import keeps
-from pipeline.pictures.subject import Subject
+from pipeline.evaluate.final import Scores
+from pipeline.export import registry
+from pipeline.figures import inversion_pictures, pictures
+from pipeline.figures.context import Subject
 from pipeline.recipes import load_recipe
-from pipeline.runs import create_run
-from pipeline.train import checkpoint
-from pipeline.train.prepare import prepare
+from pipeline.run_folder import create_run
 
 DATA = "patches:pixels=16,per_photo=6"
 
@@ -74,7 +74,7 @@ def test_pictures_of_a_run_without_an_export(runs: Path, name: str, tmp_path: Pa
 @pytest.mark.parametrize("run", ["swav", "msn"])
 def test_what_features_keep(runs: Path, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a ResNet and of a ViT, with a decoder that learns next to nothing."""
-    monkeypatch.setattr(keeps, "STEPS", 3)
+    monkeypatch.setattr(inversion_pictures, "STEPS", 3)
     path = pictures.find("keeps").draw(Subject.of(run, runs_dir=runs), tmp_path / "keeps.png")
     assert path.stat().st_size > 5000
 

@@ -12,12 +12,12 @@ import pytest
 from rich.console import Console
 
 from methods.parts.errors import ConfigError
-from pipeline.runs import RunFolder, create_run
-from pipeline.tracking import read_points
-from pipeline.train.checkpoint import DiskFull
-from pipeline.train.display import Display, NullReporter
-from pipeline.train.guards import TrainingStopped
+from pipeline.checkpoint import DiskFull
+from pipeline.run_folder import RunFolder, create_run
+from pipeline.tracking.run_tracker import read_points
+from pipeline.train.health import TrainingStopped
 from pipeline.train.placement import CPU_WORKER
+from pipeline.train.progress import Display, NullReporter
 from pipeline.train.ray_trainer import WorkersLost, failure_of, run_workers
 from pipeline.train.reporting import RemoteReporter, deliver, open_channel
 

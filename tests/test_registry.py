@@ -21,9 +21,9 @@ from torch import nn
 
 from methods.parts.backbones import BackboneConfig, build_backbone
 from methods.parts.errors import ConfigError
-from pipeline.mlflow_client import default_uri, mlflow_client
-from pipeline.registry import Registered, export, init_backbone, load_export, register, resolve_model
-from pipeline.tracking import Tracker
+from pipeline.export.registry import Registered, export, init_backbone, load_export, register, resolve_model
+from pipeline.tracking.client import default_uri, mlflow_client
+from pipeline.tracking.run_tracker import Tracker
 
 CONFIG = BackboneConfig(name="resnet18", width=0.25, depth=(1, 1, 1, 1), stem="full", drop_path=0.1)
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -52,8 +52,8 @@ def picture(height: int = 40, width: int = 50, seed: int = 0, kind: str = "PNG",
 
 def expected(folder: Path, image: bytes) -> np.ndarray:
     """The embedding as evaluation computes it."""
+    from pipeline.data.decode import decode, evaluation_crop
     from pipeline.evaluate.features import extract
-    from pipeline.ingest.decode import decode, evaluation_crop
 
     net, spec = load_export(folder)
     crop = torch.from_numpy(evaluation_crop(decode(image), spec.size).copy())
@@ -184,7 +184,7 @@ def test_nothing_in_the_registered_model_is_pickled(world: dict[str, Any]) -> No
     version = mlflow_client(world["uri"]).get_model_version("swav-small", "1")
     folder = Path(version.source.removeprefix("file://"))
     files = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
-    assert {"MLmodel", "served.py", "artifacts/model/backbone.safetensors", "code/pipeline/exports.py"} <= set(files)
+    assert {"MLmodel", "pyfunc.py", "artifacts/model/backbone.safetensors", "code/pipeline/export/weights.py"} <= set(files)
     assert not [f for f in files if f.endswith((".pkl", ".pickle", ".pt", ".pth", ".bin", ".pyc"))]
 
 
@@ -312,7 +312,7 @@ def test_a_registry_that_is_down_is_said_in_one_sentence(world: dict[str, Any]) 
 def test_the_models_requirements_are_the_projects() -> None:
     import tomllib
 
-    from pipeline.registry import REQUIREMENTS
+    from pipeline.export.registry import REQUIREMENTS
 
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     assert set(REQUIREMENTS) <= set(project["dependencies"])

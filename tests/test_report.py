@@ -16,8 +16,8 @@ from PIL import Image
 
 import manyviews
 from methods.parts.errors import ConfigError
-from pipeline.canvas import BLUE, VERMILLION
 from pipeline.config import flatten, override, to_yaml
+from pipeline.figures.style import BLUE, VERMILLION
 from pipeline.recipes import load_recipe
 from tests.sweeps import PROTOTYPES, TEMPERATURE, trial, write_sweep
 from tests.test_figures import near, read
@@ -321,7 +321,7 @@ def test_damaged_and_missing_trial_files_do_not_stop_the_reader(tmp_path: Path) 
 
 
 def test_what_runs_without_a_process_at_work_was_interrupted(tmp_path: Path) -> None:
-    from pipeline.runs import RunFolder
+    from pipeline.run_folder import RunFolder
 
     trials = [trial({T: 0.1}, {250: 0.5}), trial({T: 0.2}, {50: 0.3}, "running")]
     folder = write_sweep(tmp_path / "s", trials, status="running", ended=None)

@@ -14,7 +14,7 @@ from methods.parts.errors import ConfigError
 from pipeline.config import override
 from pipeline.evaluate.features import effective_rank
 from pipeline.recipes import load_recipe
-from pipeline.runs import RunFolder
+from pipeline.run_folder import RunFolder
 from tuning import draws, search, sweep
 from tuning.best import settings_line
 from tuning.search import Asked
@@ -204,7 +204,7 @@ def test_ranking_keeps_cut_trials_behind_finished_ones() -> None:
 
 
 def test_the_best_setting_as_a_command_line() -> None:
-    from pipeline.settings import parse_settings
+    from pipeline.cli.overrides import parse_settings
 
     values = {"method.temperature": 0.2, "views.local.scale": [0.1, 0.3], "method.hard_codes": True, "backbone.name": "resnet34"}
     line = settings_line(values)

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from methods.parts.errors import ConfigError
 from pipeline.config import RunConfig, flatten, resolve, to_yaml
-from pipeline.runs import RunFolder, write_json
+from pipeline.run_folder import RunFolder, write_json
 from tests.test_figures import metrics
 from tuning import studies
 from tuning.studies import BYOL, STUDIES, Results, Study

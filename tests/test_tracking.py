@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from methods.parts.errors import ConfigError
-from pipeline.mlflow_client import default_uri, mlflow_client
-from pipeline.points import read_points
-from pipeline.tracking import Tracker, sync
+from pipeline.metrics_log import read_points
+from pipeline.tracking.client import default_uri, mlflow_client
+from pipeline.tracking.run_tracker import Tracker, sync
 
 DEAD = "http://127.0.0.1:9"  # nothing listens on the discard port
 
@@ -190,7 +190,7 @@ def test_a_killed_run_is_ended_by_sync(tmp_path: Path, uri: str) -> None:
 
 
 def test_a_point_that_the_server_refuses_does_not_hold_up_the_others(tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.tracking._mlflow_name", lambda key: key)  # as if a server had stricter rules than we know
+    monkeypatch.setattr("pipeline.tracking.run_tracker._mlflow_name", lambda key: key)  # as if a server had stricter rules than we know
     tracker = start(tmp_path / "a", uri)
     tracker.log(1, {"loss": 1.0})
     tracker.log(2, {"not@allowed": 1.0})
@@ -240,7 +240,7 @@ def test_logging_waits_for_nobody(tmp_path: Path, uri: str, monkeypatch: pytest.
 
     tracker = start(tmp_path / "a", uri)
     assert tracker.run_id() is not None
-    monkeypatch.setattr("pipeline.tracking.write_json", slow)  # a disk that takes its time to flush
+    monkeypatch.setattr("pipeline.tracking.run_tracker.write_json", slow)  # a disk that takes its time to flush
     begun, longest = time.monotonic(), 0.0
     while time.monotonic() - begun < 2:
         asked = time.monotonic()

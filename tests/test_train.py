@@ -19,16 +19,16 @@ from torch import nn
 from methods.parts.contract import Method, MethodConfig, ParamGroup, StepOutput
 from methods.parts.errors import ConfigError
 from methods.parts.views import CropGroup
+from pipeline import checkpoint
 from pipeline.config import DataConfig, OptimConfig, RunConfig, TrainConfig, resolve
-from pipeline.ingest.crops import COLUMNS
-from pipeline.ingest.stream import BadSlot, Batch
-from pipeline.place import Place
-from pipeline.runs import RunFolder, create_run, find_run, list_runs
-from pipeline.train import checkpoint
-from pipeline.train.display import Display
-from pipeline.train.guards import Guards, TrainingStopped, check_finite
+from pipeline.data.crops import COLUMNS
+from pipeline.data.loader import BadSlot, Batch
+from pipeline.run_folder import RunFolder, create_run, find_run, list_runs
+from pipeline.storage.place import Place
+from pipeline.train.health import Guards, TrainingStopped, check_finite
 from pipeline.train.loop import Trainer
 from pipeline.train.optim import build_optimizer
+from pipeline.train.progress import Display
 
 VIEWS = {"global": CropGroup(count=2, size=8, jitter=(0, 0, 0, 0), grayscale=0, blur=0, flip=0)}
 

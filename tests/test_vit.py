@@ -30,7 +30,7 @@ from methods.parts.vit import (
     sincos_table,
     without_drop_path,
 )
-from pipeline.exports import export, load_export
+from pipeline.export.weights import export, load_export
 
 SMALL = {"name": "vit_tiny_patch16_224", "width": 0.125, "depth": (3,), "image_size": 32, "patch_size": 8}
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.canvas import GRAY, picture_at, write
+from pipeline.figures.style import GRAY, picture_at, write
 from tuning.results import Knob, Sweep, Trial, show_value
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from typing import Any
 from ray import tune
 
 from methods.parts.contract import find
+from pipeline import checkpoint
 from pipeline.config import flatten, from_yaml
-from pipeline.tracking import EndStatus, Tracker, default_uri
-from pipeline.train import checkpoint
+from pipeline.tracking.run_tracker import EndStatus, Tracker, default_uri
 from tuning.screen import Screen
 from tuning.sweep import ENDED, Sweep, Trial
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from methods.parts.errors import ConfigError
+from pipeline.build import build_method
 from pipeline.config import RunConfig, override, resolve
-from pipeline.train.prepare import build_method
 from tuning.spaces import Knob
 
 Check = Callable[[Mapping[str, Any]], None]

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from methods.parts.contract import find as find_method
 from methods.parts.errors import ConfigError
-from pipeline import registry
 from pipeline.config import RunConfig
+from pipeline.export import registry
 from tuning.results import read_sweep
 from tuning.sweep import ENDED, Sweep
 

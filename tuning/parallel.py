@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.canvas import GRAY, INK, note
+from pipeline.figures.style import GRAY, INK, note
 from tuning.axes import Place, place, titled
 from tuning.results import Sweep, Trial
 

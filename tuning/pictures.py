@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.canvas import BLUE, GRAY, INK, PALE, VERMILLION, note
+from pipeline.figures.style import BLUE, GRAY, INK, PALE, VERMILLION, note
 from tuning.axes import Place, knob_axis, place, score_ticks, shortened, titled
 from tuning.results import Knob, Sweep, Trial, show_values
 

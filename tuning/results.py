@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from methods.parts.errors import ConfigError
-from pipeline.figures import read_metrics
-from pipeline.runs import RunFolder
+from pipeline.figures.charts import read_metrics
+from pipeline.run_folder import RunFolder
 
 SCORE_WORDS = {"knn": "kNN accuracy", "linear": "linear accuracy", "rankme": "RankMe"}
 STATUSES = ("finished", "stopped", "interrupted", "running", "waiting", "failed")

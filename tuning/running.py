@@ -12,10 +12,10 @@ from typing import Any
 
 from methods.parts.errors import ConfigError
 from pipeline.config import RunConfig
-from pipeline.ingest.sources import open_source
-from pipeline.ingest.stream import start_ray
+from pipeline.data.loader import start_ray
+from pipeline.data.sources.base import open_source
 from pipeline.machine import available_cores
-from pipeline.points import read_points
+from pipeline.metrics_log import read_points
 from tuning import draws
 from tuning.spaces import parse_space
 from tuning.sweep import ENDED, Sweep
@@ -44,7 +44,7 @@ def room(config: RunConfig, asked: int | None, gpus_asked: float | None, trials:
     """
     import ray
 
-    from pipeline.ingest.ray_data import joins_cluster
+    from pipeline.data.ray_data import joins_cluster
     from pipeline.train.placement import CPU_WORKER, GPU_WORKER, fits
 
     workers, cores = config.train.worker_range[0], int(available_cores())

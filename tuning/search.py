@@ -12,14 +12,14 @@ from rich.console import Console
 
 from methods.parts.contract import find as find_method
 from methods.parts.errors import ConfigError
+from pipeline.build import with_absolute_paths
 from pipeline.config import RunConfig, resolve
-from pipeline.ingest.manifest import Manifest
-from pipeline.ingest.sources import open_source
+from pipeline.data.image_dataset import Manifest
+from pipeline.data.sources.base import open_source
 from pipeline.machine import available_cores
-from pipeline.runs import hold
-from pipeline.tracking import Tracker
+from pipeline.run_folder import hold
+from pipeline.tracking.run_tracker import Tracker
 from pipeline.train.launch import interruptible
-from pipeline.train.prepare import with_absolute_paths
 from tuning import draws
 from tuning.ending import champion, conclude, introduce
 from tuning.running import room, run_trials, stopping

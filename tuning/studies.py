@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pipeline.config import RunConfig
-    from pipeline.runs import RunFolder
+    from pipeline.run_folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,8 +188,8 @@ def study(name: str, *, runs_dir: Path, console: Console, settings: Mapping[str,
 def trained(config: RunConfig, folder: Path, run: str, runs_dir: Path, figures: Sequence[Figure], console: Console) -> bool:
     """One run of a study, trained to its end and measured, unless it is already. False: it was interrupted or failed."""
     from pipeline.config import from_yaml, override
-    from pipeline.mlflow_client import default_uri
-    from pipeline.runs import RunFolder, write_json
+    from pipeline.run_folder import RunFolder, write_json
+    from pipeline.tracking.client import default_uri
     from pipeline.train import launch
 
     there = RunFolder(folder / run)
@@ -211,8 +211,8 @@ def trained(config: RunConfig, folder: Path, run: str, runs_dir: Path, figures: 
 
 def _same_terms(ran: RunConfig, wanted: RunConfig) -> bool:
     """Are the settings equal, apart from where the run is tracked and how its paths are written?"""
+    from pipeline.build import with_absolute_paths
     from pipeline.config import flatten
-    from pipeline.train.prepare import with_absolute_paths
 
     ours, theirs = flatten(with_absolute_paths(wanted)), flatten(ran)
     return all(theirs.get(key) == value for key, value in ours.items() if not key.startswith("track."))
@@ -220,13 +220,13 @@ def _same_terms(ran: RunConfig, wanted: RunConfig) -> bool:
 
 def measured(run: RunFolder, figures: Sequence[Figure]) -> dict[str, float]:
     """The figures of a finished run that it has."""
-    from pipeline.evaluate import verb
-    from pipeline.figures import read_metrics
+    from pipeline.cli import evaluation
+    from pipeline.figures.charts import read_metrics
 
     found = {key: float(values[-1]) for key, (_, values) in read_metrics(run.metrics).items()}
     asked = [figure.key for figure in figures if figure.probe]
     if asked:
-        _, probes = verb.evaluate(run.model, verb.config_of(run.model), asked)
+        _, probes = evaluation.evaluate(run.model, evaluation.config_of(run.model), asked)
         found |= {probe.name: probe.get("trained") for probe in probes}
     return {figure.key: found[figure.key] for figure in figures if figure.key in found}
 
@@ -288,7 +288,7 @@ def _cell(values: Sequence[float], show: Callable[[float], str]) -> str:
 
 def write(planned: Study, folder: Path) -> Path:
     """`study.md`, `study.png` and `study.json` of what there is."""
-    from pipeline.runs import write_atomic, write_json
+    from pipeline.run_folder import write_atomic, write_json
     from tuning.study_picture import arms as draw
 
     results = read_results(planned, folder)

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.canvas import BLUE, PALE
+from pipeline.figures.style import BLUE, PALE
 from tuning.axes import titled
 
 if TYPE_CHECKING:

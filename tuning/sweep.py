@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import RunConfig, from_yaml, override, to_yaml
-from pipeline.mlflow_client import default_uri
-from pipeline.runs import RunFolder, new_folder, write_atomic, write_json
+from pipeline.run_folder import RunFolder, new_folder, write_atomic, write_json
+from pipeline.tracking.client import default_uri
 
 ENDED = ("finished", "stopped", "failed")  # a trial that `resume` leaves alone
 SCORE_WORDS = {

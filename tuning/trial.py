@@ -18,18 +18,18 @@ import torch
 from ray import tune
 
 from methods.parts.errors import ConfigError
+from pipeline import checkpoint
+from pipeline.build import Prepared, prepare
 from pipeline.config import RunConfig, to_yaml
-from pipeline.ingest.manifest import Manifest
-from pipeline.ingest.sources import open_source
-from pipeline.ingest.stream import Batch
-from pipeline.place import Place
-from pipeline.points import append_line, encode, parse, read_lines
-from pipeline.runs import RunFolder, write_atomic, write_json
-from pipeline.train import checkpoint
-from pipeline.train.display import NullReporter
-from pipeline.train.guards import TrainingStopped
+from pipeline.data.image_dataset import Manifest
+from pipeline.data.loader import Batch
+from pipeline.data.sources.base import open_source
+from pipeline.metrics_log import append_line, encode, parse, read_lines
+from pipeline.run_folder import RunFolder, write_atomic, write_json
+from pipeline.storage.place import Place
+from pipeline.train.health import TrainingStopped
 from pipeline.train.launch import given_weights
-from pipeline.train.prepare import Prepared, prepare
+from pipeline.train.progress import NullReporter
 from pipeline.train.ray_trainer import train_with_workers
 from pipeline.train.work import batches, build_trainer, export_backbone, load_method
 from tuning.sweep import Sweep, trial_config

@@ -45,7 +45,7 @@ def add_options(add: argparse.ArgumentParser) -> None:
 
 
 def tune(options: Any, settings: list[str], recipe: str, write: Callable[[Any, Any], None], console: Any) -> int:
-    from pipeline.settings import configured
+    from pipeline.cli.overrides import configured
     from tuning import search
 
     config = configured(recipe, settings)
@@ -87,9 +87,9 @@ def report(options: Any, write: Callable[[Any, Any], None], console: Any) -> int
 
 
 def study(options: Any, settings: list[str], write: Callable[[Any, Any], None], console: Any) -> int:
+    from pipeline.cli.overrides import keys, parse_settings
     from pipeline.config import flatten
     from pipeline.recipes import load_recipe
-    from pipeline.settings import keys, parse_settings
     from tuning import studies
 
     if options.name is None or options.name.startswith("-"):
@@ -139,7 +139,7 @@ def shown(reference: str, options: Any, write: Callable[[Any, Any], None], conso
     found = sweep.find(reference, Path(options.runs_dir))
     if found is None:
         return False
-    from pipeline.screens import where_runs_lie
+    from pipeline.cli.printing import where_runs_lie
     from tuning.screen import conclusion
 
     conclusion(console, found, where_runs_lie(options), None)

@@ -104,7 +104,7 @@ def _forward(
     precision: Precision,
     forward: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    from pipeline.ingest.photometric import normalise
+    from pipeline.data.augment import normalise
 
     dtype = next((p.dtype for p in backbone.parameters()), torch.float32)
     dtype = torch.float64 if dtype == torch.float64 else torch.float32

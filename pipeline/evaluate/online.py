@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from methods.parts.contract import Method
 from methods.parts.errors import ConfigError
 from pipeline.config import RunConfig
+from pipeline.data.image_dataset import Manifest
+from pipeline.data.loader import BadSlot, EvaluationImages, evaluation_images
 from pipeline.evaluate.clusters import Clusters, assign
 from pipeline.evaluate.features import Precision, effective_rank, extract
+from pipeline.evaluate.final import MEMORY_LIMIT, KNNData
 from pipeline.evaluate.knn import knn_accuracy
 from pipeline.evaluate.probes import linear_accuracy
-from pipeline.evaluate.protocols import MEMORY_LIMIT, KNNData
-from pipeline.ingest.manifest import Manifest
-from pipeline.ingest.stream import BadSlot, EvaluationImages, evaluation_images
 
 
 class Online:

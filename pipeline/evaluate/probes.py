@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from methods.parts.errors import ConfigError
 from pipeline.config import RunConfig
+from pipeline.data.image_dataset import Manifest
+from pipeline.data.loader import evaluation_images
 from pipeline.evaluate.features import calibrate_batchnorm, extract
-from pipeline.evaluate.protocols import KNNData, final_data
-from pipeline.ingest.manifest import Manifest
-from pipeline.ingest.stream import evaluation_images
+from pipeline.evaluate.final import KNNData, final_data
 
 CHOICES = tuple(10.0 ** np.arange(-4, 3))  # C
 LOWSHOT_PENALTY = 0.00025  # lambda n of MSN's evaluation: the mean loss over n images + lambda / 2 |w|^2

@@ -17,21 +17,22 @@ from torch import nn
 
 from methods.parts.contract import find
 from methods.parts.errors import ConfigError
-from pipeline import mirror, registry
-from pipeline.cluster import placement_advice
+from pipeline import checkpoint
+from pipeline.build import Prepared, prepare, prepare_resume
 from pipeline.config import RunConfig, flatten, from_yaml, to_yaml
-from pipeline.evaluate.protocols import Scores
-from pipeline.ingest.ray_data import default_tasks, start_ray
+from pipeline.data.ray_data import default_tasks, start_ray
+from pipeline.doctor.cluster import placement_advice
+from pipeline.evaluate.final import Scores
+from pipeline.export import registry
 from pipeline.machine import choose_device
-from pipeline.runs import RunFolder, create_run, write_atomic
-from pipeline.tracking import EndStatus, Tracker
-from pipeline.train import checkpoint
-from pipeline.train.display import Display
-from pipeline.train.finish import register, tracking_uri
-from pipeline.train.guards import TrainingStopped
+from pipeline.run_folder import RunFolder, create_run, write_atomic
+from pipeline.storage import mirror
+from pipeline.tracking.run_tracker import EndStatus, Tracker
+from pipeline.train.health import TrainingStopped
 from pipeline.train.loop import Position
-from pipeline.train.prepare import Prepared, prepare, prepare_resume
+from pipeline.train.progress import Display
 from pipeline.train.ray_trainer import evaluate_in_task, train_with_workers
+from pipeline.train.registration import register, tracking_uri
 from pipeline.train.work import Evaluation, evaluate_and_export, train
 
 

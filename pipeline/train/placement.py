@@ -9,7 +9,7 @@ from typing import Any
 
 from methods.parts.errors import ConfigError
 from pipeline.config import TrainConfig, divisors
-from pipeline.ingest.ray_data import joins_cluster
+from pipeline.data.ray_data import joins_cluster
 
 Resources = dict[str, float]
 # logical CPUs of a worker: less than one without a GPU, because Ray Data hangs unless a whole one stays free somewhere

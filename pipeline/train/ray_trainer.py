@@ -17,14 +17,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from methods.parts.errors import ConfigError
-from pipeline import mirror
-from pipeline.ingest.ray_data import joins_cluster, raise_priority
-from pipeline.runs import RunFolder
-from pipeline.train import checkpoint
-from pipeline.train.display import Screen
-from pipeline.train.guards import TrainingStopped
+from pipeline import checkpoint
+from pipeline.build import Prepared
+from pipeline.data.ray_data import joins_cluster, raise_priority
+from pipeline.run_folder import RunFolder
+from pipeline.storage import mirror
+from pipeline.train.health import TrainingStopped
 from pipeline.train.placement import Resources, place_workers, worker_resources
-from pipeline.train.prepare import Prepared
+from pipeline.train.progress import Screen
 from pipeline.train.reporting import RemoteReporter, deliver, open_channel, share_through
 from pipeline.train.work import Evaluation, TrainResult, evaluate_checkpoint, train
 

@@ -8,9 +8,9 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pipeline.points import append_line, encode
-from pipeline.runs import RunFolder
-from pipeline.train.display import Screen, Throughput
+from pipeline.metrics_log import append_line, encode
+from pipeline.run_folder import RunFolder
+from pipeline.train.progress import Screen, Throughput
 
 PAUSE_S = 0.25  # between messages
 Message = tuple[str, dict[str, Any]]

@@ -14,20 +14,21 @@ from methods.parts.contract import find
 from methods.parts.distributed import rank, world_size
 from methods.parts.norms import synchronized
 from methods.parts.vit import compile_blocks
-from pipeline import mirror, registry
+from pipeline import checkpoint
+from pipeline.build import Prepared, untrained
+from pipeline.data.loader import Batch
+from pipeline.evaluate.final import Scores, final_scores
 from pipeline.evaluate.online import Online
-from pipeline.evaluate.protocols import Scores, final_scores
-from pipeline.gallery import run_figures
-from pipeline.ingest.stream import Batch
+from pipeline.export import registry
+from pipeline.figures.run_figures import run_figures
 from pipeline.machine import choose_device, keep_freed_memory, memory_advice, set_precision, set_threads
-from pipeline.place import Place
-from pipeline.runs import RunFolder, write_json
-from pipeline.train import checkpoint
-from pipeline.train.display import Screen
-from pipeline.train.guards import TrainingStopped
+from pipeline.run_folder import RunFolder, write_json
+from pipeline.storage import mirror
+from pipeline.storage.place import Place
+from pipeline.train.health import TrainingStopped
 from pipeline.train.loop import Report, Trainer, restore_method
 from pipeline.train.optim import build_optimizer
-from pipeline.train.prepare import Prepared, untrained
+from pipeline.train.progress import Screen
 
 
 @dataclasses.dataclass(frozen=True)

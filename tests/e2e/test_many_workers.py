@@ -15,15 +15,15 @@ import pytest
 import ray
 
 from methods.parts.contract import Method, find, registered
+from pipeline import checkpoint
+from pipeline.build import Prepared, prepare
 from pipeline.config import override
-from pipeline.ingest.stream import start_ray
+from pipeline.data.loader import start_ray
 from pipeline.recipes import entries, load_recipe
-from pipeline.runs import RunFolder, create_run
-from pipeline.tracking import read_points
-from pipeline.train import checkpoint
-from pipeline.train.display import NullReporter
+from pipeline.run_folder import RunFolder, create_run
+from pipeline.tracking.run_tracker import read_points
 from pipeline.train.placement import CPU_WORKER
-from pipeline.train.prepare import Prepared, prepare
+from pipeline.train.progress import NullReporter
 from pipeline.train.ray_trainer import run_workers, worker_main
 from pipeline.train.work import TrainResult, evaluate_checkpoint
 from tests.conftest import ROOT, USERS_ENV

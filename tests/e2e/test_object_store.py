@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.ingest.patches import open_patches
+from pipeline.data.sources.patches import open_patches
 from tests.conftest import USERS_ENV
 from tests.store import SECRET, s3_store
 

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from manyviews import main
-from pipeline.ingest.patches import open_patches
+from pipeline.data.sources.patches import open_patches
 from tests.conftest import USERS_ENV
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -136,7 +136,7 @@ def test_the_registered_model_embeds_bytes_in_a_process_of_its_own(verb: Verb, f
 
 
 def test_mlflow_holds_the_curves_and_no_run_is_left_running(finished: Path) -> None:
-    from pipeline.tracking import mlflow_client
+    from pipeline.tracking.run_tracker import mlflow_client
 
     client = mlflow_client(f"sqlite:///{finished / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("manyviews")

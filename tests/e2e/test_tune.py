@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import from_yaml
-from pipeline.points import read_points
+from pipeline.metrics_log import read_points
 from tests.conftest import USERS_ENV
 from tests.e2e.test_one_machine import here
 
@@ -38,7 +38,7 @@ def results(sweep: Path) -> list[dict[str, Any]]:
 
 
 def mlflow_runs(runs: Path) -> dict[str, Any]:
-    from pipeline.mlflow_client import mlflow_client
+    from pipeline.tracking.client import mlflow_client
 
     client = mlflow_client(f"sqlite:///{runs / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("manyviews")
@@ -75,7 +75,7 @@ def test_the_test_split_is_not_read_and_the_best_is_champion(asha: tuple[Path, s
     assert not list((runs / "first").glob("trial-*/evaluation.json"))
     best = max((t for t in results(runs / "first") if t["status"] == "finished"), key=lambda t: t["score"])
     assert facts["best"] == best["number"]
-    from pipeline.mlflow_client import mlflow_client
+    from pipeline.tracking.client import mlflow_client
 
     version = mlflow_client(f"sqlite:///{runs / 'mlflow.db'}").get_model_version_by_alias("swav-small", "champion")
     assert version.tags["trial"] == f"trial-{best['number']:03d}" and version.tags["sweep"] == "first"

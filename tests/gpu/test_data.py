@@ -14,14 +14,14 @@ import torch
 
 from benchmarks.gpu import configured, make_images, random_batch
 from methods.parts.backbones import BackboneConfig, build_backbone
+from pipeline.build import prepare
 from pipeline.config import DataConfig
-from pipeline.embed import embed
-from pipeline.exports import export
-from pipeline.ingest.photometric import finish_views
-from pipeline.ingest.stream import Stream
+from pipeline.data.augment import finish_views
+from pipeline.data.loader import Stream
+from pipeline.export.embed import embed
+from pipeline.export.weights import export
 from pipeline.machine import set_precision
 from pipeline.recipes import load_recipe
-from pipeline.train.prepare import prepare
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_features_and_the_served_model_use_the_device_and_agree_with_the_cpu(
 ) -> None:
     from types import SimpleNamespace
 
-    from pipeline.served import Embedder
+    from pipeline.export.pyfunc import Embedder
 
     torch.manual_seed(0)
     config = BackboneConfig(name="resnet18", width=0.25)

@@ -15,15 +15,15 @@ from torch import Tensor
 from benchmarks.gpu import build, configured, make_images, random_batch
 from methods.parts.contract import Progress, find, registered
 from methods.parts.views import Views
+from pipeline.build import prepare
 from pipeline.config import RunConfig, override
-from pipeline.ingest.photometric import finish_views
-from pipeline.ingest.stream import Batch
+from pipeline.data.augment import finish_views
+from pipeline.data.loader import Batch
 from pipeline.recipes import entries, load_recipe
-from pipeline.runs import create_run
-from pipeline.train.display import NullReporter
-from pipeline.train.guards import TrainingStopped
+from pipeline.run_folder import create_run
+from pipeline.train.health import TrainingStopped
 from pipeline.train.loop import Trainer
-from pipeline.train.prepare import prepare
+from pipeline.train.progress import NullReporter
 from pipeline.train.work import train
 
 BATCH = 16

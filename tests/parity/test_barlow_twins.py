@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from methods.barlow_twins import BarlowTwins, BarlowTwinsConfig
 from methods.parts.contract import Progress, RunFacts
 from methods.parts.views import Views
+from pipeline.build import build_method
 from pipeline.config import override
 from pipeline.recipes import load_recipe
-from pipeline.train.prepare import build_method
 from tests.parity.test_byol import Encoder, draw
 from tests.parity.test_swav import Same
 from tests.test_workers import in_processes

@@ -17,20 +17,11 @@ from methods.parts.contract import Progress, RunFacts
 from methods.parts.errors import ConfigError
 from methods.parts.schedules import cosine, linear_by_epoch, warmup_cosine
 from methods.parts.views import Views
+from pipeline.build import build_method
 from pipeline.config import override, resolve
 from pipeline.recipes import load_recipe
-from pipeline.train.prepare import build_method
 from tests.parity.common import EXACT, in_processes
-from tests.parity.dino_cases import (
-    EPOCH,
-    FACTS,
-    TOTAL,
-    dino,
-    images,
-    of_scores,
-    progress,
-    rows_of,
-)
+from tests.parity.dino_cases import EPOCH, FACTS, TOTAL, dino, images, of_scores, progress, rows_of
 from tests.parity.test_swav import literal_sinkhorn
 
 # ---------------------------------------------------------------------------- the loss

@@ -12,11 +12,7 @@ from torch import nn
 
 from methods.parts.dino_head import DINOHead
 from tests.parity.common import SINGLE
-from tests.parity.dino_cases import (
-    dino,
-    images,
-    progress,
-)
+from tests.parity.dino_cases import dino, images, progress
 
 HEAD_NAMES = {
     "prototypes.lengths": "last_layer.weight_g",

@@ -19,18 +19,7 @@ from methods.parts.backbones import BackboneConfig, build_backbone
 from methods.parts.norms import synchronized
 from methods.parts.views import Views
 from tests.parity.common import in_processes
-from tests.parity.dino_cases import (
-    EPOCH,
-    FACTS,
-    SMALL,
-    Encoder,
-    advance,
-    dino,
-    fresh_optimizer,
-    images,
-    progress,
-    rows_of,
-)
+from tests.parity.dino_cases import EPOCH, FACTS, SMALL, Encoder, advance, dino, fresh_optimizer, images, progress, rows_of
 
 LENGTHS, DIRECTIONS = "head.prototypes.lengths", "head.prototypes.directions"
 

@@ -21,8 +21,8 @@ from methods.parts.errors import ConfigError
 from methods.parts.masking import masked_of, random_keep
 from methods.parts.views import Views
 from methods.parts.vit import sincos_table
-from pipeline.canvas import to_uint8
-from pipeline.reconstruction_figure import reconstructions
+from pipeline.figures.reconstruction_charts import reconstructions
+from pipeline.figures.style import to_uint8
 from tests.parity.common import EXACT, in_processes, progress
 from tests.parity.test_msn import gelu, literal_layer_norm
 

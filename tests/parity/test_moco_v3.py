@@ -19,10 +19,10 @@ from methods.parts.contract import Progress, RunFacts
 from methods.parts.distributed import all_gather_rows, average_gradients
 from methods.parts.errors import ConfigError
 from methods.parts.norms import average_statistics, synchronized
+from pipeline.build import build_method
 from pipeline.config import OptimConfig, override, resolve
 from pipeline.recipes import load_recipe
 from pipeline.train.optim import build_optimizer, scheduled_lr
-from pipeline.train.prepare import build_method
 from tests.parity.common import EXACT, Same, in_processes, progress, two_views
 
 FACTS = RunFacts(global_batch_size=8, steps_per_epoch=10, total_steps=100)

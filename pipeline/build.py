@@ -1,0 +1,125 @@
+"""Everything that is checked before time is spent: data open, numbers resolved, method built, device chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from methods.parts.backbones import build_backbone
+from methods.parts.contract import Method, RunFacts, find
+from methods.parts.errors import ConfigError
+from methods.parts.vit import require_whole_patches, save_memory, vits
+from pipeline.config import Resolved, RunConfig, from_yaml, resolve
+from pipeline.data.image_dataset import Manifest
+from pipeline.data.loader import Stream
+from pipeline.data.sources.base import absolute_source, open_source
+from pipeline.run_folder import RunFolder
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Everything checked before cluster time is spent: the data is open, the numbers resolved, the method built."""
+
+    config: RunConfig
+    stream: Stream
+    resolved: Resolved
+    method: Method
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.stream.manifest
+
+
+def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = None, manifest: Manifest | None = None) -> Prepared:
+    """Open the data, resolve the numbers and build the method.
+
+    Args:
+        start_from: fills the new backbone with weights.
+        manifest: the data, where it is open already.
+
+    Raises:
+        ConfigError: anything that cannot work.
+    """
+    config = with_absolute_paths(config)
+    manifest = manifest or open_source(config.data)
+    if config.evaluate.path is not None:
+        open_source(dataclasses.replace(config.data, path=config.evaluate.path))
+    training = manifest.num_training(config.data.held_out)
+    resolved = resolve(config, training, None if training is None else len(manifest))
+    plan = manifest.plan(
+        seed=config.train.seed,
+        held_out=config.data.held_out,
+        global_batch=config.train.global_batch_size,
+        lanes=config.data.lanes,
+        window=resolved.window,
+        steps_per_epoch=resolved.facts.steps_per_epoch,
+    )
+    facts, data = resolved.facts, config.data
+    stream = Stream(
+        manifest,
+        plan,
+        config.views,
+        config.train.seed,
+        facts.total_steps,
+        earlier=config.train.first_epoch * facts.steps_per_epoch,
+        finish=(data.mean, data.std) if data.finish == "tasks" else None,
+        buffer_bytes=data.buffer_bytes,
+    )
+    return Prepared(config, stream, resolved, build_method(config, facts, start_from))
+
+
+def prepare_resume(folder: RunFolder, start_from: Callable[[nn.Module], None] | None = None) -> Prepared:
+    """Prepare a run that goes on: with its config, on the images it began with.
+
+    Raises:
+        ConfigError: as `prepare`; or the images have changed.
+    """
+    ready = prepare(from_yaml(folder.config_text()), start_from)
+    if folder.state().get("fingerprint") not in (None, ready.manifest.fingerprint):
+        raise ConfigError(f"data.path={ready.config.data.path}: the images have changed since the run began; restore them, or use continue")
+    return ready
+
+
+def build_method(config: RunConfig, facts: RunFacts, start_from: Callable[[nn.Module], None] | None = None) -> Method:
+    """The method with its freshly initialised backbone; the same seed gives the same weights.
+
+    Args:
+        start_from: fills the backbone with weights before the method sees it, and so before a method copies it.
+    """
+    entry = find(config.method)
+    torch.manual_seed(config.train.seed)
+    backbone = build_backbone(config.backbone)
+    for name, group in config.views.items():
+        if group.count:
+            require_whole_patches(backbone, f"views.{name}.size", group.size)
+    if config.evaluate.size is not None:
+        require_whole_patches(backbone, "evaluate.size", config.evaluate.size)
+    if config.train.gradient_checkpointing:
+        save_memory(backbone)  # and so every copy that the method makes
+    if config.train.compile:
+        vits(backbone, "train.compile")  # they are compiled where they run: pickling drops it
+    if start_from is not None:
+        start_from(backbone)
+    method: Method = entry.method(config.method, backbone, facts)  # type: ignore[call-arg]
+    if config.train.accumulation_steps > 1 and method.accumulation == "refuse":
+        raise ConfigError(
+            f"train.accumulation_steps={config.train.accumulation_steps}: {entry.name} needs the whole batch at once; "
+            f"use 1 ({method.accumulation_remedy})"
+        )
+    return method.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Workers do not share the driver's folder."""
+    data = dataclasses.replace(config.data, path=absolute_source(config.data.path))
+    path = config.evaluate.path
+    evaluate = dataclasses.replace(config.evaluate, path=path and absolute_source(path))
+    return dataclasses.replace(config, data=data, evaluate=evaluate)
+
+
+def untrained(config: RunConfig, resolved: Resolved) -> nn.Module:
+    """The backbone as it was before the first step, had it started from random weights."""
+    return build_method(config, resolved.facts).evaluation_backbone()

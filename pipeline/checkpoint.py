@@ -1,0 +1,265 @@
+"""Our own checkpoints: whole or absent, whatever kills the process, on a disk or in an object store.
+
+checkpoints/step-00000300/state.pt    tensors and plain values only
+checkpoints/step-00000300/NAME-0.pt   a piece of a table by image id, if the method has one
+checkpoints/last.json, best.json      {"folder": "step-00000300", "step": 300, ...}, replaced after the folder is whole
+
+A folder counts from the moment a pointer names it, and none that is named is written to again. torch is loaded where a
+state is read or written: to look where a run stands takes none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from methods.parts.errors import ConfigError
+from pipeline.storage import files
+from pipeline.storage.place import Place
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.cuda import Event
+
+State = dict[str, Any]
+STATE = "state.pt"  # written last: a folder that has it is whole
+
+
+class DiskFull(RuntimeError):
+    """A checkpoint could not be written; the last one is still whole."""
+
+
+# ---------------------------------------------------------------------------- writing
+
+
+class CheckpointWriter:
+    """Writes checkpoints on a thread, one at a time, so that training goes on meanwhile. Rank 0 writes for all.
+
+    Holds one copy of the state in memory while it is written.
+    """
+
+    def __init__(self, checkpoints: Place, keep_every: int | None = None) -> None:
+        self.checkpoints, self.keep_every = checkpoints, keep_every
+        self._writing: Future[None] | None = None
+
+    def save(self, state: State, *, step: int, best: bool = False, then: Callable[[], None] = lambda: None) -> None:
+        """Copy the state, and begin to write it once the earlier checkpoint is whole.
+
+        Args:
+            state: its tables by image id are copies already, as `IdTable.pieces` gives them.
+            then: called on the thread when the checkpoint is whole.
+
+        Raises:
+            DiskFull: the earlier checkpoint could not be written.
+        """
+        self.wait()
+        copied, ready = snapshot(state)
+        pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing = pool.submit(self._write, copied, ready, step, best, then)
+        pool.shutdown(wait=False)  # the thread ends with its work, and the process not before it
+
+    def _write(self, state: State, ready: Event | None, step: int, best: bool, then: Callable[[], None]) -> None:
+        if ready is not None:
+            ready.synchronize()
+        save(self.checkpoints, state, step=step, best=best, keep_every=self.keep_every)
+        then()
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is whole.
+
+        Raises:
+            DiskFull: it could not be written. Told once.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+
+def snapshot(state: State) -> tuple[State, Event | None]:
+    """Return a copy of a state on the CPU, and the event after which it is complete; None = now.
+
+    Copies from CUDA go to pinned memory on the current stream: later steps on it see to it that nothing is changed before.
+    """
+    import torch
+
+    on_device = False
+
+    def copied(value: Any) -> Any:
+        nonlocal on_device
+        if isinstance(value, torch.Tensor):
+            if value.device.type != "cuda":
+                return value.detach().to("cpu", copy=True)
+            on_device = True
+            return torch.empty_like(value, device="cpu", pin_memory=True, requires_grad=False).copy_(value.detach(), non_blocking=True)
+        if isinstance(value, dict):
+            same = copy.copy(value)  # keeps the versions of modules that a state_dict carries as an attribute
+            same.update((key, copied(inner)) for key, inner in value.items())
+            return same
+        if isinstance(value, list | tuple):
+            return type(value)(map(copied, value))
+        return value
+
+    whole = {key: value if key == "id_tables" else copied(value) for key, value in state.items()}
+    if not on_device:
+        return whole, None
+    event = torch.cuda.Event()
+    event.record()
+    return whole, event
+
+
+def save(checkpoints: Place, state: State, *, step: int, best: bool = False, keep_every: int | None = None) -> Place:
+    """Write the checkpoint of `step`, point `last` (and `best`) at it, and prune those that nothing points to.
+
+    Raises:
+        DiskFull: the disk or the store refused; earlier checkpoints are untouched.
+    """
+    folder = checkpoints
+    try:
+        pointed = _pointed(checkpoints)
+        names = (f"step-{step:08d}" + (f"-{i}" if i else "") for i in itertools.count())
+        folder = checkpoints / next(name for name in names if name not in pointed)
+        folder.remove()  # what a killed process or an earlier life of this run has left
+        tables: dict[str, list[Tensor]] = state.get("id_tables", {})
+        for table, pieces in tables.items():
+            for i, piece in enumerate(pieces):
+                _write(folder / f"{table}-{i}.pt", piece)
+        _write(folder / STATE, state | {"id_tables": {table: len(pieces) for table, pieces in tables.items()}})
+        pointer = (json.dumps({"folder": folder.name, "step": step}) + "\n").encode()
+        for which in ["last"] + ["best"] * best:
+            (checkpoints / f"{which}.json").write(pointer)
+        _prune(checkpoints, keep_every)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        with contextlib.suppress(OSError):  # else the next one removes it
+            if folder != checkpoints and folder.name not in _pointed(checkpoints):
+                folder.remove()
+        free = "" if checkpoints.is_remote else f" ({shutil.disk_usage(Path(checkpoints.uri).parent).free / 1e6:.0f} MB free)"
+        raise DiskFull(f"checkpoint of step {step} could not be written to {checkpoints}{free}: {error}") from error
+    return folder
+
+
+def _write(file: Place, content: Any) -> None:
+    import torch
+
+    with file.writing() as out:
+        torch.save(content, out)
+
+
+def _prune(checkpoints: Place, keep_every: int | None) -> None:
+    """Remove what no pointer names, but for whole checkpoints of every n-th step."""
+    pointed = _pointed(checkpoints)
+    for name in (name for name in checkpoints.folders() if name.startswith("step-")):
+        kept = keep_every and _step(name) % keep_every == 0 and (checkpoints / name / STATE).is_file()
+        if name not in pointed and not kept:
+            (checkpoints / name).remove()
+
+
+def _pointed(checkpoints: Place) -> set[str]:
+    return {name for which in ("last", "best") if (name := named(checkpoints, which))}
+
+
+# ---------------------------------------------------------------------------- reading
+
+
+def _step(name: str) -> int:
+    return int(name.split("-")[1])
+
+
+def named(checkpoints: Place, which: str = "last") -> str | None:
+    """Return the name of the folder that `last` or `best` points to, or None."""
+    try:
+        return str(json.loads((checkpoints / f"{which}.json").read())["folder"])
+    except FileNotFoundError:
+        return None
+
+
+def last_step(checkpoints: Place) -> int:
+    """Return the completed steps of a run's last checkpoint; 0 without one."""
+    pointed = pointed_to(checkpoints)
+    return _step(pointed.name) if pointed else 0
+
+
+def pointed_to(checkpoints: Place, which: str = "last") -> Place | None:
+    """Return the folder that `last` or `best` points to, or None.
+
+    Raises:
+        ConfigError: the store does not answer.
+    """
+    with files.explained(checkpoints.uri, "runs_dir"):
+        name = named(checkpoints, which)
+        return checkpoints / name if name and (checkpoints / name / STATE).is_file() else None
+
+
+def load(folder: Place) -> State:
+    """Read a checkpoint; nothing in it can run code. Tables by image id are mapped, so that a worker reads its own rows only.
+
+    One in an object store is copied to a temporary folder, which is gone from the disk when nothing of it is mapped any more.
+
+    Raises:
+        ConfigError: the file is not readable as a checkpoint, or the store does not answer.
+    """
+    import torch
+
+    try:
+        with tempfile.TemporaryDirectory(prefix="manyviews-") as scratch:
+            path = scratch if folder.is_remote else folder.uri
+            if folder.is_remote:
+                with files.explained(folder.uri, "checkpoint"):
+                    files.copy(folder.uri, scratch)
+            state: State = torch.load(Path(path, STATE), map_location="cpu", weights_only=True)
+            counts = state.get("id_tables", {}).items()
+            state["id_tables"] = {
+                name: [torch.load(Path(path, f"{name}-{i}.pt"), map_location="cpu", weights_only=True, mmap=True) for i in range(count)]
+                for name, count in counts
+            }
+    except ConfigError:  # the store does not answer
+        raise
+    except Exception as error:
+        raise ConfigError(f"checkpoint={folder}: cannot be read ({error}); remove it to go on from an older one") from None
+    return state
+
+
+def hash_of_last(checkpoints: Place) -> str:
+    """Return `state_hash` of a run's last checkpoint: the same for any two runs that trained alike.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    pointed = pointed_to(checkpoints)
+    if pointed is None:
+        raise ConfigError(f"checkpoint={checkpoints}: there is none; train first")
+    return state_hash(load(pointed))
+
+
+def state_hash(state: State) -> str:
+    """SHA-256 over every value of a state, tensors by their bytes; independent of memory layout."""
+    import torch
+
+    digest = hashlib.sha256()
+    for path, value in _leaves("", state):
+        digest.update(path.encode())
+        if isinstance(value, torch.Tensor):
+            flat = value.detach().cpu().contiguous().flatten()
+            digest.update(str(flat.dtype).encode() + flat.view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(repr(value).encode())
+    return digest.hexdigest()
+
+
+def _leaves(path: str, value: Any) -> Iterable[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key in sorted(value, key=str):
+            yield from _leaves(f"{path}/{key}", value[key])
+    elif isinstance(value, (list, tuple)):
+        for i, inner in enumerate(value):
+            yield from _leaves(f"{path}/{i}", inner)
+    else:
+        yield path, value

@@ -1,0 +1,168 @@
+"""What the verbs print: tables of scores, the end of a run, and the same for machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.evaluate.final import Scores
+    from pipeline.evaluate.probes import ProbeScores
+    from pipeline.train.launch import Outcome
+
+
+def conclude(outcome: Outcome, options: Any) -> int:
+    """Say how a run ended and what can be done next."""
+    screen, name, where = console(), outcome.folder.name, where_runs_lie(options)
+    write_json(options, outcome.to_dict())
+    if outcome.status == "interrupted":
+        screen.print(f"{outcome.message}\ngo on with: manyviews resume {name}{where}", highlight=False, soft_wrap=True)
+        return 1
+    if outcome.status != "finished":
+        print(f"error: {outcome.message}", file=sys.stderr)
+        return 1
+    if outcome.scores is not None:
+        show_scores(outcome.scores)
+    pictures = sorted(outcome.folder.figures.glob("*.png"))
+    for picture in pictures:
+        screen.print(f"picture   {picture}", highlight=False, soft_wrap=True)
+    screen.print(f"weights   {outcome.folder.model / 'backbone.safetensors'} (timm names)", highlight=False, soft_wrap=True)
+    if outcome.model is not None:
+        best = ", alias best" if outcome.model.alias_best else ""
+        screen.print(f"model     {outcome.model.uri} (version {outcome.model.version}{best})", highlight=False, soft_wrap=True)
+    screen.print(
+        "\n[bold]next[/bold]\n"
+        f"  manyviews embed {name} --data.path YOUR_IMAGES --to features/{where}   features of your images, as Parquet\n"
+        f"  manyviews pretrain {outcome.recipe} --data.path YOUR_IMAGES   the same on your own images\n"
+        f"  mlflow ui --backend-store-uri {outcome.tracking_uri}   curves, pictures and models in the browser",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def show_scores(scores: Scores) -> None:
+    from rich.table import Table
+
+    screen = console()
+    if not scores.rows:
+        screen.print(scores.protocol, highlight=False, soft_wrap=True)
+        return
+    table = Table(title=None, show_edge=False, pad_edge=False)
+    table.add_column("")
+    table.add_column(f"kNN top-1, {scores.split} images", justify="right")
+    for row in scores.rows:
+        style = "bold" if row.key == "trained" else ""
+        table.add_row(row.label, f"{100 * row.accuracy:.1f} %", style=style)
+    screen.print()
+    screen.print(table)
+    gain = f"{scores.gain:+.1f} points above the best of raw pixels (L2) and the untrained backbone"
+    screen.print(gain, highlight=False, soft_wrap=True)
+    screen.print(f"[dim]{scores.protocol}[/dim]\n", highlight=False, soft_wrap=True)
+
+
+def show_probe(scores: ProbeScores) -> None:
+    from rich.table import Table
+
+    table = Table(title=None, show_edge=False, pad_edge=False)
+    table.add_column("")
+    table.add_column(f"{scores.name} top-1, {scores.split} images", justify="right")
+    for row in scores.rows:
+        spread = "" if row.spread is None else f" ± {100 * row.spread:.1f}"
+        table.add_row(row.label, f"{100 * row.accuracy:.1f}{spread} %", style="bold" if row.key.startswith("trained") else "")
+    screen = console()
+    screen.print()
+    screen.print(table)
+    screen.print(f"[dim]{scores.protocol}[/dim]\n", highlight=False, soft_wrap=True)
+
+
+def console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def show_table(columns: list[str], rows: list[tuple[Any, ...]], *, heads: bool = True) -> None:
+    """Columns that fold where the screen is narrow."""
+    from rich.table import Table
+
+    table = Table(show_edge=False, pad_edge=False) if heads else Table.grid(padding=(0, 2))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row))
+    console().print(table)
+
+
+def show_run(state: dict[str, Any], options: Any) -> None:
+    """What `RunFolder.state` tells of one run, as far as a person wants to know; `--json` has all of it."""
+    who = f" (process {state.get('pid')} on {state.get('host')})" if state["status"] == "running" else ""
+    rows = {
+        "run": state["name"],
+        "state": state["status"] + who,
+        "because": state.get("message"),
+        "recipe": state.get("recipe"),
+        "step": _step(state),
+        "kNN held-out": percent(state.get("knn")),
+        "workers": state.get("group", {}).get("workers"),
+        "began": _moment(state.get("created")),
+        "ended": _moment(state.get("ended")),
+        "model": state.get("model"),
+        "folder": state["folder"],
+        "how to go on": next_command(state, options),
+    }
+    show_table(["", ""], [(name, value) for name, value in rows.items() if value], heads=False)
+
+
+def show_runs(states: list[dict[str, Any]], sweeps: list[dict[str, Any]], options: Any) -> None:
+    """A line for each run, as `RunFolder.state` tells of it, and for each sweep."""
+    if states:
+        show_table(
+            ["run", "state", "step", "kNN held-out", "how to go on"],
+            [(s["name"], _status(s), _step(s), percent(s.get("knn")), next_command(s, options)) for s in states],
+        )
+    if states and sweeps:
+        print()
+    if sweeps:
+        rows: list[tuple[Any, ...]] = []
+        for s in sweeps:
+            follows = f"manyviews {'report' if s['status'] == 'finished' else 'resume'} {s['name']}{where_runs_lie(options)}"
+            searched = ", ".join(key.rsplit(".", 1)[-1] for key in s["space"])
+            best = f"{s['best_words']} {s['score']}" if s["best_score"] is not None else ""
+            rows.append((s["name"], s["status"], f"{s['ended_trials']}/{s['trials']}", searched, best, follows))
+        show_table(["sweep", "state", "trials ended", "searches", "best", "how to go on"], rows)
+
+
+def percent(fraction: float | None) -> str:
+    return "" if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def next_command(state: dict[str, Any], options: Any) -> str:
+    """What a user does next with a run; nothing while it runs."""
+    verb = {"finished": "evaluate", "interrupted": "resume", "failed": "resume", "created": "resume"}.get(state["status"])
+    return f"manyviews {verb} {state['name']}{where_runs_lie(options)}" if verb else ""
+
+
+def where_runs_lie(options: Any) -> str:
+    """The part of a command that says where runs lie, unless in the usual place."""
+    return "" if options.runs_given == "runs" else f" --runs-dir {options.runs_given}"
+
+
+def _status(state: dict[str, Any]) -> str:
+    return f"failed ({state.get('message', '')[:60]})" if state["status"] == "failed" else str(state["status"])
+
+
+def _step(state: dict[str, Any]) -> str:
+    return f"{state.get('step', 0)}/{state.get('total_steps', '?')}"
+
+
+def _moment(seconds: float | None) -> str | None:
+    return None if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def write_json(options: Any, value: Any) -> None:
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(value, indent=2, default=str) + "\n")

@@ -1,0 +1,91 @@
+"""What a task makes of one window of images: decoded, their views cut, and finished if it is asked to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from methods.parts.views import ViewsConfig
+from pipeline.data.augment import Normalisation, finish_crops
+from pipeline.data.crops import COLUMNS, cut_window, draw_views, shrink_factor, shrunk
+from pipeline.data.decode import BadImage, decode, large_size
+from pipeline.data.image_dataset import Row
+
+
+def cut_images(rows: list[Row], epoch: int, views: ViewsConfig, seed: int, chunk: int) -> dict[str, np.ndarray]:
+    """Decode a window of images and cut their views; bad slots get a good image from another chunk.
+
+    Large JPEGs are decoded at the smallest size in which every box is twice as large as its view. Their tables hold the boxes
+    in the whole image.
+
+    Returns:
+        Columns of `len(rows)` entries: `crops/GROUP` and `table/GROUP`, `id` and `label` of the image shown, `planned` id,
+        and `reason`, empty unless the planned image is bad.
+    """
+    sizes = [large_size(row.image) for row in rows]
+    factors = [
+        1 if size is None else shrink_factor(_draw([row], [size], seed, epoch, views), views) for row, size in zip(rows, sizes, strict=True)
+    ]
+    images, reasons = decode_all(rows, factors)
+    whole = [image.shape[:2] if reason or size is None else size for image, reason, size in zip(images, reasons, sizes, strict=True)]
+    shown = substitutes([not reason for reason in reasons], chunk)
+    pictures = [images[s] for s in shown]
+    ids = np.array([rows[s].id for s in shown])
+    tables = _draw([rows[s] for s in shown], [whole[s] for s in shown], seed, epoch, views)
+    in_picture = tables
+    if max(factors) > 1:
+        heights, widths = (np.array([picture.shape[axis] for picture in pictures]) for axis in (0, 1))
+        in_picture = {name: shrunk(table, np.array(factors)[shown], heights, widths) for name, table in tables.items()}
+    columns = {f"crops/{name}": crops for name, crops in cut_window(pictures, in_picture, views).items()}
+    columns |= {f"table/{name}": table for name, table in tables.items()}
+    columns["id"], columns["planned"] = ids, np.array([row.id for row in rows])
+    columns["label"] = np.array([rows[s].label for s in shown])
+    columns["reason"] = np.array(reasons, dtype=object)
+    return columns
+
+
+def finish_columns(columns: dict[str, np.ndarray], views: ViewsConfig, finish: Normalisation) -> None:
+    """Replace uint8 crops by finished ones, `(n, V, 3, size, size)` float32."""
+    for name, group in views.items():
+        if group.count:
+            crops, table = torch.from_numpy(columns[f"crops/{name}"]), columns[f"table/{name}"]
+            done = finish_crops(crops.flatten(0, 1), table.reshape(-1, len(COLUMNS)), group, *finish, channels_last=False)
+            columns[f"crops/{name}"] = done.unflatten(0, crops.shape[:2]).numpy()
+
+
+def substitutes(good: list[bool], chunk: int) -> np.ndarray:
+    """Which place of a window each slot shows, `(n,)`: itself if good, else a good one at the same place of the nearest
+    later chunk (cyclic), else any good one after it; itself if none is good."""
+    count = len(good)
+    shown = np.arange(count)
+    for slot in np.flatnonzero(~np.array(good, bool)):
+        other_chunks = range(slot + chunk, slot + count, chunk)
+        candidates = (place % count for place in (*other_chunks, *range(slot + 1, slot + count)))
+        shown[slot] = next((place for place in candidates if good[place]), slot)
+    return shown
+
+
+def decode_all(rows: list[Row], factors: Sequence[int] | None = None) -> tuple[list[np.ndarray], list[str]]:
+    """Pixels of every row, and why it has none: an empty string, or the reason beside one black pixel."""
+    images, reasons = [], []
+    for row, factor in zip(rows, factors or [1] * len(rows), strict=True):
+        try:
+            images.append(decode(row.image, factor))
+            reasons.append("")
+        except BadImage as error:
+            images.append(np.zeros((1, 1, 3), np.uint8))
+            reasons.append(str(error) or "unknown")
+    return images, reasons
+
+
+def _draw(rows: list[Row], sizes: list[tuple[int, ...]], seed: int, epoch: int, views: ViewsConfig) -> dict[str, np.ndarray]:
+    heights, widths = np.array(sizes).T
+    return draw_views(seed, epoch, np.array([row.id for row in rows]), heights, widths, views)
+
+
+def block_bytes(views: ViewsConfig, images: int, finished: bool) -> int:
+    """Size of what one task returns for so many images."""
+    pixels = sum(g.count * (3 * g.size * g.size * (4 if finished else 1) + 4 * len(COLUMNS)) for g in views.values())
+    return images * (pixels + 64)

@@ -1,0 +1,114 @@
+"""What is in a source: a manifest with dense ids 0 .. N-1, whatever the kind of source and wherever it lies."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.data.philox import HELD_OUT, uniforms
+from pipeline.data.sampler import Plan
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+MOST_HELD_OUT = 5000  # enough for an accuracy to half a point; a large source should train on the rest
+
+
+class Row(NamedTuple):
+    """One image of a source, still encoded. A label of -1 is unknown."""
+
+    id: int
+    image: bytes
+    label: int
+    path: str
+
+
+@dataclass(kw_only=True)
+class Manifest:
+    """What is in a source, without the pixels: small, picklable, the same wherever the files lie.
+
+    Attributes:
+        labels: `(N,)` int64 by id; -1 is unknown.
+        class_names: name of every label, empty if there are none.
+        fingerprint: hash of the list of images and the class names.
+        spans: `(G, 2)` int64, first id and number of rows of every natural unit of reading.
+        skipped: path and reason of every file that is no image.
+        test_path: the source's own test split, to be opened like `data.path`.
+    """
+
+    labels: np.ndarray
+    class_names: list[str]
+    fingerprint: str
+    spans: np.ndarray
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    test_path: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def describe(self) -> str:
+        """How many images, in words."""
+        return f"{len(self):,} images"
+
+    def num_training(self, fraction: float) -> int | None:
+        """Training images; None = no end."""
+        return len(self.training_ids(fraction))
+
+    def plan(self, *, seed: int, held_out: float, global_batch: int, lanes: int, window: int, steps_per_epoch: int) -> Plan:
+        """Who sees which image when. A pass over the images has the length it has; only a source without end asks for one.
+
+        Raises:
+            ConfigError: the lanes cannot share the batch, or there are fewer images than one batch.
+        """
+        return Plan(self.spans, self.training_ids(held_out), seed=seed, global_batch=global_batch, lanes=lanes, window=window)
+
+    def served(self, plan: Plan, first_step: int) -> Manifest:
+        """This manifest as the tasks of a run need it, which begins with step `first_step`."""
+        return self
+
+    def path(self, id: int) -> str:
+        """Where an image lies, for messages."""
+        raise NotImplementedError
+
+    def read(self, ids: Sequence[int] | np.ndarray) -> list[Row]:
+        """The encoded images in the order asked. A file that cannot be read gives empty bytes, so that ids stay stable."""
+        cells = zip(ids, self._read(ids), strict=True)
+        return [Row(int(i), image, int(self.labels[i]), path or self.path(int(i))) for i, (image, path) in cells]
+
+    def _read(self, ids: Sequence[int] | np.ndarray) -> Iterable[tuple[bytes, str | None]]:
+        """Encoded bytes and, where the source stores one, a path of its own."""
+        raise NotImplementedError
+
+    def held_out_ids(self, fraction: float) -> np.ndarray:
+        """Sorted ids kept away from training, int64; chosen by a hash of the id, so every run holds out the same ones.
+
+        None where there are no labels: held-out images serve kNN, which would have nothing to vote on.
+        """
+        count = len(self)
+        if fraction <= 0 or count < 2 or not (self.labels >= 0).any():
+            return np.empty(0, np.int64)
+        wanted = min(max(1, round(fraction * count)), count - 1, MOST_HELD_OUT)
+        numbers = uniforms(0, 0, np.arange(count), HELD_OUT, 1)[:, 0]
+        return np.sort(np.argsort(numbers, kind="stable")[:wanted])
+
+    def training_ids(self, fraction: float) -> np.ndarray:
+        """Sorted ids that are not held out, int64."""
+        keep = np.ones(len(self), bool)
+        keep[self.held_out_ids(fraction)] = False
+        return np.flatnonzero(keep)
+
+
+def numbered(labels: np.ndarray) -> list[str]:
+    """Class names of labels that have none: their numbers."""
+    top = int(labels.max(initial=-1)) + 1
+    return [str(i) for i in range(top)] if top <= 100_000 else []
+
+
+def fingerprint(lines: Iterable[str], class_names: Sequence[str]) -> str:
+    """Hash of a list of images and the class names, 32 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for line in (*lines, "classes", *class_names):
+        digest.update(line.encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()

@@ -1,0 +1,82 @@
+"""Where images come from: `data.path` as a manifest, by kind."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from methods.parts.errors import ConfigError
+from pipeline.data.image_dataset import Manifest
+from pipeline.data.sources.folder import open_folder
+from pipeline.data.sources.huggingface import open_hub
+from pipeline.data.sources.iterable import open_unbounded, with_absolute_path
+from pipeline.data.sources.parquet import open_parquet
+from pipeline.data.sources.patches import open_patches
+from pipeline.data.sources.torchvision_data import open_named
+from pipeline.data.sources.webdataset import open_tars
+from pipeline.storage import files
+
+if TYPE_CHECKING:
+    from pipeline.config import DataConfig  # importing it costs seconds (timm)
+
+NAMES = ("patches", "cifar10", "cifar100")  # `data.path` may be one of these, with options after a colon
+
+
+def is_local_path(path: str) -> bool:
+    """Is `data.path` a path on this machine, which workers need in its absolute form, and no URI or built-in name?"""
+    return "://" not in path and path.partition(":")[0] not in (*NAMES, "stream")
+
+
+def absolute_source(path: str) -> str:
+    """`data.path` as it is found from any folder."""
+    if path.startswith("stream:"):
+        return with_absolute_path(path)
+    return str(Path(path).expanduser().resolve()) if is_local_path(path) else path
+
+
+def open_source(data: DataConfig) -> Manifest:
+    """List the images of `data.path`. Reads names, sizes, Parquet footers, tar headers and labels, but no image.
+
+    Raises:
+        ConfigError: nothing there, no images, no such column, no right to read, or an unknown option of a built-in set.
+    """
+    name = data.path.partition(":")[0]
+    if name == "patches":
+        return open_patches(data.path)
+    if name in NAMES:
+        return open_named(data)
+    if name == "stream":
+        return open_unbounded(data.path)
+    root = files.resolve(data.path)
+    if root.startswith("hf://"):
+        return open_hub(root, data)
+    with files.explained(root):
+        return _open_files(root, data)
+
+
+def _open_files(root: str, data: DataConfig) -> Manifest:
+    """A file or folder of Parquet or tars, or a folder of images; `*` in the last part of the path chooses files."""
+    kinds = {".parquet": open_parquet, ".tar": open_tars}
+    folder, _, last = root.rpartition("/")
+    remote = files.is_remote(root)
+    if files.is_file(root):
+        extension = os.path.splitext(root)[1].lower()
+        if extension not in kinds:
+            raise ConfigError(f"data.path={data.path}: a single file must be .parquet or .tar; give the folder that holds the images")
+        return kinds[extension](folder, [files.facts(root)], data)
+    chosen = "*" in last and (remote or not os.path.exists(root))
+    if chosen:
+        root = folder
+    if not remote and not os.path.exists(root):
+        raise ConfigError(f"data.path={data.path}: does not exist; give a folder of images, Parquet or tar files, a URI, or patches")
+    tree = files.tree(root) if remote else None  # one listing of a bucket; a local folder is walked only for images
+    top = files.children(root) if tree is None else [file for file in tree if "/" not in file.name]
+    parts = sorted(f for f in top if not f.name.startswith((".", "_")) and (not chosen or fnmatch.fnmatch(f.name, last)))
+    for extension, opened in kinds.items():
+        if found := [file for file in parts if file.name.lower().endswith(extension)]:
+            return opened(root, found, data)
+    if chosen:
+        raise ConfigError(f"data.path={data.path}: no .parquet or .tar file has such a name; check the pattern, or give the folder")
+    return open_folder(root, files.tree(root) if tree is None else tree, data.path)

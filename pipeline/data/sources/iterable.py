@@ -1,0 +1,192 @@
+"""A source without an end: `stream:FILE.py:FUNCTION` or `stream:MODULE:FUNCTION`, a Python function that yields images."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import itertools
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from methods.parts.errors import ConfigError
+from pipeline.data.image_dataset import Manifest, Row, fingerprint
+from pipeline.data.sampler import Plan
+
+SAMPLE = 256  # images from the beginning that pictures and the doctor look at
+
+
+class Unbounded(Manifest):
+    """Images in their order of arrival; the id of an image is its number in that order.
+
+    The function takes no argument and yields the bytes of image files. It is called in one process for the whole run,
+    however many workers there are; when it ends it is called again. A resumed run calls it anew and skips what it has
+    seen, so that a function which yields the same images each time gives the same run.
+
+    As a `Manifest` it stands for the first `SAMPLE` images: what pictures and the doctor ask for.
+    """
+
+    def __init__(self, path: str, function: bytes) -> None:
+        super().__init__(
+            labels=np.full(SAMPLE, -1),
+            class_names=[],
+            fingerprint=fingerprint([path], []),
+            spans=np.array([[0, SAMPLE]]),
+        )
+        self.source, self.function = path, function
+        self.reader: Any = None
+
+    def describe(self) -> str:
+        return "images without end"
+
+    def num_training(self, fraction: float) -> int | None:
+        return None
+
+    def path(self, id: int) -> str:
+        return f"{self.source}, image {id}"
+
+    def plan(self, *, seed: int, held_out: float, global_batch: int, lanes: int, window: int, steps_per_epoch: int) -> Plan:
+        return ArrivalPlan(global_batch, lanes, window, steps_per_epoch)
+
+    def served(self, plan: Plan, first_step: int) -> Unbounded:
+        """This source with the one reader of the run, which ends when nobody holds what is returned."""
+        import ray
+
+        it = Unbounded(self.source, self.function)
+        options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "max_concurrency": 64}
+        it.reader = ray.remote(Reader).options(**options).remote(self.function, first_step * plan.global_batch)
+        return it
+
+    def read(self, ids: Sequence[int] | np.ndarray) -> list[Row]:
+        asked = [int(i) for i in ids]
+        found = [beginning(self.function)[id] for id in asked] if self.reader is None else self._ask(asked)
+        return [Row(id, image, -1, self.path(id)) for id, image in zip(asked, found, strict=True)]
+
+    def _ask(self, ids: list[int]) -> list[bytes]:
+        import ray
+
+        images: list[bytes] = ray.get(self.reader.read.remote(ids))
+        return images
+
+
+class ArrivalPlan(Plan):
+    """Deals images in their order of arrival: batch s is the images s * global_batch and on, a chunk to each lane in turn."""
+
+    def __init__(self, global_batch: int, lanes: int, window: int, steps_per_epoch: int) -> None:
+        self._cut(global_batch, lanes, window, steps_per_epoch)
+
+    def window(self, epoch: int, group: int, lane: int) -> np.ndarray:
+        first = epoch * self.steps_per_epoch + group * self.chunks_per_window
+        steps = np.arange(first, first + self.chunks(group), dtype=np.int64)
+        return (steps[:, None] * self.global_batch + lane * self.chunk + np.arange(self.chunk)).reshape(-1)
+
+
+class Reader:
+    """Calls the function once and hands out what it yields by number; images asked for later are kept meanwhile.
+
+    Args:
+        function: it, pickled.
+        first: number of the first image that will be asked for; those before are skipped.
+    """
+
+    def __init__(self, function: bytes, first: int) -> None:
+        self.function, self.next = function, first
+        self.arriving: Iterator[bytes] | None = None
+        self.kept: dict[int, bytes] = {}
+        self.lock = threading.Lock()
+
+    def read(self, ids: list[int]) -> list[bytes]:
+        """Encoded images in the order asked.
+
+        Raises:
+            ValueError: the function yields nothing, or something that is no image.
+        """
+        with self.lock:
+            if self.arriving is None:
+                self.arriving = itertools.islice(arrivals(self.function), self.next, None)
+            while self.next <= max(ids):
+                self.kept[self.next] = next(self.arriving)
+                self.next += 1
+            gone = {id for id in ids if id not in self.kept}
+            if gone:  # a task that was lost asks again, or this reader was: read from the beginning once more
+                again = itertools.islice(arrivals(self.function), max(gone) + 1)
+                self.kept |= {id: image for id, image in enumerate(again) if id in gone}
+            return [self.kept.pop(id) for id in ids]
+
+
+def arrivals(function: bytes) -> Iterator[bytes]:
+    """What the function yields, without end: called again whenever it ends."""
+    from ray import cloudpickle
+
+    call: Callable[[], Iterable[Any]] = cloudpickle.loads(function)
+    while True:
+        empty = True
+        for value in call():
+            empty = False
+            if not isinstance(value, (bytes, bytearray, memoryview)):
+                raise ValueError(f"the stream's function yields {type(value).__name__}; let it yield the bytes of image files")
+            yield bytes(value)
+        if empty:
+            raise ValueError("the stream's function yields nothing; let it yield the bytes of image files")
+
+
+@lru_cache(maxsize=1)
+def beginning(function: bytes) -> list[bytes]:
+    """The first `SAMPLE` images."""
+    return list(itertools.islice(arrivals(function), SAMPLE))
+
+
+def open_unbounded(path: str) -> Unbounded:
+    """Find the function of `stream:FILE.py:FUNCTION` or `stream:MODULE:FUNCTION`, and pickle it with its module.
+
+    Raises:
+        ConfigError: no such file, module or function, one that cannot be imported, or one that does not yield images.
+    """
+    from ray import cloudpickle
+
+    place, _, name = path.removeprefix("stream:").rpartition(":")
+    if not place or not name:
+        raise ConfigError(f"data.path={path}: not the form of a stream; use stream:FILE.py:FUNCTION or stream:MODULE:FUNCTION")
+    try:
+        module = _import_file(place) if place.endswith(".py") else _import_module(place)
+    except Exception as error:
+        words = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"data.path={path}: {place} cannot be imported ({words}); repair it, or check the name") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ConfigError(f"data.path={path}: {place} has no function {name}; give one that yields the bytes of images")
+    cloudpickle.register_pickle_by_value(module)  # other machines do not have the file
+    pickled = cloudpickle.dumps(function)
+    try:
+        next(arrivals(pickled))
+    except Exception as error:
+        raise ConfigError(f"data.path={path}: the first image cannot be had ({type(error).__name__}: {error})") from error
+    return Unbounded(path, pickled)
+
+
+def with_absolute_path(path: str) -> str:
+    """The same stream, found from any folder."""
+    place, _, name = path.removeprefix("stream:").rpartition(":")
+    return f"stream:{os.path.abspath(os.path.expanduser(place))}:{name}" if place.endswith(".py") else path
+
+
+def _import_file(place: str) -> Any:
+    file = os.path.abspath(os.path.expanduser(place))
+    name = "manyviews_stream_" + os.path.basename(file).removesuffix(".py")  # never the name of another module
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # cloudpickle looks for it there
+    spec.loader.exec_module(module)
+    return module
+
+
+def _import_module(place: str) -> Any:
+    if os.getcwd() not in sys.path:  # absent for an installed command
+        sys.path.append(os.getcwd())
+    return importlib.import_module(place)

@@ -1,0 +1,324 @@
+"""The doctor's look at a cluster: storage, code and packages on every node, resources against the plan."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from methods.parts.errors import ConfigError
+from pipeline.config import RunConfig, absolute
+from pipeline.machine import Check
+
+PACKAGES = ("ray", "torch", "torchvision", "timm", "numpy", "pyarrow", "mlflow")
+TIMEOUT_S = 120.0  # a node that joined this minute still unpacks the code
+CROPS_AT_ONCE = 2048  # of 224 x 224 pixels in one forward and backward pass: about what a ResNet-50 in bf16 fits into 80 GB (estimated)
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one node says of itself."""
+
+    versions: dict[str, str] = field(default_factory=dict)
+    storage: str = ""  # why the probe in the runs folder cannot be read and answered; empty = it can
+    data: str = ""  # likewise for the images
+    error: str = ""  # why nothing could be asked
+
+
+def checks(runs_dir: Path, config: RunConfig | None = None, uri: str | None = None) -> Iterable[Check]:
+    """Join the cluster that RAY_ADDRESS names, ask every node, and leave it again if it was joined here.
+
+    Args:
+        runs_dir: where runs are to be written; every node must see it.
+        config: the run to come: its workers are held against the resources, its images are looked for on every node.
+        uri: tracking server; None = the SQLite file in `runs_dir`.
+    """
+    import ray
+
+    from pipeline.data.ray_data import start_ray
+
+    started, begin = ray.is_initialized(), time.perf_counter()
+    try:
+        start_ray()
+        seconds = time.perf_counter() - begin
+        alive = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeID"])
+        have = ray.cluster_resources()
+        words = f"{_count(len(alive), 'node')}, {have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs; joined in {seconds:.1f} s"
+        yield Check("cluster", "ok", words)
+        nodes = ask(alive, runs_dir, config)
+        yield from answers(nodes, runs_dir, config)
+        yield from plan(config, have, [node["Resources"] for node in alive])
+        if len(nodes) > 1 and (uri is None or uri.startswith("sqlite:")):
+            remedy = "start `mlflow server` on the head and give its address: --track.uri http://HEAD:5000"
+            yield Check("tracking", "warn", "a SQLite file, and more than one machine: locks of network file systems are unsure", remedy)
+    finally:
+        if not started and ray.is_initialized():
+            ray.shutdown()
+
+
+# ---------------------------------------------------------------------------- every node
+
+
+def ask(alive: list[Mapping[str, Any]], runs_dir: Path, config: RunConfig | None) -> dict[str, Node]:
+    """One small task pinned to each node, by the node's name; it takes no CPU, so that it also runs on a busy node or the head."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    place = existing(runs_dir)
+    key = uuid.uuid4().hex
+    probe = place / f".doctor-{key}"
+    try:
+        probe.write_text(key)
+    except OSError as error:
+        raise ConfigError(f"runs_dir={place}: {error.strerror}; give a folder you may write to with --runs-dir") from None
+    twins = Counter(node["NodeManagerAddress"] for node in alive)
+    data = local_images(config)
+    answered: dict[str, Node] = {}
+    try:
+        tasks = {}
+        for node in alive:
+            address = node["NodeManagerAddress"]
+            name = address if twins[address] == 1 else f"{address} ({node['NodeID'][:6]})"
+            pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            task = ray.remote(inspect).options(num_cpus=0, max_retries=0, scheduling_strategy=pinned)
+            tasks[name] = task.remote(str(probe), key, node["NodeID"], data)
+        end = time.monotonic() + TIMEOUT_S
+        for (name, task), node in zip(tasks.items(), alive, strict=True):
+            try:
+                found = ray.get(task, timeout=max(1.0, end - time.monotonic()))
+            except Exception as error:  # whatever is wrong with one node, the others are still asked
+                lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+                answered[name] = Node(error=lines[-1].strip()[:200])
+                continue
+            reply = probe.with_name(f"{probe.name}-{node['NodeID']}")
+            if not found.storage and not reply.exists():
+                found = Node(versions=found.versions, storage="what it writes is not seen here", data=found.data)
+            answered[name] = found
+    finally:
+        for file in place.glob(f"{probe.name}*"):
+            file.unlink(missing_ok=True)
+    return answered
+
+
+def inspect(probe: str, key: str, node: str, data: str | None) -> Node:
+    """Runs on a node: its versions, and whether it sees the driver's folders."""
+    storage = _trouble(lambda: _answer(Path(probe), key, node))
+    images = _trouble(lambda: os.stat(data)) if data else ""
+    versions = {"Python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "missing"
+    return Node(versions=versions | {"Manyviews": code_hash()}, storage=storage, data=images)
+
+
+def code_hash() -> str:
+    """Short hash of the code of `methods` and `pipeline` as this process imports it: versions alone do not tell two checkouts apart."""
+    root = Path(__file__).resolve().parents[2]
+    digest = hashlib.sha256()
+    for file in sorted(file for room in ("methods", "pipeline") for file in (root / room).rglob("*.py")):
+        digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def _answer(probe: Path, key: str, node: str) -> None:
+    if probe.read_text() != key:
+        raise OSError(0, "another file lies there")
+    probe.with_name(f"{probe.name}-{node}").write_text(key)
+
+
+def _trouble(act: Callable[[], object]) -> str:
+    try:
+        act()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists: nothing is created here."""
+    place = folder.expanduser().resolve()
+    while not place.is_dir():
+        place = place.parent
+    return place
+
+
+def local_images(config: RunConfig | None) -> str | None:
+    """The images as an absolute path; None for named sets and for object stores."""
+    from pipeline.data.sources.base import is_local_path
+
+    return absolute(config.data.path) if config is not None and is_local_path(config.data.path) else None
+
+
+def on_gpu(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    """`function(*arguments)` in a task with a GPU, or None if no GPU is here or free now; and the cluster's CPUs."""
+    import ray
+
+    from pipeline.data.ray_data import start_ray
+
+    started = ray.is_initialized()
+    try:
+        start_ray()
+        have = ray.cluster_resources()
+        cpus = have.get("CPU", 0.0)
+        if not ray.available_resources().get("GPU", 0):
+            return None, cpus
+        task = ray.remote(function).options(num_gpus=1, num_cpus=1, max_retries=0).remote(*arguments)
+        try:
+            return ray.get(task, timeout=TIMEOUT_S), cpus
+        except ray.exceptions.GetTimeoutError:
+            ray.cancel(task, force=True)
+            return None, cpus
+    finally:
+        if not started and ray.is_initialized():
+            ray.shutdown()
+
+
+# ---------------------------------------------------------------------------- findings
+
+
+def answers(nodes: Mapping[str, Node], runs_dir: Path, config: RunConfig | None) -> Iterable[Check]:
+    """Rows about what the nodes said."""
+    silent = {name: node.error for name, node in nodes.items() if node.error}
+    if silent:
+        remedy = "see the node's logs in the dashboard; where a module is missing: pip install '.[cluster]' on that node"
+        yield Check("nodes", "fail", _listed(silent), remedy)
+    spoke = {name: node for name, node in nodes.items() if not node.error}
+    if not spoke:
+        return
+    place = existing(runs_dir)
+    blind = {name: node.storage for name, node in spoke.items() if node.storage}
+    remedy = "give a folder that every node mounts at the same path: --runs-dir /shared/runs" if blind else ""
+    seen = f"{_count(len(spoke), 'node')} write and read {place}"
+    yield Check("shared runs", "fail" if blind else "ok", f"{place}\n{_listed(blind)}" if blind else seen, remedy)
+    images = local_images(config)
+    if images:
+        blind = {name: node.data for name, node in spoke.items() if node.data}
+        remedy = "put the images where every node sees them at the same path, such as /shared/data" if blind else ""
+        found = f"{images}\n{_listed(blind)}" if blind else f"{_count(len(spoke), 'node')} see {images}"
+        yield Check("shared images", "fail" if blind else "ok", found, remedy)
+    yield versions({name: node.versions for name, node in spoke.items()})
+
+
+def versions(found: Mapping[str, Mapping[str, str]]) -> Check:
+    """Are packages and code alike everywhere? A difference in the last place of Python's version does not count."""
+    lines, common = [], []
+    for package in next(iter(found.values())):
+        by_version: dict[str, list[str]] = {}
+        for name, of in found.items():
+            version = of.get(package, "missing")
+            by_version.setdefault(version.rpartition(".")[0] if package == "Python" else version, []).append(name)
+        if len(by_version) > 1:
+            lines.append(f"{package}: " + "; ".join(f"{version} on {', '.join(names)}" for version, names in by_version.items()))
+        else:
+            common.append(f"{package} {next(iter(by_version))}")
+    if lines:
+        remedy = "install the same versions everywhere (cluster.yaml keeps them in /shared/constraints.txt); submit with --working-dir ."
+        return Check("versions", "fail", "\n".join(lines), remedy)
+    return Check("versions", "ok", f"alike on {_count(len(found), 'node')}: {', '.join(common)}")
+
+
+def plan(config: RunConfig | None, have: Mapping[str, float], nodes: list[Mapping[str, float]]) -> Iterable[Check]:
+    """The workers that `train.workers` asks for against the CPUs and GPUs that are here.
+
+    Args:
+        have: the cluster's resources in sum.
+        nodes: each node's.
+    """
+    from pipeline.train.placement import CPU_WORKER, GPU_WORKER, fits
+
+    if config is not None:
+        yield from placement(config, int(have.get("GPU", 0)), len(nodes))
+    low, high = config.train.worker_range if config else (0, 0)
+    if high == 0:
+        return
+    share, device = (GPU_WORKER, "GPU") if have.get("GPU", 0) else (CPU_WORKER, "CPU")
+    each = " and ".join(f"{amount:g} {key}" for key, amount in share.items())
+    found = f"train.workers={config.train.workers if config else 0}, {each} each; {have.get(device, 0):g} {device}s are here"
+    if fits(low, share, [dict(node) for node in nodes]):
+        yield Check("workers", "ok", found)
+        return
+    remedy = (
+        "beside the workers one whole CPU must be free on some node, to cut the views; an autoscaling cluster adds machines when the "
+        "run asks for them (see `ray status`), on a fixed one use fewer workers"
+    )
+    yield Check("workers", "warn", found, remedy)
+
+
+def placement(config: RunConfig, gpus: int | None = None, nodes: int = 1) -> Iterable[Check]:
+    """Yield a row for what `placement_advice` says, and one for a run in the job's own process where there are several nodes."""
+    if config.train.worker_range[1] == 0:
+        remedy = _idle_gpus(config, _gpus() if gpus is None else gpus)
+        if not remedy and nodes > 1:
+            remedy = "give --train.workers N to train on the cluster's GPUs, or submit with --entrypoint-num-gpus 1"
+        if remedy:
+            yield Check("workers", "warn", "train.workers=0: training runs in one process, on one node", remedy)
+    if remedy := _large_share(config):
+        yield Check("batch", "warn", f"train.global_batch_size={config.train.global_batch_size}", remedy)
+
+
+def placement_advice(config: RunConfig, gpus: int | None = None) -> list[str]:
+    """Return a sentence if the run leaves GPUs idle, and one if each process gets more of the batch than a GPU holds.
+
+    Args:
+        gpus: all GPUs there are; None = those of the Ray that this process has joined, or of this machine.
+    """
+    idle = _idle_gpus(config, _gpus() if gpus is None else gpus) if config.train.worker_range[1] == 0 else ""
+    return [sentence for sentence in (idle, _large_share(config)) if sentence]
+
+
+def _gpus() -> int:
+    import ray
+    import torch
+
+    return int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else torch.cuda.device_count()
+
+
+def _idle_gpus(config: RunConfig, gpus: int) -> str:
+    """Return what to do where training in this process leaves GPUs idle, or nothing."""
+    import torch
+
+    own = int(torch.cuda.is_available())
+    if gpus <= own:
+        return ""
+    workers = max(n for n in range(1, gpus + 1) if config.data.lanes % n == 0)
+    remedy = f"--train.workers {workers} trains on {workers}"
+    if workers <= own:
+        remedy = f"data.lanes={config.data.lanes} is for one worker; with a multiple of {gpus} --train.workers {gpus} trains on all"
+    return f"train.workers=0 uses {'one' if own else 'none'} of {_count(gpus, 'GPU')}; {remedy}"
+
+
+def _large_share(config: RunConfig) -> str:
+    """Return what to do where one process gets more of the batch at once than a GPU holds, or nothing."""
+    from methods.parts.contract import find
+
+    train, lanes = config.train, config.data.lanes
+    workers = max(1, train.worker_range[1])
+    crops = sum(group.count * group.size**2 for group in config.views.values()) / 224**2  # of an image
+    images = train.global_batch_size / train.accumulation_steps
+    if images / workers * crops <= CROPS_AT_ONCE:
+        return ""
+    enough = min((n for n in range(1, lanes + 1) if lanes % n == 0 and images / n * crops <= CROPS_AT_ONCE), default=lanes)
+    parts = ", more train.accumulation_steps," if find(config.method).method.accumulation == "exact" else ""
+    return (
+        f"each process gets {images / workers:,.0f} images at once, {images / workers * crops:,.0f} crops of 224 x 224 pixels, more than "
+        f"one GPU's memory is likely to hold: use --train.workers {enough}{parts} or a smaller train.global_batch_size"
+    )
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'s' * (number != 1)}"
+
+
+def _listed(found: Mapping[str, str], most: int = 8) -> str:
+    lines = [f"{name}: {reason}" for name, reason in list(found.items())[:most]]
+    return "\n".join(lines + ([f"and {len(found) - most} more"] if len(found) > most else []))

@@ -1,0 +1,165 @@
+"""A timed dry run: what one image costs on this machine, from its bytes to its gradient, before a run is started."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config import RunConfig, resolve
+from pipeline.data.image_dataset import Row
+from pipeline.machine import Check, available_cores, choose_device, set_precision, thread_count
+
+BUDGET_S = 2.0  # for the timed steps; the first one, which makes kernels, comes on top
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What was measured. Both times are wall times in s per image."""
+
+    train_s: float  # views finished on the device, forward, backward
+    cut_s: float  # one core: decode, and cut every crop
+    threads: int  # of the training process
+    device: str  # "cpu" or "cuda"
+    machine: str  # name of the GPU, or "CPU"
+    steps: int  # how many were timed
+    batch: int  # images in each
+
+
+def measure(config: RunConfig, rows: Sequence[Row], num_images: int | None) -> Cost:
+    """Cut real images and time the method's own step on them. Runs here, or in a task on a node with a GPU.
+
+    Args:
+        rows: some images that can be decoded.
+        num_images: of the training set; None = without end.
+
+    Raises:
+        ConfigError: a batch that does not fit the data or the method.
+    """
+    import numpy as np
+    import torch
+
+    from methods.parts.contract import Progress
+    from pipeline.build import build_method
+    from pipeline.data.augment import finish_views
+    from pipeline.data.crop_task import cut_images, finish_columns
+    from pipeline.data.loader import Batch
+
+    facts = resolve(config, num_images).facts
+    device, precision = choose_device(config)
+    set_precision(device)  # as in the run
+    method = build_method(config, facts).to(device).train()
+    pixels = sum(group.count * group.size**2 for group in config.views.values())
+    most = (256, 3e7) if device.type == "cuda" else (32, 6e5)  # images, pixels: a second or two
+    size = max(4, min(most[0], int(most[1] / pixels), facts.global_batch_size // config.train.accumulation_steps))
+    before, threads = torch.get_num_threads(), thread_count(config)  # as in the run
+    try:
+        torch.set_num_threads(1)  # as in a task
+        some = [rows[i % len(rows)] for i in range(size)]
+        cut_images(some[:1], 0, config.views, 0, 1)  # pays for imports
+        begin = time.thread_time()  # CPU time: other work on this machine does not count
+        columns = cut_images(some, 0, config.views, 0, 1)
+        if config.data.finish == "tasks":
+            finish_columns(columns, config.views, (config.data.mean, config.data.std))
+        cut_s = (time.thread_time() - begin) / size
+        torch.set_num_threads(threads)
+        names = [name for name, group in config.views.items() if group.count]
+        batch = Batch(
+            crops={name: torch.from_numpy(columns[f"crops/{name}"]) for name in names},
+            tables={name: columns[f"table/{name}"] for name in names},
+            ids=torch.from_numpy(np.arange(size)),
+            labels=torch.full((size,), -1),
+            epoch=0,
+            step=0,
+            bad=[],
+        )
+        # in the second epoch: the first of some methods has no loss
+        progress = Progress(step=facts.steps_per_epoch, total_steps=facts.total_steps, steps_per_epoch=facts.steps_per_epoch)
+
+        def step() -> float:
+            begin = time.perf_counter()
+            views = finish_views(batch, config.views, config.data.mean, config.data.std, device)
+            with torch.autocast(device.type, dtype=precision, enabled=precision is not torch.float32):
+                loss = method(views, progress, method.draw_masks(views, progress)).loss
+            if loss is not None:
+                loss.backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            return time.perf_counter() - begin
+
+        step()
+        end, times = time.perf_counter() + BUDGET_S, [step()]
+        while time.perf_counter() + min(times) < end:
+            times.append(step())
+    finally:
+        torch.set_num_threads(before)
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    return Cost(min(times) / size, cut_s, threads, device.type, machine, len(times), size)
+
+
+def image_seconds(cost: Cost, cores: float, workers: int = 1) -> float:
+    """Wall time of one image in a run, s: the slower of training and cutting; on a CPU both share the cores."""
+    train, cut = cost.train_s / workers, cost.cut_s / max(cores, 1)
+    if cost.device == "cuda":
+        return max(train, cut)
+    return max(train, (cost.threads * cost.train_s + cost.cut_s) / max(cores, 1))
+
+
+def report(config: RunConfig, manifest: Any, ids: Sequence[int]) -> Iterable[Check]:
+    """The row of the doctor: images/s, and hours of the whole run.
+
+    Args:
+        ids: images that can be decoded.
+    """
+    from pipeline.data.ray_data import joins_cluster
+    from pipeline.doctor import cluster
+
+    num_images = manifest.num_training(config.data.held_out)
+    facts = resolve(config, num_images).facts
+    rows = manifest.read(list(ids)[:32])
+    cost, cores = cluster.on_gpu(measure, config, rows, num_images) if joins_cluster() else (None, available_cores())
+    place = "on a GPU node" if cost else "on this machine"
+    cost = cost or measure(config, rows, num_images)
+    workers = max(1, config.train.worker_range[1])
+    seconds = image_seconds(cost, cores, workers)
+    hours = duration(facts.total_steps * facts.global_batch_size * seconds)
+    many = f" with {workers} workers" if workers > 1 else ""
+    found = (
+        f"{cost.steps} steps of {cost.batch} images {place} ({cost.machine}): about {1 / seconds:,.0f} images/s{many}; "
+        f"{facts.total_steps:,} steps of {facts.global_batch_size:,} in about {hours}, optimizer and evaluation aside"
+    )
+    remedy = ""
+    if cost.device == "cuda" and cost.cut_s / max(cores, 1) > cost.train_s / workers:
+        remedy = "cutting views is slower than the GPUs: use more cores"
+    elif cost.device == "cpu" and joins_cluster():
+        remedy = "no GPU of the cluster is up and free: ask again while a job has brought some up, if the run is to use them"
+    yield Check("timed dry run", "warn" if remedy else "ok", found, remedy)
+
+
+def stream(config: RunConfig, num_images: int | None) -> Check:
+    """The row of the doctor about the stream: what was chosen, and why."""
+    from pipeline.data.crop_task import block_bytes
+    from pipeline.data.ray_data import object_store_bytes
+
+    window = resolve(config, num_images).window
+    block = block_bytes(config.views, window, finished=config.data.finish == "tasks")
+    group, buffer = config.data.lanes * block, config.data.buffer_bytes or object_store_bytes()
+    workers = max(1, config.train.worker_range[1])
+    why = "data.window" if config.data.window else "so that a task's own cost of 24 ms hardly counts"
+    found = (
+        f"{window:,} images a task ({why}), {block / 1e6:.1f} MB; one task per CPU, each with one thread; {buffer / 1e6:,.0f} MB are for "
+        f"views cut ahead (data.buffer_bytes); threads of training: {thread_count(config, workers)}"
+    )
+    few = 3 * group > buffer  # one group with the workers, two on the way
+    remedy = f"a window of each lane is {group / 1e6:,.0f} MB: use a smaller data.window, or a larger data.buffer_bytes" if few else ""
+    return Check("stream", "warn" if few else "ok", found, remedy)
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    if seconds < 90 * 60:
+        return f"{math.ceil(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 72 * 3600 else f"{seconds / 86400:.1f} days"

@@ -1,0 +1,160 @@
+"""What pictures are drawn of: a run, or a backbone without its run. Each part is made or read when a picture first asks for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from methods.parts.backbones import build_backbone
+from methods.parts.contract import Method, RunFacts
+from methods.parts.errors import ConfigError
+from methods.parts.norms import has_batch_norm
+from pipeline import checkpoint
+from pipeline.build import build_method
+from pipeline.cli.evaluation import config_of
+from pipeline.config import RunConfig, from_yaml
+from pipeline.data.image_dataset import Manifest
+from pipeline.data.loader import EvaluationImages, evaluation_images
+from pipeline.data.sources.base import open_source
+from pipeline.evaluate.clusters import Clusters
+from pipeline.evaluate.features import calibrate_batchnorm
+from pipeline.evaluate.final import MEMORY_LIMIT, Scores, final_scores
+from pipeline.evaluate.online import Online
+from pipeline.export import registry
+from pipeline.export.weights import SPEC
+from pipeline.figures.pictures import NothingToDraw
+from pipeline.run_folder import RunFolder, find_run
+
+MANY = 2**31  # images of a run whose tables by image are not read
+
+
+@dataclass
+class Subject:
+    """A run with its folder, or an exported backbone.
+
+    Attributes:
+        config: the run's settings, of which data, views and evaluation may be changed; what was trained is as it was.
+        device: where networks run.
+        folder: None = a backbone without its run.
+        export: an exported backbone; None = the run's.
+    """
+
+    config: RunConfig
+    device: torch.device
+    folder: RunFolder | None = None
+    export: Path | None = None
+
+    @classmethod
+    def of(cls, reference: str, *, runs_dir: Path, uri: str | None = None) -> Subject:
+        """A run, finished or not, or a model as `registry.resolve_model` finds it.
+
+        Raises:
+            ConfigError: neither a run nor a model.
+        """
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if any((folder / "run.json").is_file() for folder in (runs_dir / reference, Path(reference))):
+            folder = find_run(reference, runs_dir)
+            return cls(from_yaml(folder.config_text()), device, folder)
+        export = registry.resolve_model(reference, runs_dir=runs_dir, uri=uri)
+        return cls(config_of(export), device, export=export)
+
+    @property
+    def name(self) -> str:
+        return self.folder.name if self.folder else str(self.export)
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        return open_source(self.config.data)
+
+    @cached_property
+    def backbone(self) -> nn.Module:
+        """The export, or, of a run that has none yet, that of its last checkpoint."""
+        export = self.export or (self.folder.model if self.folder else None)
+        if export is not None and (self.folder is None or (export / SPEC).is_file()):
+            return registry.load_export(export)[0].to(self.device)
+        return self.method.evaluation_backbone()
+
+    @cached_property
+    def method(self) -> Method:
+        """The method with the state of the run's last checkpoint, without tables by image.
+
+        Raises:
+            NothingToDraw: a model without its run, or a run without a checkpoint.
+        """
+        if self.folder is None:
+            raise NothingToDraw(f"model={self.name}: an exported backbone has no head; give the run that made it")
+        pointed = checkpoint.pointed_to(self.folder.checkpoints)
+        if pointed is None:
+            raise NothingToDraw(f"run={self.name}: has no checkpoint yet; draw this after the first one")
+        config = from_yaml(self.folder.config_text())
+        # neither state nor networks depend on these numbers, and the images drawn may be others than the run's
+        facts = RunFacts(global_batch_size=config.train.global_batch_size, steps_per_epoch=1, total_steps=1, num_images=MANY, num_ids=MANY)
+        method = build_method(config, facts)
+        method.load_state_dict(checkpoint.load(pointed)["method"])
+        return method.to(self.device)
+
+    @cached_property
+    def untrained(self) -> nn.Module:
+        """The backbone as it was before the first step, had it started from random weights."""
+        torch.manual_seed(self.config.train.seed)
+        return build_backbone(self.config.backbone).to(self.device)
+
+    @cached_property
+    def calibrated(self) -> nn.Module:
+        """The untrained backbone, its batch-norm statistics, if it has any, those of training images."""
+        if not has_batch_norm(self.untrained):
+            return self.untrained
+        images, data = self.training_images(256).images, self.config.data
+        return calibrate_batchnorm(self.untrained, images, mean=data.mean, std=data.std, device=self.device)
+
+    @cached_property
+    def scores(self) -> Scores:
+        """kNN beside its baselines."""
+        return final_scores(self.config, self.manifest, self.backbone, self.untrained, self.device)
+
+    @cached_property
+    def clusters(self) -> Clusters:
+        """Where the method puts the training images that vote in the kNN; without labels, as many others.
+
+        Raises:
+            NothingToDraw: a method without clusters.
+        """
+        if not self.method.has_clusters:
+            raise NothingToDraw(f"run={self.name}: its method has no clusters; give a run of SwAV, CoKe, DINO, MSN or DeepCluster")
+        return Online(self.config, self.manifest, self.device, torch.float32).clusters(self.method)
+
+    def training_images(self, most: int, seed: int = 1) -> EvaluationImages:
+        """At most so many training images, a repeatable choice, centre crops at evaluation size; fewer where they are large."""
+        ids = self.manifest.training_ids(self.config.data.held_out)
+        return self._images(ids, min(most, max(64, MEMORY_LIMIT // (self.config.evaluation_size**2 * 3))), seed)
+
+    def a_few_images(self, count: int = 8) -> tuple[Tensor, str]:
+        """Held-out images of as many classes as there are, uint8 `(count, H, W, 3)`, and what they are; if none are, training images."""
+        fraction = self.config.data.held_out
+        ids, source = self.manifest.held_out_ids(fraction), "held-out images"
+        if not len(ids):
+            ids, source = self.manifest.training_ids(fraction), "training images"
+        found = self._images(ids, 64, 4)
+        return found.images[torch.from_numpy(np.sort(spread_over_classes(found.labels.numpy(), count)))], source
+
+    def _images(self, ids: np.ndarray, most: int, seed: int) -> EvaluationImages:
+        chosen = np.sort(np.random.default_rng(seed).permutation(ids)[:most])
+        found = evaluation_images(self.manifest, chosen, self.config.evaluation_size)
+        if not len(found.images):
+            raise ConfigError(f"data.path={self.config.data.path}: none of {len(chosen)} images tried can be decoded; see manyviews doctor")
+        return found
+
+
+def spread_over_classes(labels: np.ndarray, count: int) -> np.ndarray:
+    """Rows of at most `count` images, of as many classes as there are."""
+    order = np.random.default_rng(2).permutation(len(labels))
+    _, first = np.unique(labels[order], return_index=True)
+    first = np.random.default_rng(3).permutation(first)
+    rest = np.setdiff1d(np.arange(len(order)), first)
+    chosen: np.ndarray = order[np.concatenate([first, rest])[:count]]
+    return chosen

@@ -1,0 +1,38 @@
+"""Pictures of what went into a run, and of its figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.figures import charts
+from pipeline.figures.context import Subject
+from pipeline.figures.pictures import NothingToDraw, picture
+from pipeline.figures.run_figures import views_sheet
+
+
+@picture("views")
+def views(subject: Subject, path: Path) -> Path:
+    """Contact sheet: a few images with the crops that training made of them."""
+    return views_sheet(subject.config, subject.manifest, path)
+
+
+@picture("curves")
+def curves(subject: Subject, path: Path) -> Path:
+    """Loss, learning rate, online kNN and the other meters over the steps."""
+    if subject.folder is None:
+        raise NothingToDraw(f"model={subject.name}: an exported backbone has no curves; give the run that made it")
+    try:
+        chance = subject.method.chance_loss()
+    except NothingToDraw:  # curves come before the first checkpoint
+        chance = None
+    return charts.curves(subject.folder.metrics, path, chance=chance, title=subject.name)
+
+
+@picture("scores")
+def scores(subject: Subject, path: Path) -> Path:
+    """Top-1 of the kNN beside raw pixels and the untrained backbone, as bars."""
+    found, names = subject.scores, subject.manifest.class_names
+    if not found.rows:
+        raise NothingToDraw(f"data.path={subject.config.data.path}: {found.protocol}")
+    rows = [(row.label, row.accuracy) for row in found.rows]
+    return charts.score_bars(rows, path, title=f"kNN accuracy, {found.split} images", chance=1 / len(names) if names else None)

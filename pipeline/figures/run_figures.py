@@ -1,0 +1,71 @@
+"""The contact sheet of a run's crops, and the pictures that a finished run gets. `pictures/` has them all by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from methods.parts.errors import ConfigError
+from pipeline.config import RunConfig
+from pipeline.data.augment import finish_views
+from pipeline.data.crops import COLUMN, cut_window, draw_views
+from pipeline.data.decode import BadImage, decode
+from pipeline.data.image_dataset import Manifest
+from pipeline.data.loader import Batch
+from pipeline.evaluate.clusters import Clusters
+from pipeline.evaluate.final import Scores
+from pipeline.figures import charts
+from pipeline.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from pipeline.build import Prepared
+
+
+def views_sheet(config: RunConfig, manifest: Manifest, path: Path, *, images: int = 6) -> Path:
+    """The crops that epoch 0 makes of a few training images, evenly spread over the source, exactly as training sees them.
+
+    Raises:
+        ConfigError: none of the images tried can be decoded.
+    """
+    ids = manifest.training_ids(config.data.held_out)
+    tried = ids[np.linspace(0, len(ids) - 1, min(len(ids), 4 * images)).astype(int)]
+    originals, chosen = [], []
+    for row in manifest.read(tried[np.random.default_rng(0).permutation(len(tried))]):
+        try:
+            originals.append(np.asarray(decode(row.image)))
+            chosen.append(row.id)
+        except BadImage:
+            continue
+        if len(chosen) == images:
+            break
+    if not chosen:
+        raise ConfigError(f"data.path={config.data.path}: none of {len(tried)} images tried can be decoded; see manyviews doctor")
+    heights, widths = (np.array([image.shape[axis] for image in originals]) for axis in (0, 1))
+    tables = draw_views(config.train.seed, 0, np.array(chosen), heights, widths, config.views)
+    crops = {name: torch.from_numpy(cut) for name, cut in cut_window(originals, tables, config.views).items()}
+    unknown = torch.full((len(chosen),), -1)
+    batch = Batch(crops=crops, tables=tables, ids=torch.tensor(chosen), labels=unknown, epoch=0, step=0, bad=[])
+    finished = finish_views(batch, config.views, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), torch.device("cpu"))
+    shown = {
+        name: stack.unflatten(0, (-1, len(chosen))).permute(1, 0, 3, 4, 2).clamp(0, 1).numpy() for name, stack in finished.stacks.items()
+    }
+    corners = [COLUMN[c] for c in ("top", "left", "height", "width")]
+    boxes = {name: np.asarray(table)[..., corners] for name, table in tables.items()}
+    return charts.contact_sheet(originals, shown, boxes, path)
+
+
+def run_figures(
+    ready: Prepared, folder: RunFolder, backbone: nn.Module, scores: Scores, clusters: Clusters | None, device: torch.device
+) -> list[Path]:
+    """The pictures of a run that has just finished, drawn from what it still holds."""
+    from pipeline.figures.context import Subject
+    from pipeline.figures.pictures import draw_for_run
+
+    subject = Subject(ready.config, device, folder)
+    held = {"manifest": ready.manifest, "method": ready.method, "backbone": backbone, "scores": scores, "clusters": clusters}
+    vars(subject).update({name: part for name, part in held.items() if part is not None})  # instead of reading them again
+    return draw_for_run(subject, folder.figures)

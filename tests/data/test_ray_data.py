@@ -1,0 +1,76 @@
+"""What Ray is given of the machine, and the threads that work ahead of the loop."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Generator
+from types import SimpleNamespace
+
+import pytest
+
+from pipeline import machine
+from pipeline.data import ray_data
+from pipeline.data.prefetch import Ahead, in_background
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(("memory", "shared", "store"), [(100, 90, 30), (100, 10, 9), (100, 0.1, 0.5)])
+def test_the_object_store_fits_memory_and_dev_shm(memory: float, shared: float, store: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_data, "total_memory", lambda: memory * GIB)
+    monkeypatch.setattr(ray_data.os.path, "ismount", lambda _: True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=shared * GIB))
+    assert ray_data.object_store_bytes() == pytest.approx(store * GIB)
+
+
+def test_a_container_limits_memory_and_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_cgroup", lambda *_: 3 * GIB)
+    assert machine.total_memory() == 3 * GIB
+    monkeypatch.setattr(ray_data, "available_cores", lambda: 7.5)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert ray_data.default_tasks() == 7
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert ray_data.default_tasks() is None
+
+
+def test_values_are_ready_ahead_and_errors_arrive_behind_them() -> None:
+    made, closed, third = [], threading.Event(), threading.Event()
+
+    def values() -> Generator[int]:
+        try:
+            for number in range(3):
+                if number == 2:
+                    third.set()
+                made.append(number)
+                yield number
+            raise KeyError("broken")
+        finally:
+            closed.set()
+
+    ahead = Ahead(values, ready=2)
+    while len(ahead) < 2:
+        pass
+    assert made == [0, 1] and not third.wait(0.1), "no more than two"
+    assert [next(ahead) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(KeyError, match="broken"):
+        next(ahead)
+    assert closed.is_set() and list(ahead) == []
+    with pytest.raises(ZeroDivisionError):
+        in_background(lambda: 1 // 0).result()
+
+
+def test_closing_ends_the_generator_in_its_thread() -> None:
+    ended: list[str] = []
+
+    def values() -> Generator[int]:
+        try:
+            while True:
+                yield 0
+        finally:
+            ended.append(threading.current_thread().name)
+
+    ahead = Ahead(values, ready=2)
+    assert next(ahead) == 0
+    ahead.close()
+    assert ended == ["manyviews-ahead"] and list(ahead) == []
