@@ -146,11 +146,12 @@ def test_a_gpu_that_is_not_there_is_refused(ray_local: None, model: Path, images
 
 
 @pytest.fixture
-def ray_with_a_gpu() -> Iterator[None]:
+def ray_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A Ray that believes to have one."""
     import ray
 
     ray.shutdown()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # `make test` hides GPUs, and Ray takes its word
     ray.init("local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()

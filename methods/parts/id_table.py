@@ -99,7 +99,7 @@ class IdTable:
     def _piece(self, start: int, stop: int) -> Tensor | None:
         if not self.sharded or world_size() == 1:
             return self.rows[start:stop].to("cpu", copy=True) if rank() == 0 else None
-        piece = torch.empty((stop - start, *self.shape), dtype=self.dtype) if rank() == 0 else None
+        piece = torch.empty((stop - start, *self.shape), dtype=self.rows.dtype) if rank() == 0 else None
         for owner in range(world_size()):
             first, end = range_of(owner, self.num_images)
             low, high = max(start, first), min(stop, end)
