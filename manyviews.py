@@ -204,7 +204,7 @@ def evaluate(options: Any, settings: list[str]) -> int:
 
     model = _given(options, "model", "RUN_OR_MODEL")
     folder = registry.resolve_model(model, runs_dir=options.runs_dir, uri=_tracking_uri(settings))
-    from pipeline.cli import evaluation
+    from pipeline.export import evaluation
 
     config = parse_settings(evaluation.config_of(folder), settings, f"manyviews evaluate {model}")
     scores, probes = evaluation.evaluate(folder, config, options.protocol)

@@ -29,7 +29,7 @@ from methods.parts.groups import without_vectors
 from methods.parts.views import Views
 from pipeline.build import build_method
 from pipeline.cli.overrides import configured
-from pipeline.config import RunConfig, override, resolve
+from pipeline.config import RunConfig, override
 from pipeline.data.crop_task import decode_all
 from pipeline.data.crops import cut_window, draw_views
 from pipeline.data.decode import evaluation_crop
@@ -38,6 +38,7 @@ from pipeline.data.sources.base import open_source
 from pipeline.evaluate.features import calibrate_batchnorm, extract, raw_pixels
 from pipeline.evaluate.knn import knn_accuracy
 from pipeline.machine import choose_device, keep_freed_memory
+from pipeline.resolve import resolve
 from pipeline.run_folder import RunFolder
 from pipeline.train.loop import Trainer
 from pipeline.train.optim import build_optimizer

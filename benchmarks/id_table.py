@@ -19,8 +19,8 @@ from methods.coke import CoKe
 from methods.parts.contract import Progress
 from methods.parts.views import Views
 from pipeline.build import build_method
-from pipeline.config import resolve
 from pipeline.recipes import load_recipe
+from pipeline.resolve import resolve
 from pipeline.train.optim import build_optimizer
 
 

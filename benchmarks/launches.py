@@ -22,10 +22,11 @@ from torch.profiler import ProfilerActivity, profile
 from methods.parts.backbones import BackboneConfig, build_backbone
 from methods.parts.contract import ParamGroup, Progress
 from pipeline.build import build_method
-from pipeline.config import OptimConfig, RunConfig, resolve
+from pipeline.config import OptimConfig, RunConfig
 from pipeline.data import augment
 from pipeline.data.crops import draw_views
 from pipeline.recipes import entries, load_recipe
+from pipeline.resolve import resolve
 from pipeline.train.optim import build_optimizer, clip_each_, prepare_step
 
 # views, allocations and questions

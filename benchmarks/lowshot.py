@@ -22,9 +22,10 @@ from torch import nn
 
 from pipeline.build import build_method
 from pipeline.cli.overrides import configured
-from pipeline.config import RunConfig, override, resolve
+from pipeline.config import RunConfig, override
 from pipeline.evaluate.features import calibrate_batchnorm, extract
 from pipeline.evaluate.probes import draw, lowshot_accuracy
+from pipeline.resolve import resolve
 
 TRIAL = 20  # steps of the shorter of two trials, whose times set the length of the schedule
 

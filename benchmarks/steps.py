@@ -28,9 +28,10 @@ from methods.parts.errors import ConfigError
 from methods.parts.views import Views
 from pipeline.build import build_method
 from pipeline.cli.overrides import configured
-from pipeline.config import RunConfig, resolve
+from pipeline.config import RunConfig
 from pipeline.machine import choose_device, keep_freed_memory
 from pipeline.recipes import entries, load_recipe
+from pipeline.resolve import resolve
 from pipeline.train.optim import build_optimizer
 
 

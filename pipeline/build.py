@@ -12,10 +12,11 @@ from methods.parts.backbones import build_backbone
 from methods.parts.contract import Method, RunFacts, find
 from methods.parts.errors import ConfigError
 from methods.parts.vit import require_whole_patches, save_memory, vits
-from pipeline.config import Resolved, RunConfig, from_yaml, resolve
+from pipeline.config import RunConfig, from_yaml
 from pipeline.data.image_dataset import Manifest
 from pipeline.data.loader import Stream
 from pipeline.data.sources.base import absolute_source, open_source
+from pipeline.resolve import Resolved, resolve
 from pipeline.run_folder import RunFolder
 
 

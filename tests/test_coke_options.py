@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from methods.coke import CoKeConfig, OnlineClusters, default_dual_learning_rate
 from methods.parts.contract import ParamGroup
 from methods.parts.errors import ConfigError
-from pipeline.config import OptimConfig, override, resolve
+from pipeline.config import OptimConfig, override
 from pipeline.recipes import load_recipe
+from pipeline.resolve import resolve
 from pipeline.train.optim import build_optimizer, scheduled_lr
 from tests.parity.test_coke import advance, coke, progress, views_of
 

@@ -6,8 +6,9 @@ import pytest
 
 from methods.parts.errors import ConfigError
 from pipeline.cli.overrides import parse_settings
-from pipeline.config import flatten, from_yaml, override, resolve, to_yaml
+from pipeline.config import flatten, from_yaml, override, to_yaml
 from pipeline.recipes import entries, load_recipe
+from pipeline.resolve import resolve
 
 NAMES = [entry.name for entry in entries()]
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,71 @@ def test_right_imports_pass(tmp_path: Path) -> None:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text(lines)
     assert violations(tmp_path) == []
+
+
+# ---------------------------------------------------------------------------- levels inside pipeline/
+
+
+def when_run(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node but those under `if TYPE_CHECKING:`, which no run imports."""
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield node
+            yield from when_run(node)
+
+
+def packages_used(root: Path) -> dict[str, set[str]]:
+    """For each package of `pipeline/`, and each file beside them, the others that it imports, in functions too."""
+    used: dict[str, set[str]] = {}
+    for file in (root / "pipeline").rglob("*.py"):
+        own = file.relative_to(root / "pipeline").parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue
+        found = used.setdefault(own, set())
+        for node in when_run(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pipeline":
+                names = [alias.name for alias in node.names] if node.module == "pipeline" else [str(node.module).split(".")[1]]
+                found |= set(names) - {own}
+    return used
+
+
+def levels(used: dict[str, set[str]]) -> dict[str, int]:
+    """The level of each package: 1 without imports of others, else one above the highest that it imports.
+
+    Raises:
+        CycleError: imports run in a circle.
+    """
+    found: dict[str, int] = {}
+    for name in TopologicalSorter(used).static_order():
+        found[name] = 1 + max((found[other] for other in used.get(name, ())), default=0)
+    return found
+
+
+def test_pipeline_has_at_most_seven_levels_and_no_circle() -> None:
+    found = levels(packages_used(ROOT))
+    assert {"config", "data", "train", "doctor"} <= set(found)
+    assert max(found.values()) <= 7, found
+
+
+def test_a_circle_and_a_level_are_found(tmp_path: Path) -> None:
+    files = {
+        "a/x.py": "from pipeline.b.y import f",
+        "b/y.py": "def f():\n    from pipeline import c",
+        "c.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from pipeline.a.x import g",
+    }
+    for name, lines in files.items():
+        (tmp_path / "pipeline" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pipeline" / name).write_text(lines)
+    assert levels(packages_used(tmp_path)) == {"c": 1, "b": 2, "a": 3}
+    (tmp_path / "pipeline" / "c.py").write_text("def g():\n    from pipeline.a.x import h")
+    with pytest.raises(CycleError):
+        levels(packages_used(tmp_path))
+
+
+def test_every_package_says_what_it_holds() -> None:
+    for file in (ROOT / "pipeline").rglob("__init__.py"):
+        text = ast.get_docstring(ast.parse(file.read_text())) or ""
+        assert len(text.splitlines()) >= 3, f"{file.relative_to(ROOT)}: say in three lines what is here and what is not"
 
 
 def test_the_front_door_opens_without_heavy_libraries() -> None:

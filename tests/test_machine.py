@@ -10,9 +10,9 @@ import torch
 from methods.parts.errors import ConfigError
 from pipeline import machine
 from pipeline.config import RunConfig, TrainConfig, override
-from pipeline.doctor import cluster
 from pipeline.machine import choose_device, memory_advice, set_precision
 from pipeline.recipes import load_recipe
+from pipeline.train import placement
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -102,13 +102,13 @@ def test_out_of_memory_names_no_setting_that_would_be_refused_or_is_on() -> None
 )
 def test_gpus_left_idle_are_told(monkeypatch: pytest.MonkeyPatch, gpus: int, here: bool, workers: int | str, words: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: here)
-    sentences = cluster.placement_advice(override(load_recipe("moco-v2"), {"train.workers": workers}), gpus)
+    sentences = placement.placement_advice(override(load_recipe("moco-v2"), {"train.workers": workers}), gpus)
     assert (words in sentences[0]) if words else sentences == []
 
 
 def test_lanes_that_no_two_workers_can_share_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    (sentence,) = cluster.placement_advice(override(load_recipe("moco-v2"), {"data.lanes": 1}), 4)
+    (sentence,) = placement.placement_advice(override(load_recipe("moco-v2"), {"data.lanes": 1}), 4)
     assert "data.lanes=1" in sentence and "--train.workers 4" in sentence
 
 
@@ -117,15 +117,15 @@ def test_lanes_that_no_two_workers_can_share_are_told(monkeypatch: pytest.Monkey
     [("swav-imagenet", 0, 8), ("swav-imagenet", 8, None), ("mae-vitb16", 0, 2), ("simclr", 2, 4), ("swav-batch256", 0, None)],
 )
 def test_a_batch_for_many_gpus_on_few_processes_is_told(recipe: str, workers: int, enough: int | None) -> None:
-    sentences = cluster.placement_advice(override(load_recipe(recipe), {"train.workers": workers}), 0)
+    sentences = placement.placement_advice(override(load_recipe(recipe), {"train.workers": workers}), 0)
     assert [f"--train.workers {enough}" in s for s in sentences] == ([] if enough is None else [True])
 
 
 def test_small_recipes_get_no_advice() -> None:
     for recipe in ("swav-small", "dino-small", "swav-photos-small"):
-        assert cluster.placement_advice(load_recipe(recipe), 0) == []
+        assert placement.placement_advice(load_recipe(recipe), 0) == []
 
 
 def test_micro_batches_count_as_a_smaller_batch() -> None:
     config = load_recipe("mae-vitb16")
-    assert cluster.placement_advice(dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation_steps=4)), 0) == []
+    assert placement.placement_advice(dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation_steps=4)), 0) == []

@@ -11,7 +11,8 @@ from torch import nn
 
 from methods.parts.contract import ParamGroup, RunFacts
 from methods.parts.errors import ConfigError
-from pipeline.config import OptimConfig, Resolved
+from pipeline.config import OptimConfig
+from pipeline.resolve import Resolved
 from pipeline.train.optim import LARC, build_optimizer, prepare_step, scheduled_lr
 
 

@@ -13,7 +13,8 @@ import pytest
 from rich.console import Console
 
 from methods.parts.errors import ConfigError
-from pipeline.config import RunConfig, flatten, resolve, to_yaml
+from pipeline.config import RunConfig, flatten, to_yaml
+from pipeline.resolve import resolve
 from pipeline.run_folder import RunFolder, write_json
 from tests.test_figures import metrics
 from tuning import studies

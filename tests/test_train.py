@@ -20,9 +20,10 @@ from methods.parts.contract import Method, MethodConfig, ParamGroup, StepOutput
 from methods.parts.errors import ConfigError
 from methods.parts.views import CropGroup
 from pipeline import checkpoint
-from pipeline.config import DataConfig, OptimConfig, RunConfig, TrainConfig, resolve
+from pipeline.config import DataConfig, OptimConfig, RunConfig, TrainConfig
 from pipeline.data.crops import COLUMNS
 from pipeline.data.loader import BadSlot, Batch
+from pipeline.resolve import resolve
 from pipeline.run_folder import RunFolder, create_run, find_run, list_runs
 from pipeline.storage.place import Place
 from pipeline.train.health import Guards, TrainingStopped, check_finite

@@ -19,8 +19,9 @@ from methods.parts.distributed import average_gradients, gather_with_gradient
 from methods.parts.errors import ConfigError
 from methods.parts.norms import GroupedBatchNorm, SyncBatchNorm, average_statistics, grouped, synchronized
 from methods.parts.views import Views
-from pipeline.config import TrainConfig, override, resolve
+from pipeline.config import TrainConfig, override
 from pipeline.recipes import load_recipe
+from pipeline.resolve import resolve
 from pipeline.train.loop import exchange, mean_over_workers
 from pipeline.train.placement import CPU_WORKER, GPU_WORKER, fits
 from tests.parity.common import in_processes

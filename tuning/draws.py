@@ -11,7 +11,8 @@ import numpy as np
 
 from methods.parts.errors import ConfigError
 from pipeline.build import build_method
-from pipeline.config import RunConfig, override, resolve
+from pipeline.config import RunConfig, override
+from pipeline.resolve import resolve
 from tuning.spaces import Knob
 
 Check = Callable[[Mapping[str, Any]], None]

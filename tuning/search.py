@@ -13,10 +13,11 @@ from rich.console import Console
 from methods.parts.contract import find as find_method
 from methods.parts.errors import ConfigError
 from pipeline.build import with_absolute_paths
-from pipeline.config import RunConfig, resolve
+from pipeline.config import RunConfig
 from pipeline.data.image_dataset import Manifest
 from pipeline.data.sources.base import open_source
 from pipeline.machine import available_cores
+from pipeline.resolve import resolve
 from pipeline.run_folder import hold
 from pipeline.tracking.run_tracker import Tracker
 from pipeline.train.launch import interruptible

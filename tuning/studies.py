@@ -220,7 +220,7 @@ def _same_terms(ran: RunConfig, wanted: RunConfig) -> bool:
 
 def measured(run: RunFolder, figures: Sequence[Figure]) -> dict[str, float]:
     """The figures of a finished run that it has."""
-    from pipeline.cli import evaluation
+    from pipeline.export import evaluation
     from pipeline.figures.charts import read_metrics
 
     found = {key: float(values[-1]) for key, (_, values) in read_metrics(run.metrics).items()}

@@ -20,7 +20,6 @@ from pipeline.machine import Check
 
 PACKAGES = ("ray", "torch", "torchvision", "timm", "numpy", "pyarrow", "mlflow")
 TIMEOUT_S = 120.0  # a node that joined this minute still unpacks the code
-CROPS_AT_ONCE = 2048  # of 224 x 224 pixels in one forward and backward pass: about what a ResNet-50 in bf16 fits into 80 GB (estimated)
 
 
 @dataclass(frozen=True)
@@ -256,63 +255,16 @@ def plan(config: RunConfig | None, have: Mapping[str, float], nodes: list[Mappin
 
 def placement(config: RunConfig, gpus: int | None = None, nodes: int = 1) -> Iterable[Check]:
     """Yield a row for what `placement_advice` says, and one for a run in the job's own process where there are several nodes."""
+    from pipeline.train.placement import count_gpus, idle_gpus, large_share
+
     if config.train.worker_range[1] == 0:
-        remedy = _idle_gpus(config, _gpus() if gpus is None else gpus)
+        remedy = idle_gpus(config, count_gpus() if gpus is None else gpus)
         if not remedy and nodes > 1:
             remedy = "give --train.workers N to train on the cluster's GPUs, or submit with --entrypoint-num-gpus 1"
         if remedy:
             yield Check("workers", "warn", "train.workers=0: training runs in one process, on one node", remedy)
-    if remedy := _large_share(config):
+    if remedy := large_share(config):
         yield Check("batch", "warn", f"train.global_batch_size={config.train.global_batch_size}", remedy)
-
-
-def placement_advice(config: RunConfig, gpus: int | None = None) -> list[str]:
-    """Return a sentence if the run leaves GPUs idle, and one if each process gets more of the batch than a GPU holds.
-
-    Args:
-        gpus: all GPUs there are; None = those of the Ray that this process has joined, or of this machine.
-    """
-    idle = _idle_gpus(config, _gpus() if gpus is None else gpus) if config.train.worker_range[1] == 0 else ""
-    return [sentence for sentence in (idle, _large_share(config)) if sentence]
-
-
-def _gpus() -> int:
-    import ray
-    import torch
-
-    return int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else torch.cuda.device_count()
-
-
-def _idle_gpus(config: RunConfig, gpus: int) -> str:
-    """Return what to do where training in this process leaves GPUs idle, or nothing."""
-    import torch
-
-    own = int(torch.cuda.is_available())
-    if gpus <= own:
-        return ""
-    workers = max(n for n in range(1, gpus + 1) if config.data.lanes % n == 0)
-    remedy = f"--train.workers {workers} trains on {workers}"
-    if workers <= own:
-        remedy = f"data.lanes={config.data.lanes} is for one worker; with a multiple of {gpus} --train.workers {gpus} trains on all"
-    return f"train.workers=0 uses {'one' if own else 'none'} of {_count(gpus, 'GPU')}; {remedy}"
-
-
-def _large_share(config: RunConfig) -> str:
-    """Return what to do where one process gets more of the batch at once than a GPU holds, or nothing."""
-    from methods.parts.contract import find
-
-    train, lanes = config.train, config.data.lanes
-    workers = max(1, train.worker_range[1])
-    crops = sum(group.count * group.size**2 for group in config.views.values()) / 224**2  # of an image
-    images = train.global_batch_size / train.accumulation_steps
-    if images / workers * crops <= CROPS_AT_ONCE:
-        return ""
-    enough = min((n for n in range(1, lanes + 1) if lanes % n == 0 and images / n * crops <= CROPS_AT_ONCE), default=lanes)
-    parts = ", more train.accumulation_steps," if find(config.method).method.accumulation == "exact" else ""
-    return (
-        f"each process gets {images / workers:,.0f} images at once, {images / workers * crops:,.0f} crops of 224 x 224 pixels, more than "
-        f"one GPU's memory is likely to hold: use --train.workers {enough}{parts} or a smaller train.global_batch_size"
-    )
 
 
 def _count(number: int, word: str) -> str:

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import RunConfig, resolve
+from pipeline.config import RunConfig
 from pipeline.data.image_dataset import Row
 from pipeline.machine import Check, available_cores, choose_device, set_precision, thread_count
+from pipeline.resolve import resolve
 
 BUDGET_S = 2.0  # for the timed steps; the first one, which makes kernels, comes on top
 

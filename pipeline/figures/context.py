@@ -16,7 +16,6 @@ from methods.parts.errors import ConfigError
 from methods.parts.norms import has_batch_norm
 from pipeline import checkpoint
 from pipeline.build import build_method
-from pipeline.cli.evaluation import config_of
 from pipeline.config import RunConfig, from_yaml
 from pipeline.data.image_dataset import Manifest
 from pipeline.data.loader import EvaluationImages, evaluation_images
@@ -26,6 +25,7 @@ from pipeline.evaluate.features import calibrate_batchnorm
 from pipeline.evaluate.final import MEMORY_LIMIT, Scores, final_scores
 from pipeline.evaluate.online import Online
 from pipeline.export import registry
+from pipeline.export.evaluation import config_of
 from pipeline.export.weights import SPEC
 from pipeline.figures.pictures import NothingToDraw
 from pipeline.run_folder import RunFolder, find_run

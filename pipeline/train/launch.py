@@ -21,7 +21,6 @@ from pipeline import checkpoint
 from pipeline.build import Prepared, prepare, prepare_resume
 from pipeline.config import RunConfig, flatten, from_yaml, to_yaml
 from pipeline.data.ray_data import default_tasks, start_ray
-from pipeline.doctor.cluster import placement_advice
 from pipeline.evaluate.final import Scores
 from pipeline.export import registry
 from pipeline.machine import choose_device
@@ -30,6 +29,7 @@ from pipeline.storage import mirror
 from pipeline.tracking.run_tracker import EndStatus, Tracker
 from pipeline.train.health import TrainingStopped
 from pipeline.train.loop import Position
+from pipeline.train.placement import placement_advice
 from pipeline.train.progress import Display
 from pipeline.train.ray_trainer import evaluate_in_task, train_with_workers
 from pipeline.train.registration import register, tracking_uri

@@ -21,10 +21,11 @@ from methods.parts.contract import Method, Progress, StepOutput
 from methods.parts.distributed import all_gather_objects, all_reduce_max, all_reduce_sum, average_gradients, rank, world_size
 from methods.parts.norms import average_statistics
 from pipeline import checkpoint
-from pipeline.config import Resolved, RunConfig
+from pipeline.config import RunConfig
 from pipeline.data.augment import finish_views
 from pipeline.data.loader import BadSlot, Batch
 from pipeline.evaluate.clusters import Clusters
+from pipeline.resolve import Resolved
 from pipeline.run_folder import RunFolder
 from pipeline.train.health import Guards, TrainingStopped, check_finite
 from pipeline.train.optim import prepare_step, scheduled_lr, scheduled_weight_decay

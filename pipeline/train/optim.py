@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from methods.parts.contract import ParamGroup
 from methods.parts.schedules import cosine, falling_steps, warmup_cosine
-from pipeline.config import OptimConfig, Resolved
+from pipeline.config import OptimConfig
+from pipeline.resolve import Resolved
 
 
 class _LayerwiseSGD(Optimizer):

@@ -1,4 +1,4 @@
-"""How many workers fit on the cluster, and with which resources."""
+"""How many workers fit on the cluster, with which resources, and what a user should know of the choice."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from methods.parts.errors import ConfigError
-from pipeline.config import TrainConfig, divisors
+from pipeline.config import RunConfig, TrainConfig
 from pipeline.data.ray_data import joins_cluster
+from pipeline.resolve import divisors
 
 Resources = dict[str, float]
 # logical CPUs of a worker: less than one without a GPU, because Ray Data hangs unless a whole one stays free somewhere
 CPU_WORKER: Resources = {"CPU": 0.25}
 GPU_WORKER: Resources = {"CPU": 1.0, "GPU": 1.0}
+CROPS_AT_ONCE = 2048  # of 224 x 224 pixels in one forward and backward pass: about what a ResNet-50 in bf16 fits into 80 GB (estimated)
 
 
 def worker_resources(config: TrainConfig) -> Resources:
@@ -112,3 +114,56 @@ def responsive_nodes(nodes: list[dict[str, Any]], timeout_s: float = 10.0) -> li
 
 def _words(resources: Resources) -> str:
     return ", ".join(f"{amount:g} {key}" for key, amount in resources.items())
+
+
+# ---------------------------------------------------------------------------- advice
+
+
+def placement_advice(config: RunConfig, gpus: int | None = None) -> list[str]:
+    """Return a sentence if the run leaves GPUs idle, and one if each process gets more of the batch than a GPU holds.
+
+    Args:
+        gpus: all GPUs there are; None = those of the Ray that this process has joined, or of this machine.
+    """
+    idle = idle_gpus(config, count_gpus() if gpus is None else gpus) if config.train.worker_range[1] == 0 else ""
+    return [sentence for sentence in (idle, large_share(config)) if sentence]
+
+
+def count_gpus() -> int:
+    """Return how many GPUs the Ray has that this process has joined, or else this machine."""
+    import ray
+    import torch
+
+    return int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else torch.cuda.device_count()
+
+
+def idle_gpus(config: RunConfig, gpus: int) -> str:
+    """Return what to do where training in this process leaves GPUs idle, or nothing."""
+    import torch
+
+    own = int(torch.cuda.is_available())
+    if gpus <= own:
+        return ""
+    workers = max(n for n in range(1, gpus + 1) if config.data.lanes % n == 0)
+    remedy = f"--train.workers {workers} trains on {workers}"
+    if workers <= own:
+        remedy = f"data.lanes={config.data.lanes} is for one worker; with a multiple of {gpus} --train.workers {gpus} trains on all"
+    return f"train.workers=0 uses {'one' if own else 'none'} of {gpus} GPU{'s' * (gpus != 1)}; {remedy}"
+
+
+def large_share(config: RunConfig) -> str:
+    """Return what to do where one process gets more of the batch at once than a GPU holds, or nothing."""
+    from methods.parts.contract import find
+
+    train, lanes = config.train, config.data.lanes
+    workers = max(1, train.worker_range[1])
+    crops = sum(group.count * group.size**2 for group in config.views.values()) / 224**2  # of an image
+    images = train.global_batch_size / train.accumulation_steps
+    if images / workers * crops <= CROPS_AT_ONCE:
+        return ""
+    enough = min((n for n in range(1, lanes + 1) if lanes % n == 0 and images / n * crops <= CROPS_AT_ONCE), default=lanes)
+    parts = ", more train.accumulation_steps," if find(config.method).method.accumulation == "exact" else ""
+    return (
+        f"each process gets {images / workers:,.0f} images at once, {images / workers * crops:,.0f} crops of 224 x 224 pixels, more than "
+        f"one GPU's memory is likely to hold: use --train.workers {enough}{parts} or a smaller train.global_batch_size"
+    )

@@ -10,12 +10,13 @@ import pytest
 
 from methods.parts.contract import find
 from methods.parts.errors import ConfigError
-from pipeline.config import DataConfig, RunConfig, TrainConfig, resolve
+from pipeline.config import DataConfig, RunConfig, TrainConfig
 from pipeline.data.image_dataset import Manifest
 from pipeline.data.loader import Stream
 from pipeline.data.sources.base import absolute_source, open_source
 from pipeline.data.sources.iterable import Reader, Unbounded
 from pipeline.recipes import load_recipe
+from pipeline.resolve import resolve
 from tests.data.ranks import collect_ranks
 
 SOURCE = """

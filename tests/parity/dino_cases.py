@@ -12,7 +12,8 @@ from methods.dino import DINO, DINOConfig
 from methods.parts.contract import Progress, RunFacts
 from methods.parts.distributed import average_gradients
 from methods.parts.views import Views
-from pipeline.config import OptimConfig, Resolved
+from pipeline.config import OptimConfig
+from pipeline.resolve import Resolved
 from pipeline.train.optim import build_optimizer, prepare_step
 from tests.parity.common import Same
 

@@ -18,8 +18,9 @@ from methods.parts.errors import ConfigError
 from methods.parts.schedules import cosine, linear_by_epoch, warmup_cosine
 from methods.parts.views import Views
 from pipeline.build import build_method
-from pipeline.config import override, resolve
+from pipeline.config import override
 from pipeline.recipes import load_recipe
+from pipeline.resolve import resolve
 from tests.parity.common import EXACT, in_processes
 from tests.parity.dino_cases import EPOCH, FACTS, TOTAL, dino, images, of_scores, progress, rows_of
 from tests.parity.test_swav import literal_sinkhorn

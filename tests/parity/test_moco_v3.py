@@ -20,8 +20,9 @@ from methods.parts.distributed import all_gather_rows, average_gradients
 from methods.parts.errors import ConfigError
 from methods.parts.norms import average_statistics, synchronized
 from pipeline.build import build_method
-from pipeline.config import OptimConfig, override, resolve
+from pipeline.config import OptimConfig, override
 from pipeline.recipes import load_recipe
+from pipeline.resolve import resolve
 from pipeline.train.optim import build_optimizer, scheduled_lr
 from tests.parity.common import EXACT, Same, in_processes, progress, two_views
 

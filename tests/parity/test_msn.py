@@ -19,8 +19,9 @@ from methods.parts.distributed import average_gradients
 from methods.parts.masking import random_keep
 from methods.parts.norms import synchronized
 from methods.parts.views import Views
-from pipeline.config import override, resolve
+from pipeline.config import override
 from pipeline.recipes import load_recipe
+from pipeline.resolve import resolve
 from pipeline.train.optim import scheduled_lr, scheduled_weight_decay
 from tests.parity.common import EXACT, in_processes, progress
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from methods.parts.contract import Progress, RunFacts
 from methods.parts.views import Views
 from methods.simsiam import SimSiam, SimSiamConfig, distance
-from pipeline.config import OptimConfig, Resolved
+from pipeline.config import OptimConfig
 from pipeline.recipes import load_recipe
+from pipeline.resolve import Resolved
 from pipeline.train.optim import build_optimizer, prepare_step, scheduled_lr
 from tests.parity.test_byol import Encoder, draw, normalised
 from tests.parity.test_swav import Same

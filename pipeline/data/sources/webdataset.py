@@ -107,7 +107,7 @@ def open_tars(root: str, parts: list[File], data: DataConfig) -> Manifest:
 
 def _remembered(path: str, part: File) -> _Index:
     """The index of a remote shard, from the cache folder if it is there: making one fetches the shard."""
-    from pipeline.run_folder import write_atomic
+    from pipeline.storage.place import write_atomic
 
     key = hashlib.blake2b(f"{path}:{part.size}:{part.written}".encode(), digest_size=16).hexdigest()
     kept = files.cache_folder() / "tars" / f"{key}.json"

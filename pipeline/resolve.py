@@ -1,0 +1,121 @@
+"""The rules that turn settings and the size of the data into numbers: learning rates, steps, intervals."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from methods.parts.contract import RunFacts, find
+from methods.parts.errors import ConfigError, require
+from pipeline.config import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """The numbers that follow from a config and the size of the data. All counts are per run or per step."""
+
+    facts: RunFacts
+    lr: float
+    start_lr: float
+    final_lr: float
+    warmup_steps: int
+    idle_steps: int = 0
+    warmup_reaches_base: bool = True
+    milestones: tuple[float, ...] | None = None  # None = cosine
+    weight_decays: tuple[float, float] | None = None  # at the first step, and after the last; None = constant
+    horizon: float = 1.0  # of the cosines, in runs
+    chunk: int  # images of one lane in one global batch
+    window: int  # images one task cuts: a whole number of chunks
+    checkpoint_every: int
+    knn_every: int
+
+    @property
+    def cosine_steps(self) -> int:
+        """Steps that the cosines would need to their ends, warm-up included."""
+        return int(self.horizon * self.facts.total_steps)
+
+
+def resolve(config: RunConfig, num_images: int | None, num_ids: int | None = None) -> Resolved:
+    """Derive the numbers of a run over `num_images` training images; None = images without end.
+
+    Args:
+        num_ids: images of the whole source, those held out among them; None = nothing is held out.
+
+    Raises:
+        ConfigError: a batch larger than the data, or one that the lanes cannot share; a length of the epoch that is
+            needed and not given, or that the method cannot work with.
+    """
+    batch, lanes = config.train.global_batch_size, config.data.lanes
+    steps_per_epoch = _steps_per_epoch(config, num_images)
+    if num_images is not None and batch > num_images:
+        remedy = f"use {max(lanes, num_images // lanes * lanes)} or fewer, or smaller data.lanes"
+        raise ConfigError(f"train.global_batch_size={batch}: larger than the {num_images} training images; {remedy}")
+    if batch % lanes:
+        low = batch // lanes * lanes
+        near = f"{low} or {low + lanes}" if low else str(lanes)
+        raise ConfigError(f"train.global_batch_size={batch}: not a multiple of data.lanes={lanes}; use {near}, or other lanes")
+    low, high = config.train.worker_range
+    if high and not any(low <= w <= high for w in divisors(lanes)):
+        near = ", ".join(str(w) for w in divisors(lanes))
+        raise ConfigError(f"train.workers={config.train.workers}: does not divide data.lanes={lanes}; use one of {near}, or other lanes")
+    chunk = batch // lanes
+    require(
+        chunk % config.train.accumulation_steps == 0,
+        "train.accumulation_steps",
+        config.train.accumulation_steps,
+        f"does not divide the {chunk} images that each of the {lanes} lanes gives to a batch",
+    )
+    total = config.train.steps or max(1, round(config.train.epochs * steps_per_epoch))
+    scale = {"none": 1.0, "linear": batch / 256, "sqrt": math.sqrt(batch / 256)}[config.optim.lr_rule]
+    largest = max((g.size for g in config.views.values() if g.count), default=224)
+    wanted = config.data.window or (128 if largest > 64 else 512)
+    return Resolved(
+        facts=RunFacts(
+            global_batch_size=batch,
+            steps_per_epoch=steps_per_epoch,
+            total_steps=total,
+            num_images=num_images,
+            num_ids=num_images if num_ids is None else num_ids,
+        ),
+        lr=config.optim.base_lr * scale,
+        start_lr=config.optim.warmup_start_lr * scale,
+        final_lr=config.optim.final_lr * scale,
+        warmup_steps=min(total, round(config.optim.warmup_epochs * steps_per_epoch)),
+        # a continued run has its idle passes behind it
+        idle_steps=min(total, max(0, round((config.optim.idle_epochs - config.train.first_epoch) * steps_per_epoch))),
+        warmup_reaches_base=config.optim.warmup_reaches_base,
+        milestones=config.optim.milestones if config.optim.schedule == "steps" else None,
+        weight_decays=None if config.optim.final_weight_decay is None else (config.optim.weight_decay, config.optim.final_weight_decay),
+        horizon=config.optim.horizon,
+        chunk=chunk,
+        window=chunk * max(1, min(steps_per_epoch, round(wanted / chunk))),
+        checkpoint_every=config.train.checkpoint_every or min(500, steps_per_epoch),
+        knn_every=config.evaluate.knn_every or max(1, total // 10),
+    )
+
+
+def _steps_per_epoch(config: RunConfig, num_images: int | None) -> int:
+    given = config.train.steps_per_epoch
+    if num_images is None:
+        entry = find(config.method)
+        facts = {"needs_dense_ids": "keeps something for every image", "needs_passes": "works in whole passes over the images"}
+        for fact, words in facts.items():
+            if getattr(entry.method, fact):
+                raise ConfigError(f"data.path={config.data.path}: has no end, but {entry.name} {words}; use a folder, Parquet or tars")
+        require(
+            given is not None,
+            "train.steps_per_epoch",
+            given,
+            f"{config.data.path} has no end, so it must be given: the unit of schedules in epochs, e.g. 1000",
+        )
+        return int(given or 0)
+    one_pass = num_images // config.train.global_batch_size
+    if given is not None and given != one_pass and (entry := find(config.method)).method.needs_passes:
+        remedy = f"use {one_pass}, or leave it out"
+        raise ConfigError(f"train.steps_per_epoch={given}: {entry.name} works in whole passes over the images; {remedy}")
+    return given or one_pass
+
+
+def divisors(number: int) -> list[int]:
+    """The numbers that divide it, rising."""
+    return [d for d in range(1, number + 1) if number % d == 0]
