@@ -21,6 +21,7 @@ from torch import Tensor
 
 from methods.parts.views import CropGroup, Views, ViewsConfig
 from pipeline.data.crops import COLUMN
+from pipeline.data.normalise import normalise_into, send, to_float
 
 ORDERS = np.array(list(itertools.permutations(range(4))))  # (24, 4): 0 brightness, 1 contrast, 2 saturation, 3 hue
 CONTRAST, SATURATION, HUE = 1, 2, 3
@@ -133,30 +134,16 @@ def _finish(
         rows = sorted_rows[first : first + step]
         part = {name: values[rows] for name, values in recipe.items()}
         host = _arrays(part)
-        sent = _send(host | {"source": source[rows], "target": rows}, device)
-        x = _to_float(pixels.index_select(0, sent["source"]), work[: len(rows)])
+        sent = send(host | {"source": source[rows], "target": rows}, device)
+        x = to_float(pixels.index_select(0, sent["source"]), work[: len(rows)])
         _grayscale_(x, sent["gray_before"])
         _jitter_(x, part, host, sent, planes[:, : len(rows)])
         _grayscale_(x, sent["gray_after"])
         _blur_(x, sent)
         _solarize_(x, sent)
-        _normalise(x, mean, std, done[: len(rows)].movedim(-1, 1) if channels_last else done[: len(rows)])
+        normalise_into(x, mean, std, done[: len(rows)].movedim(-1, 1) if channels_last else done[: len(rows)])
         out.index_copy_(0, sent["target"], done[: len(rows)])
     return list((out.movedim(-1, 1) if channels_last else out).split(counts))
-
-
-def normalise(
-    images: Tensor,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    device: torch.device | str,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Plain images for evaluation: `(B, H, W, 3)` uint8 to `(B, 3, H, W)` of `dtype`, channels last in memory."""
-    pixels = images.to(device, non_blocking=True)
-    x = torch.empty((len(pixels), 3, *pixels.shape[1:3]), device=pixels.device)
-    out = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
-    return _normalise(_to_float(pixels, x), mean, std, out)
 
 
 # ---------------------------------------------------------------------------- what the device must know
@@ -184,33 +171,7 @@ def _arrays(recipe: Recipes) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _send(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
-    """Small host arrays on the device, in one copy that nobody waits for."""
-    if device.type == "cpu":
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
-    ends = np.cumsum([-(-array.nbytes // 8) * 8 for array in arrays.values()]).tolist()  # each begins at whole 8 bytes
-    packed = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
-    places = {name: slice(end - -(-a.nbytes // 8) * 8, None) for end, (name, a) in zip(ends, arrays.items(), strict=True)}
-    for name, array in arrays.items():
-        packed[places[name]][: array.nbytes].numpy()[:] = np.frombuffer(array.tobytes(), np.uint8)
-    there = packed.to(device, non_blocking=True)
-    return {name: there[places[name]][: a.nbytes].view(torch.from_numpy(a).dtype).view(a.shape) for name, a in arrays.items()}
-
-
 # ---------------------------------------------------------------------------- operations
-
-
-def _to_float(pixels: Tensor, out: Tensor) -> Tensor:
-    for plane in range(3):
-        out[:, plane].copy_(pixels[..., plane])  # by planes: a quarter faster than one permuted copy
-    return out.mul_(1 / 255)
-
-
-def _normalise(x: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float], out: Tensor) -> Tensor:
-    shifts = _send({"shift": np.array([-m / s for m, s in zip(mean, std, strict=True)], np.float32)}, x.device)["shift"]
-    for plane, shift, s, place in zip(x.unbind(1), shifts, std, out.unbind(1), strict=True):
-        torch.add(shift, plane, alpha=1 / s, out=place)  # (plane - m) / s in one pass
-    return out
 
 
 def _gray(x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -320,7 +281,7 @@ def _placement(size: int, radius: int, device: torch.device) -> Tensor:
         source = source.abs()
         source = torch.where(source >= size, 2 * (size - 1) - source, source)
         place[tap, torch.arange(size), source] = 1
-    return _send({"place": place.flatten(1).numpy()}, device)["place"]
+    return send({"place": place.flatten(1).numpy()}, device)["place"]
 
 
 def _blur_by_matrix(x: Tensor, weights: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pipeline.data.normalise import normalise
+
 Triple = tuple[float, float, float]
 Precision = Literal["float32", "bf16"]
 
@@ -104,8 +106,6 @@ def _forward(
     precision: Precision,
     forward: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    from pipeline.data.augment import normalise
-
     dtype = next((p.dtype for p in backbone.parameters()), torch.float32)
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):

@@ -10,8 +10,9 @@ from scipy.ndimage import gaussian_filter
 from torchvision.transforms.v2 import functional as F
 
 from methods.parts.views import CropGroup
-from pipeline.data.augment import ORDERS, blur_radius, finish_crops, finish_views, normalise
+from pipeline.data.augment import ORDERS, blur_radius, finish_crops, finish_views
 from pipeline.data.crops import COLUMN, draw_views
+from pipeline.data.normalise import normalise
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STRONG = dict(jitter=(0.8, 0.8, 0.8, 0.4), jitter_probability=0.8, grayscale=0.3, blur=0.5, solarize=0.3)
