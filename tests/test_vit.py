@@ -30,7 +30,8 @@ from methods.parts.vit import (
     sincos_table,
     without_drop_path,
 )
-from pipeline.export.weights import export, load_export
+from pipeline.export.weights import load_export
+from pipeline.export.write import export
 
 SMALL = {"name": "vit_tiny_patch16_224", "width": 0.125, "depth": (3,), "image_size": 32, "patch_size": 8}
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}

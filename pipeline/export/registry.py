@@ -17,7 +17,8 @@ from typing import Any
 from torch import nn
 
 from methods.parts.errors import ConfigError
-from pipeline.export.weights import SPEC, WEIGHTS, ExportSpec, build_export, export, fill, load_export, read_export, wording
+from pipeline.export.weights import SPEC, WEIGHTS, ExportSpec, build_export, fill, load_export, read_export, wording
+from pipeline.export.write import export
 from pipeline.run_folder import list_runs, write_atomic
 from pipeline.tracking.client import default_uri, experiment_id, mlflow_client
 

@@ -1,20 +1,20 @@
-"""A backbone outside its run: `backbone.safetensors` (plain timm names, float32) beside `backbone.json` (how to build and feed it)."""
+"""A backbone outside its run: `backbone.safetensors` (plain timm names, float32) beside `backbone.json` (how to build and feed it).
+
+`pipeline.export.write` writes them; the served model uses this file too: nothing here needs more than torch, timm and safetensors.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from methods.parts.backbones import BackboneConfig, build_backbone, num_features
+from methods.parts.backbones import BackboneConfig, build_backbone
 from methods.parts.errors import ConfigError
-from pipeline.run_folder import write_atomic, write_json
 
 Triple = tuple[float, float, float]
 WEIGHTS, SPEC = "backbone.safetensors", "backbone.json"
@@ -30,38 +30,6 @@ class ExportSpec:
     std: Triple
     features: int  # width D of an embedding
     facts: dict[str, Any]  # method, recipe, data fingerprint, scores ...: for people
-
-
-def export(
-    backbone: nn.Module,
-    backbone_config: BackboneConfig,
-    folder: Path,
-    *,
-    size: int,
-    mean: Triple,
-    std: Triple,
-    facts: dict[str, Any],
-) -> Path:
-    """Write a backbone so that it can be used without the run, and return the folder.
-
-    Args:
-        size: side at which images are embedded, pixels.
-        facts: plain values that describe the run.
-    """
-    from safetensors.torch import save
-
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: _plain(value) for name, value in backbone.state_dict().items()}
-    write_atomic(folder / WEIGHTS, save(weights))
-    config = dataclasses.replace(backbone_config, init=None)
-    spec = ExportSpec(backbone=config, size=size, mean=mean, std=std, features=num_features(backbone), facts=facts)
-    write_json(folder / SPEC, dataclasses.asdict(spec))
-    return folder
-
-
-def _plain(value: Tensor) -> Tensor:
-    value = value.detach().cpu()
-    return (value.float() if value.is_floating_point() else value).clone(memory_format=torch.contiguous_format)
 
 
 def read_export(path: Path) -> tuple[dict[str, Tensor], ExportSpec]:

@@ -19,7 +19,7 @@ from pipeline.config import DataConfig
 from pipeline.data.augment import finish_views
 from pipeline.data.loader import Stream
 from pipeline.export.embed import embed
-from pipeline.export.weights import export
+from pipeline.export.write import export
 from pipeline.machine import set_precision
 from pipeline.recipes import load_recipe
 
