@@ -21,11 +21,19 @@ from torch import nn
 
 from methods.parts.backbones import BackboneConfig, build_backbone
 from methods.parts.errors import ConfigError
+from pipeline.export import registry
 from pipeline.export.registry import Registered, export, init_backbone, load_export, register, resolve_model
 from pipeline.tracking.client import default_uri, mlflow_client
 from pipeline.tracking.run_tracker import Tracker
 
 CONFIG = BackboneConfig(name="resnet18", width=0.25, depth=(1, 1, 1, 1), stem="full", drop_path=0.1)
+OTHERS = {
+    "selective-kernels": BackboneConfig(name="resnet50", width=0.25, depth=(1, 1, 1, 1), selective_kernels=True, stem="strided"),
+    "vit": BackboneConfig(
+        name="vit_tiny_patch16_224", depth=(2,), image_size=48, patch_size=8, positions="learned-offset", registers=2, swiglu=True
+    ),
+    "vit-sincos": BackboneConfig(name="vit_tiny_patch16_224", depth=(2,), image_size=32, positions="sincos", layer_scale=0.1),
+}
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
@@ -39,8 +47,8 @@ def backbone(seed: int = 0, config: BackboneConfig = CONFIG) -> nn.Module:
     return net
 
 
-def write(folder: Path, seed: int = 0) -> Path:
-    return export(backbone(seed), CONFIG, folder, size=32, mean=MEAN, std=STD, facts={"method": "swav", "scores": {"knn": 0.5}})
+def write(folder: Path, seed: int = 0, config: BackboneConfig = CONFIG) -> Path:
+    return export(backbone(seed, config), config, folder, size=32, mean=MEAN, std=STD, facts={"method": "swav", "scores": {"knn": 0.5}})
 
 
 def picture(height: int = 40, width: int = 50, seed: int = 0, kind: str = "PNG", mode: str = "RGB") -> bytes:
@@ -184,7 +192,8 @@ def test_nothing_in_the_registered_model_is_pickled(world: dict[str, Any]) -> No
     version = mlflow_client(world["uri"]).get_model_version("swav-small", "1")
     folder = Path(version.source.removeprefix("file://"))
     files = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
-    assert {"MLmodel", "pyfunc.py", "artifacts/model/backbone.safetensors", "code/pipeline/export/weights.py"} <= set(files)
+    assert {"MLmodel", "manyviews_model.py", "artifacts/model/backbone.safetensors"} <= set(files)
+    assert [f for f in files if f.endswith(".py")] == ["manyviews_model.py"]
     assert not [f for f in files if f.endswith((".pkl", ".pickle", ".pt", ".pth", ".bin", ".pyc"))]
 
 
@@ -192,7 +201,7 @@ STRANGER = """
 import base64, json, sys
 import mlflow, numpy as np, pandas as pd
 from PIL import Image
-assert not any((__import__("pathlib").Path(p) / "pipeline" / "registry.py").exists() for p in sys.path if p), sys.path
+assert not any((__import__("pathlib").Path(p) / "pipeline" / "export").exists() for p in sys.path if p), sys.path
 mlflow.set_tracking_uri(sys.argv[1])
 model = mlflow.pyfunc.load_model("models:/swav-small@best")
 data = open(sys.argv[2], "rb").read()
@@ -213,20 +222,31 @@ records = [{"image": base64.encodebytes(data).decode()}, {"image": base64.b64enc
 answer = client.post("/invocations", json={"dataframe_records": records})
 refused = client.post("/invocations", json={"dataframe_split": {"columns": ["image"], "data": [[base64.b64encode(b"no").decode()]]}})
 rest = {"rest": answer.json(), "refused": [refused.status_code, refused.text]}
-print(json.dumps({"together": together.tolist(), "alone": alone, "error": error} | rest))
+taken = sorted({name.split(".")[0] for name in sys.modules} & {"pipeline", "methods"})
+import pipeline, methods  # the user's
+again = mlflow.pyfunc.load_model("models:/swav-small@best").predict(pd.DataFrame({"image": cells}))
+users = [pipeline.WHOSE, methods.WHOSE, sys.modules["pipeline"] is pipeline, sys.modules["methods"] is methods]
+models = {name: mlflow.pyfunc.load_model(f"models:/{name}/1") for name in sys.argv[4:]}
+others = {name: model.predict(pd.DataFrame({"image": cells}))[[0, 3]].tolist() for name, model in models.items()}
+found = {"together": together.tolist(), "alone": alone, "again": again.tolist(), "error": error}
+print(json.dumps(found | {"taken": taken, "users": users, "others": others} | rest))
 """
 
 
 @pytest.fixture(scope="module")
 def strange(world: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a fresh process sees that has neither this project nor its folder."""
+    """What a fresh process sees that has neither this project nor its folder, but modules of the same names."""
     folder = tmp_path_factory.mktemp("elsewhere")
+    for name in ("pipeline", "methods"):
+        (folder / f"{name}.py").write_text("WHOSE = 'the user'")
+    for name, config in OTHERS.items():
+        register(write(world["runs"] / name / "model", config=config), name=name, uri=world["uri"])
     (folder / "a.png").write_bytes(picture())
     (folder / "b.jpg").write_bytes(picture(31, 90, 1, "JPEG", "CMYK"))
     script = folder / "stranger.py"
     script.write_text(STRANGER)
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONSAFEPATH")}
-    command = [sys.executable, str(script), world["uri"], str(folder / "a.png"), str(folder / "b.jpg")]
+    command = [sys.executable, str(script), world["uri"], str(folder / "a.png"), str(folder / "b.jpg"), *OTHERS]
     ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
     assert ran.returncode == 0, ran.stderr[-3000:]
     answer: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
@@ -238,6 +258,38 @@ def test_bytes_text_and_arrays_give_the_embedding_of_evaluation(world: dict[str,
     for given in (strange["together"], strange["alone"]):
         np.testing.assert_allclose(given, [first, first, first, second], atol=1e-5)
     assert np.abs(first - second).max() > 1e-2
+
+
+def test_modules_of_the_user_stay_the_users(strange: dict[str, Any]) -> None:
+    assert strange["taken"] == []
+    assert strange["users"] == ["the user", "the user", True, True]
+    np.testing.assert_allclose(strange["again"], strange["together"], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_kind_of_backbone_is_built_as_in_evaluation(world: dict[str, Any], strange: dict[str, Any], name: str) -> None:
+    there = [expected(world["runs"] / name / "model", image) for image in strange["images"]]
+    np.testing.assert_allclose(strange["others"][name], there, atol=1e-5)
+    assert np.abs(there[0] - there[1]).max() > 1e-3
+
+
+def test_two_versions_in_one_process_have_their_own_code(world: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    mlflow_client(world["uri"])
+    mlflow.set_tracking_uri(world["uri"])
+    code = registry.model_code()
+    assert code.count(".float().cpu()") == 1
+    for text in (code, code.replace(".float().cpu()", ".float().cpu() * 2"), code):
+        monkeypatch.setattr(registry, "model_code", lambda text=text: text)
+        register(world["folder"], name="twins", uri=world["uri"])
+    models = [mlflow.pyfunc.load_model(f"models:/twins/{version}") for version in (1, 2, 3)]
+    first, second, third = (model.predict(pd.DataFrame({"image": [picture()]}))[0] for model in models)
+    np.testing.assert_allclose(first, expected(world["folder"], picture()), atol=1e-5)
+    np.testing.assert_allclose(second, 2 * first, rtol=1e-6)
+    np.testing.assert_array_equal(third, first)
+    packages = [type(model.unwrap_python_model()).__module__.split(".")[0] for model in models]
+    assert packages[0] == packages[2] != packages[1] and all(package.startswith("manyviews_") for package in packages)
 
 
 def test_the_rest_server_answers_and_refuses(world: dict[str, Any], strange: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The registered model: MLflow runs this file to make it (models from code), so nothing is pickled. It uses a GPU where there is one.
+"""The registered model, which uses a GPU where there is one. `pipeline.export.model_code` makes one file of this and what it imports.
 
 Input: a DataFrame with the column `image`, each cell an encoded image of any format and size as `bytes`, the same in base64 as
 `str`, or decoded pixels as a uint8 array `(H, W, 3)`. Output: `(N, D)` float32 embeddings. MLflow's own variable
@@ -13,12 +13,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-import mlflow.models
 import mlflow.pyfunc
 import numpy as np
 import pandas as pd
+import torch
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+
+from pipeline.data.decode import BadImage, decode, evaluation_crop
+from pipeline.evaluate.features import extract
+from pipeline.export.weights import load_export
 
 BATCH = 64  # images at a time, so that memory does not grow with the request
 
@@ -27,20 +31,12 @@ class Embedder(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     """Embeds images with an exported backbone."""
 
     def load_context(self, context: Any) -> None:
-        import torch
-
-        from pipeline.export.weights import load_export
-
         asked = os.environ.get("MLFLOW_DEFAULT_PREDICTION_DEVICE")
         self.device = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
         backbone, self.spec = load_export(Path(context.artifacts["export"]))
         self.backbone = backbone.to(self.device)
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> np.ndarray:
-        import torch
-
-        from pipeline.evaluate.features import extract
-
         cells = list(model_input["image"])
         embeddings = np.empty((len(cells), self.spec.features), np.float32)
         for start in range(0, len(cells), BATCH):
@@ -51,10 +47,8 @@ class Embedder(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         return embeddings
 
     def _crop(self, cell: Any, position: int) -> np.ndarray:
-        from pipeline.data.decode import BadImage, decode, evaluation_crop
-
         try:
-            return evaluation_crop(_pixels(cell, decode), self.spec.size)
+            return evaluation_crop(_pixels(cell), self.spec.size)
         except BadImage as error:
             reason = str(error)
         except (binascii.Error, TypeError) as error:
@@ -62,15 +56,11 @@ class Embedder(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         raise MlflowException(f"image {position} (counted from 0): {reason}", error_code=INVALID_PARAMETER_VALUE)
 
 
-def _pixels(cell: Any, decode: Any) -> np.ndarray:
+def _pixels(cell: Any) -> np.ndarray:
     if isinstance(cell, str):
         cell = base64.b64decode("".join(cell.split()), validate=True)
     if isinstance(cell, (bytes, bytearray, memoryview)):
-        image: np.ndarray = decode(bytes(cell))
-        return image
+        return decode(bytes(cell))
     if isinstance(cell, np.ndarray) and cell.dtype == np.uint8 and cell.ndim == 3 and cell.shape[2] == 3 and cell.size:
         return np.ascontiguousarray(cell)
     raise TypeError(f"array {cell.shape} of {cell.dtype}" if isinstance(cell, np.ndarray) else f"a {type(cell).__name__}")
-
-
-mlflow.models.set_model(Embedder())

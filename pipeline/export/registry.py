@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from methods.parts.errors import ConfigError
+from pipeline.export.model_code import model_code
 from pipeline.export.weights import SPEC, WEIGHTS, ExportSpec, build_export, fill, load_export, read_export, wording
 from pipeline.export.write import export
 from pipeline.run_folder import list_runs, write_atomic
@@ -118,7 +119,7 @@ def _add_version(folder: Path, spec: ExportSpec, name: str, uri: str, run_id: st
     logged = client.create_logged_model(where, name=name, source_run_id=run_id, tags=tags)
     with tempfile.TemporaryDirectory() as scratch:
         model = Model(artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id)
-        _save_pyfunc(Path(scratch) / "model", folder, spec, model)
+        _save_pyfunc(Path(scratch), folder, spec, model)
         client.log_model_artifacts(logged.model_id, f"{scratch}/model")
     client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
     if run_id:
@@ -169,7 +170,7 @@ def _score(version: Any) -> float:
         return -math.inf
 
 
-def _save_pyfunc(path: Path, folder: Path, spec: ExportSpec, model: Any) -> None:
+def _save_pyfunc(scratch: Path, folder: Path, spec: ExportSpec, model: Any) -> None:
     import mlflow.pyfunc
     import numpy as np
     import pandas as pd
@@ -179,12 +180,12 @@ def _save_pyfunc(path: Path, folder: Path, spec: ExportSpec, model: Any) -> None
 
     picture = io.BytesIO()
     Image.fromarray(np.full((8, 8, 3), 128, np.uint8)).save(picture, "PNG")
-    project = Path(__file__).parents[2]
+    code = scratch / "manyviews_model.py"
+    code.write_text(model_code())
     mlflow.pyfunc.save_model(
-        path,
-        python_model=str(Path(__file__).with_name("pyfunc.py")),
+        scratch / "model",
+        python_model=str(code),
         artifacts={"export": str(folder.resolve())},
-        code_paths=[str(project / "methods"), str(project / "pipeline")],
         # `binary`: the REST server decodes base64; in Python, bytes, base64 strings and arrays all pass
         signature=ModelSignature(
             inputs=Schema([ColSpec("binary", "image")]), outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, spec.features))])

@@ -1,0 +1,40 @@
+"""The code of a registered model: `served_model.py` with the sources of the served class and of all that it imports of ours."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+PROJECT = Path(__file__).parents[2]
+SERVED = "pipeline.export.pyfunc"
+EMPTY = "SOURCES: dict[str, str] = {}"
+
+
+def model_code() -> str:
+    """Return one file of Python that makes the served model wherever torch, timm and MLflow are."""
+    texts = "".join(f"{name!r}: {_literal(text)},\n" for name, text in sorted(sources(SERVED).items()))
+    before, after = Path(__file__).with_name("served_model.py").read_text().split(EMPTY)
+    return f"{before}{EMPTY[:-1]}\n{texts}}}{after}"
+
+
+def sources(*modules: str) -> dict[str, str]:
+    """Return the sources of modules of ours and of every one that they import, in functions too, with their packages."""
+    found: dict[str, str] = {}
+    wanted = list(modules)
+    while wanted:
+        name = wanted.pop()
+        file = PROJECT.joinpath(*name.split("."))
+        file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+        if name in found or not file.is_file():  # not a file: a function or class of its module
+            continue
+        found[name] = file.read_text()
+        wanted.append(name.rpartition(".")[0])
+        for node in ast.walk(ast.parse(found[name])):
+            if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in ("methods", "pipeline"):
+                wanted += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return found
+
+
+def _literal(text: str) -> str:
+    """Python for `text` that people can read."""
+    return f"r'''{text}'''" if "'''" not in text and not text.endswith(("'", "\\")) else repr(text)
