@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import io
 import json
@@ -22,6 +23,7 @@ from torch import nn
 from methods.parts.backbones import BackboneConfig, build_backbone
 from methods.parts.errors import ConfigError
 from pipeline.export import registry
+from pipeline.export.model_code import SERVED, sources
 from pipeline.export.registry import Registered, export, init_backbone, load_export, register, resolve_model
 from pipeline.tracking.client import default_uri, mlflow_client
 from pipeline.tracking.run_tracker import Tracker
@@ -195,6 +197,21 @@ def test_nothing_in_the_registered_model_is_pickled(world: dict[str, Any]) -> No
     assert {"MLmodel", "manyviews_model.py", "artifacts/model/backbone.safetensors"} <= set(files)
     assert [f for f in files if f.endswith(".py")] == ["manyviews_model.py"]
     assert not [f for f in files if f.endswith((".pkl", ".pickle", ".pt", ".pth", ".bin", ".pyc"))]
+
+
+def test_the_code_of_a_model_needs_little_and_finds_its_own_modules() -> None:
+    needed: set[str] = set()
+    for name, text in sources(SERVED).items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):  # `import pipeline.x` would be a module of the user's
+                names = {alias.name.split(".")[0] for alias in node.names}
+                assert not names & {"methods", "pipeline"}, name
+                needed |= names
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, name
+                needed.add(str(node.module).split(".")[0])
+    libraries = {"torch", "torchvision", "timm", "numpy", "PIL", "pandas", "safetensors", "mlflow"}
+    assert needed - set(sys.stdlib_module_names) <= libraries | {"methods", "pipeline"}
 
 
 STRANGER = """
