@@ -237,8 +237,8 @@ def views(options: Any, settings: list[str]) -> int:
     from pipeline.data.sources.base import open_source
     from pipeline.figures.run_figures import views_sheet
 
-    manifest = open_source(config.data)
-    picture = views_sheet(config, manifest, options.to, images=options.images)
+    dataset = open_source(config.data)
+    picture = views_sheet(config, dataset, options.to, images=options.images)
     for name, group in config.views.items():
         print(f"{name}: {group.describe()}")
     print(picture)
@@ -250,9 +250,9 @@ def figure(options: Any, settings: list[str]) -> int:
     from pipeline.figures import pictures
 
     picture, model = pictures.find(_given(options, "name", "NAME")), _given(options, "model", "RUN_OR_MODEL")
-    from pipeline.figures.context import Subject
+    from pipeline.figures.context import FigureContext
 
-    subject = Subject.of(model, runs_dir=options.runs_dir, uri=_tracking_uri(settings))
+    subject = FigureContext.of(model, runs_dir=options.runs_dir, uri=_tracking_uri(settings))
     subject.config = parse_settings(subject.config, settings, f"manyviews figure {picture.name} {model}")
     path = picture.draw(subject, options.to or Path(f"{picture.name}.png"))
     print(path)

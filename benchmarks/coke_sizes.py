@@ -26,11 +26,11 @@ from pipeline.data.sources.base import open_source
 
 def pixel_features(path: str, images: int | None, dim: int, size: int = 16) -> Tensor:
     """Unit features `(N, D)` of a source's images, shrunk to `size` pixels a side."""
-    manifest = open_source(DataConfig(path=path))
-    ids = np.arange(min(len(manifest), images or len(manifest)))
+    dataset = open_source(DataConfig(path=path))
+    ids = np.arange(min(len(dataset), images or len(dataset)))
     pixels = np.empty((len(ids), size * size * 3), np.float32)
     for part in np.array_split(ids, -(-len(ids) // 2000)):
-        for row in manifest.read(part):
+        for row in dataset.read(part):
             pixels[row.id] = np.asarray(Image.open(io.BytesIO(row.image)).convert("RGB").resize((size, size))).ravel() / 255
     x = torch.from_numpy(pixels)
     x = x - x.mean(dim=0)

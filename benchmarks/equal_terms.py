@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from methods.parts.backbones import build_backbone
 from methods.parts.contract import Masks, Method, MethodConfig, ParamGroup, Progress, RunFacts, StepOutput, find
-from methods.parts.groups import without_vectors
+from methods.parts.groups import param_groups_weight_decay
 from methods.parts.views import Views
 from pipeline.build import build_method
 from pipeline.cli.overrides import configured
@@ -67,7 +67,7 @@ class Lightly(Method):
         waiting = [p for n, p in self.net.named_parameters() if "last_layer" in n and p.requires_grad]
         rest = nn.ParameterList(p for n, p in self.net.named_parameters() if "last_layer" not in n)
         last = [ParamGroup(params=waiting, name="prototypes", frozen_steps=self.frozen_steps)] if waiting else []
-        return [*without_vectors(rest), *last]
+        return [*param_groups_weight_decay(rest), *last]
 
     def evaluation_backbone(self) -> nn.Module:
         return self.backbone
@@ -83,8 +83,8 @@ class Images:
 
     @classmethod
     def load(cls, config: RunConfig, path: str) -> Images:
-        manifest = open_source(dataclasses.replace(config.data, path=path))
-        rows = list(manifest.read(np.arange(len(manifest))))
+        dataset = open_source(dataclasses.replace(config.data, path=path))
+        rows = list(dataset.read(np.arange(len(dataset))))
         pixels, reasons = decode_all(rows)
         assert not any(reasons), "all images must be readable here"
         size = config.evaluation_size

@@ -21,17 +21,17 @@ from views import LARGE
 
 from pipeline.data.crop_task import block_bytes
 from pipeline.data.crops import COLUMNS
-from pipeline.data.image_dataset import Manifest
-from pipeline.data.loader import Stream
+from pipeline.data.image_dataset import ImageDataset
+from pipeline.data.loader import TrainLoader
 from pipeline.data.ray_data import raise_priority, start_ray
-from pipeline.data.sampler import Plan
+from pipeline.data.sampler import Sampler
 
 LANES, CHUNK, WINDOW = 8, 64, 128
 IMAGES = 100_000
 WAITED_S = 0.005  # a batch that is ready takes microseconds
 
 
-def _ready(item: dict[str, np.ndarray], plan: Plan) -> dict[str, np.ndarray]:
+def _ready(item: dict[str, np.ndarray], plan: Sampler) -> dict[str, np.ndarray]:
     """What a task would cut, without cutting."""
     epoch, group, lane = (int(item[key][0]) for key in ("epoch", "group", "lane"))
     rows = plan.chunks(group) * plan.chunk
@@ -44,7 +44,7 @@ def _ready(item: dict[str, np.ndarray], plan: Plan) -> dict[str, np.ndarray]:
     return columns
 
 
-class ReadyPixels(Stream):
+class ReadyPixels(TrainLoader):
     """A stream whose tasks decode nothing."""
 
     def task(self, shared: Any) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
@@ -68,7 +68,7 @@ class Board:
 class Worker:
     """Takes its batches as a trainer does."""
 
-    def consume(self, stream: Stream, rank: int, workers: int, board: Any, step_s: float, warm: int) -> tuple[float, float]:
+    def consume(self, stream: TrainLoader, rank: int, workers: int, board: Any, step_s: float, warm: int) -> tuple[float, float]:
         """Return images/s and the share of steps that waited, behind the first `warm` steps."""
         raise_priority()
         exchanged = iter(range(10**6))
@@ -91,10 +91,10 @@ class Worker:
 
 def fed(workers: int, steps: int, step_s: float, warm: int = 8) -> tuple[float, float]:
     """Images/s of all workers together, and the share of steps that waited."""
-    plan = Plan(np.array([[0, IMAGES]]), np.arange(IMAGES), seed=0, global_batch=LANES * CHUNK, lanes=LANES, window=WINDOW)
+    plan = Sampler(np.array([[0, IMAGES]]), np.arange(IMAGES), seed=0, global_batch=LANES * CHUNK, lanes=LANES, window=WINDOW)
     labels = np.full(IMAGES, -1)
-    manifest = Manifest(labels=labels, class_names=[], fingerprint="", spans=np.array([[0, IMAGES]]))
-    stream = ReadyPixels(manifest, plan, LARGE, 0, steps + warm)
+    dataset = ImageDataset(labels=labels, class_names=[], fingerprint="", spans=np.array([[0, IMAGES]]))
+    stream = ReadyPixels(dataset, plan, LARGE, 0, steps + warm)
     board = ray.remote(num_cpus=0)(Board).remote()
     actors = [ray.remote(num_cpus=0)(Worker).remote() for _ in range(workers)]
     found = ray.get([actor.consume.remote(stream, rank, workers, board, step_s, warm) for rank, actor in enumerate(actors)])

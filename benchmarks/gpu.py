@@ -29,7 +29,7 @@ from pipeline.build import prepare
 from pipeline.config import RunConfig, override
 from pipeline.data.augment import finish_views
 from pipeline.data.crops import draw_views
-from pipeline.data.loader import Batch, Stream, start_ray
+from pipeline.data.loader import Batch, TrainLoader, start_ray
 from pipeline.machine import available_cores, memory_advice
 from pipeline.recipes import load_recipe
 from pipeline.run_folder import create_run
@@ -85,7 +85,7 @@ def configured(recipe: str, images: int, folder: Path, lanes: int = 8) -> RunCon
     return override(load_recipe(recipe), changes)
 
 
-def build(config: RunConfig, folder: Path, device: torch.device) -> tuple[Trainer, Stream]:
+def build(config: RunConfig, folder: Path, device: torch.device) -> tuple[Trainer, TrainLoader]:
     """A run's trainer on a device, without anything that shows or reports, and its stream."""
     ready, screen = prepare(config), NullReporter(config.train.global_batch_size)
     trainer = build_trainer(
@@ -130,7 +130,7 @@ def step_rate(trainer: Trainer, batch: Batch, seconds: float) -> float:
     return count * len(batch.ids) / min(run(count) for _ in range(3))
 
 
-def loader_rate(stream: Stream, device: torch.device, seconds: float) -> float:
+def loader_rate(stream: TrainLoader, device: torch.device, seconds: float) -> float:
     """Images/s of the batches alone; those that were ready before the clock started do not count."""
     with contextlib.closing(stream.batches(device=device)) as found:
         for _ in range(4):
@@ -142,7 +142,7 @@ def loader_rate(stream: Stream, device: torch.device, seconds: float) -> float:
         return images / (time.perf_counter() - begin)
 
 
-def fed(trainer: Trainer, stream: Stream, seconds: float) -> tuple[float, float]:
+def fed(trainer: Trainer, stream: TrainLoader, seconds: float) -> tuple[float, float]:
     """Images/s of steps that the loader feeds, and the time that a step waits for its batch, ms."""
     trainer.position.step, waits, images = 0, [], 0
     with contextlib.closing(stream.batches(device=trainer.device)) as found:

@@ -24,34 +24,34 @@ from views import LARGE, original, photographs
 
 from pipeline.config import DataConfig
 from pipeline.data.crop_task import cut_images
-from pipeline.data.image_dataset import Manifest, Row
-from pipeline.data.loader import Stream, start_ray
-from pipeline.data.sampler import Plan
+from pipeline.data.image_dataset import ImageDataset, Row
+from pipeline.data.loader import TrainLoader, start_ray
+from pipeline.data.sampler import Sampler
 from pipeline.data.sources.base import open_source
 
 BATCH, WINDOW = 64, 128
 
 
-def ours(manifest: Manifest, images: int, tasks: int) -> float:
+def ours(dataset: ImageDataset, images: int, tasks: int) -> float:
     """Through Ray Data to this process, which copies every batch out.
 
     The clock starts with the first batch: just then the first window of every lane is cut, and those images are not counted.
     """
-    plan = Plan(manifest.spans, manifest.training_ids(0), seed=0, global_batch=BATCH, lanes=4, window=WINDOW)
-    batches = Stream(manifest, plan, LARGE, 0, images // BATCH + plan.chunks_per_window).batches(tasks=tasks)
+    plan = Sampler(dataset.spans, dataset.training_ids(0), seed=0, global_batch=BATCH, lanes=4, window=WINDOW)
+    batches = TrainLoader(dataset, plan, LARGE, 0, images // BATCH + plan.chunks_per_window).batches(tasks=tasks)
     next(batches)
     begin = time.perf_counter()
     steps = 1 + sum(1 for _ in batches)
     return (steps - plan.chunks_per_window) * BATCH / (time.perf_counter() - begin)
 
 
-def first_batch(manifest: Manifest, tasks: int, times: int = 5) -> list[float]:
+def first_batch(dataset: ImageDataset, tasks: int, times: int = 5) -> list[float]:
     """Seconds from the call to the first batch, the workers of the tasks warm."""
-    plan = Plan(manifest.spans, manifest.training_ids(0), seed=0, global_batch=BATCH, lanes=4, window=WINDOW)
+    plan = Sampler(dataset.spans, dataset.training_ids(0), seed=0, global_batch=BATCH, lanes=4, window=WINDOW)
     found = []
     for _ in range(times):
         begin = time.perf_counter()
-        batches: Any = Stream(manifest, plan, LARGE, 0, 2).batches(tasks=tasks)
+        batches: Any = TrainLoader(dataset, plan, LARGE, 0, 2).batches(tasks=tasks)
         next(batches)
         found.append(time.perf_counter() - begin)
         batches.close()
@@ -119,16 +119,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         many = [images[i % len(images)] for i in range(options.images)]
         pq.write_table(pa.table({"image": many}), Path(folder) / "a.parquet", row_group_size=WINDOW)
-        manifest = open_source(DataConfig(path=folder))
+        dataset = open_source(DataConfig(path=folder))
         begin = time.perf_counter()
         start_ray()
         started = time.perf_counter() - begin
-        (cold,) = first_batch(manifest, cores, 1)
+        (cold,) = first_batch(dataset, cores, 1)
         print(f"first batch {started + cold:.1f} s after Ray's start began, {cold:.1f} s after its end", flush=True)
-        ours(manifest, WINDOW * cores * 2, cores)  # warm
+        ours(dataset, WINDOW * cores * 2, cores)  # warm
         rounds = []
         for _ in range(options.rounds):
-            ray_data, bare = ours(manifest, options.images, cores), bare_loop(images, options.images, cores)
+            ray_data, bare = ours(dataset, options.images, cores), bare_loop(images, options.images, cores)
             loader = data_loader(images, options.images // 8, cores)
             rounds.append((ray_data, bare, loader))
             print(
@@ -138,7 +138,7 @@ def main() -> None:
             )
         of_loader, of_bare = (statistics.median(r[0] / r[i] for r in rounds) for i in (2, 1))
         print(f"medians: {of_loader:.2f} of the DataLoader, {of_bare:.2f} of the bare loop")
-        times = first_batch(manifest, cores)
+        times = first_batch(dataset, cores)
         print(f"first batch, workers warm: median {np.median(times):.2f} s of {', '.join(f'{t:.2f}' for t in times)}")
 
 

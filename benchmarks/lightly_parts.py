@@ -105,7 +105,7 @@ def lightly_parts(name: str, c: Any, backbone: nn.Module, device: torch.device, 
         criterion = losses.SwaVLoss(c.temperature, c.sinkhorn_iterations, c.epsilon)
 
         def swav(views: Views) -> Tensor:
-            h = views.through(net["backbone"])
+            h = views.map_crops(net["backbone"])
             z = nn.functional.normalize(net["projector"](h))
             scores = net["prototypes"](z).split(len(views.image_ids))
             large = len(views.groups["global"])
@@ -123,12 +123,12 @@ def lightly_parts(name: str, c: Any, backbone: nn.Module, device: torch.device, 
         steps = 0
 
         def scores(network: nn.Module, views: Views) -> list[Tensor]:
-            h = views.through(network["backbone"])  # type: ignore[index]
+            h = views.map_crops(network["backbone"])  # type: ignore[index]
             return list(network["projector"](h).chunk(len(h) // len(views.image_ids)))  # type: ignore[index]
 
         def dino(views: Views) -> Tensor:
             with torch.no_grad():
-                t = scores(net["teacher"], views.without("local"))
+                t = scores(net["teacher"], views.drop_group("local"))
             return criterion(t, scores(net, views), c.teacher_temperature)  # type: ignore[no-any-return]
 
         def follow() -> None:

@@ -37,9 +37,9 @@ from methods.parts.contract import (
 )
 from methods.parts.distributed import gather_with_gradient, own_columns, world_size
 from methods.parts.errors import require
-from methods.parts.groups import without_vectors
+from methods.parts.groups import param_groups_weight_decay
 from methods.parts.heads import mlp
-from methods.parts.numerics import cosines, embedding_std, full_precision, l2_normalize, promote
+from methods.parts.numerics import autocast_disabled, cosines, embedding_std, l2_normalize, upcast_half
 from methods.parts.views import CropGroup, Views, ViewsConfig
 
 
@@ -83,8 +83,8 @@ class BarlowTwins(Method):
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         # one pass for each view: batch norm sees the statistics of one view at a time
-        z = [promote(self.projector(self.backbone(v))) for v in views.pair()]  # each (B, D)
-        with full_precision(z[0]):
+        z = [upcast_half(self.projector(self.backbone(v))) for v in views.pair()]  # each (B, D)
+        with autocast_disabled(z[0]):
             a, b = (standardize(gather_with_gradient(z_v)) for z_v in z)  # each (N, D): of all workers
             rows, first = own_columns(a)
             c = rows.T @ b / len(b)  # (D / W, D): this worker's rows of C
@@ -92,10 +92,10 @@ class BarlowTwins(Method):
             invariance = ((1 - diagonal) ** 2).sum()
             redundancy = (c**2).sum() - (diagonal**2).sum()
             loss = world_size() * (invariance + self.config.redundancy_weight * redundancy)
-            return StepOutput(loss=loss, metrics=self.health(z[0], z[1], a, b, redundancy) if progress.reports else {})
+            return StepOutput(loss=loss, metrics=self.diagnostics(z[0], z[1], a, b, redundancy) if progress.reports else {})
 
     @torch.no_grad()
-    def health(self, z1: Tensor, z2: Tensor, a: Tensor, b: Tensor, redundancy: Tensor) -> Metrics:
+    def diagnostics(self, z1: Tensor, z2: Tensor, a: Tensor, b: Tensor, redundancy: Tensor) -> Metrics:
         """Meters of the projections `(B, D)`, and of C: means of its diagonal, and of the squares beside it."""
         positive, negative = cosines(z1, z2)
         d = a.shape[1]
@@ -108,7 +108,7 @@ class BarlowTwins(Method):
         }
 
     def param_groups(self) -> list[ParamGroup]:
-        return without_vectors(self.backbone, self.projector, vector_lr_scale=self.config.vector_lr_scale)
+        return param_groups_weight_decay(self.backbone, self.projector, vector_lr_scale=self.config.vector_lr_scale)
 
     def evaluation_backbone(self) -> nn.Module:
         return self.backbone
@@ -116,7 +116,7 @@ class BarlowTwins(Method):
     def chance_loss(self) -> tuple[float, str]:
         return float(self.config.projection_dim), "D"
 
-    def stuck_remedies(self) -> str:
+    def hints(self) -> str:
         return f"try method.redundancy_weight={self.config.redundancy_weight / 2:g}, a lower optim.base_lr or a longer warm-up"
 
 

@@ -47,9 +47,9 @@ from methods.parts.contract import (
     searchable,
 )
 from methods.parts.errors import require
-from methods.parts.groups import without_vectors
+from methods.parts.groups import param_groups_weight_decay
 from methods.parts.heads import mlp
-from methods.parts.numerics import cosines, embedding_std, full_precision, l2_normalize, promote
+from methods.parts.numerics import autocast_disabled, cosines, embedding_std, l2_normalize, upcast_half
 from methods.parts.schedules import cosine
 from methods.parts.views import CropGroup, Views, ViewsConfig
 
@@ -96,19 +96,19 @@ class BYOL(Method):
         t = CropGroup(count=1, size=224, interpolation="bicubic", jitter=(0.4, 0.4, 0.2, 0.1), blur=1.0, blur_taps=23)
         return {"first": t, "second": replace(t, blur=0.1, solarize=0.2)}
 
-    def learns(self, progress: Progress) -> bool:
+    def has_loss(self, progress: Progress) -> bool:
         return self.config.train_online
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         pair, online = views.pair(), self.online()
         # one pass for each view: batch norm sees the statistics of one view at a time, in the target too
         z = [online(v) for v in pair]  # each (B, D)
-        p = [promote(self.predictor(z_v)) for z_v in z]
+        p = [upcast_half(self.predictor(z_v)) for z_v in z]
         with torch.no_grad():
-            y = [promote(self.target(v)) for v in pair]
-        with full_precision(p[0]):
+            y = [upcast_half(self.target(v)) for v in pair]
+        with autocast_disabled(p[0]):
             loss = (distance(p[0], y[1]) + distance(p[1], y[0])).mean()
-            metrics = self.health(z[0], p[0], y[1], progress) if progress.reports else {}
+            metrics = self.diagnostics(z[0], p[0], y[1], progress) if progress.reports else {}
         return StepOutput(loss=loss if self.config.train_online else None, metrics=metrics)
 
     def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
@@ -123,18 +123,18 @@ class BYOL(Method):
         return nn.Sequential(OrderedDict(backbone=self.backbone, projector=self.projector))
 
     @torch.no_grad()
-    def health(self, z: Tensor, p: Tensor, y: Tensor, progress: Progress) -> Metrics:
+    def diagnostics(self, z: Tensor, p: Tensor, y: Tensor, progress: Progress) -> Metrics:
         """Meters of one direction. All `(B, D)`."""
         positive, negative = cosines(p, y)
         return {
-            "embedding_std": embedding_std(l2_normalize(promote(z))),
+            "embedding_std": embedding_std(l2_normalize(upcast_half(z))),
             "positive_cosine": positive,
             "negative_cosine": negative,
             "momentum": self.momentum(progress),
         }
 
     def param_groups(self) -> list[ParamGroup]:
-        return without_vectors(self.backbone, self.projector, self.predictor)
+        return param_groups_weight_decay(self.backbone, self.projector, self.predictor)
 
     def evaluation_backbone(self) -> nn.Module:
         return self.backbone
@@ -142,7 +142,7 @@ class BYOL(Method):
     def chance_loss(self) -> tuple[float, str] | None:
         return (4.0, "cosine 0") if self.config.train_online else None
 
-    def stuck_remedies(self) -> str:
+    def hints(self) -> str:
         c = self.config
         lower = f"method.momentum={1 - (1 - c.momentum) * 3:g}, " if 0.7 < c.momentum < 1 else ""
         return f"try {lower}a lower optim.base_lr or a longer warm-up, method.predictor=True, or a larger train.global_batch_size"

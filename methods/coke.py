@@ -53,10 +53,10 @@ from methods.parts.contract import (
 )
 from methods.parts.distributed import all_gather_rows
 from methods.parts.errors import ConfigError, require
-from methods.parts.groups import without_vectors
+from methods.parts.groups import param_groups_weight_decay
 from methods.parts.heads import mlp
-from methods.parts.id_table import IdTable, first_places
-from methods.parts.numerics import count_of_each, embedding_std, full_precision, l2_normalize, promote
+from methods.parts.memory_bank import MemoryBank, first_places
+from methods.parts.numerics import autocast_disabled, count_of_each, embedding_std, l2_normalize, upcast_half
 from methods.parts.views import CropGroup, Views, ViewsConfig
 
 AVERAGES = ("averaged_labels", "averaged_weights")  # the tables of stage 2
@@ -106,7 +106,7 @@ class CoKe(Method):
     paper = "Qian et al. 2022, arXiv:2105.11527"
     accumulation = "exact"  # all micro-batches are assigned by the same centres and duals, which move once a step
     needs_dense_ids = True
-    needs_passes = True
+    needs_full_epochs = True
     begun: Tensor
 
     def __init__(self, config: CoKeConfig, backbone: nn.Module, facts: RunFacts) -> None:
@@ -126,12 +126,12 @@ class CoKe(Method):
         self.register_buffer("begun", torch.zeros((), dtype=torch.bool))  # whether a first pass is done; a continued run has it behind it
         self.has_labels = False  # as `begun`, known without asking the device
         self.register_load_state_dict_post_hook(_note_first_pass)
-        self.labels = IdTable(ids, (heads,), dtype=torch.int32, fill=-1, sharded=config.shard_tables)
+        self.labels = MemoryBank(ids, (heads,), dtype=torch.int32, fill=-1, sharded=config.shard_tables)
         self.tables = {"labels": self.labels}
         if config.averaging_start_epoch is not None:
             shape, kinds = (heads, config.averaging_labels), ((torch.int32, -1), (torch.float64, 0))
             for name, (dtype, fill) in zip(AVERAGES, kinds, strict=True):
-                self.tables[name] = IdTable(ids, shape, dtype=dtype, fill=fill, sharded=config.shard_tables)
+                self.tables[name] = MemoryBank(ids, shape, dtype=dtype, fill=fill, sharded=config.shard_tables)
 
     @classmethod
     def default_views(cls) -> ViewsConfig:
@@ -146,22 +146,22 @@ class CoKe(Method):
         """Whether this is the first pass over the images: it has no epoch t - 1."""
         return progress.epoch == 0 and not self.has_labels
 
-    def learns(self, progress: Progress) -> bool:
+    def has_loss(self, progress: Progress) -> bool:
         return self.config.train_first_epoch or not self.first(progress)
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         first = self.first(progress)
         x, y = self.project(views)  # each V times (B, D)
-        with full_precision(x[0]):
+        with autocast_disabled(x[0]):
             large = [v for name, positions in views.groups.items() if name != "local" for v in positions]
             require(bool(large), "views.global.count", 0, "coke clusters the crops outside the group local; use 1 or 2")
             features = torch.stack([x[v].detach() for v in large]).mean(dim=0)
             averaging = self.share(progress) is not None
             new = torch.stack([clusters.assign(features, averaging) for clusters in self.heads()], dim=1)  # (B, heads)
             old = self.labels.read(views.image_ids).long()  # of epoch t - 1: `after_step` writes
-            metrics = self.health(new, old, features, first) if progress.reports else {}
+            metrics = self.diagnostics(new, old, features, first) if progress.reports else {}
             outputs = {"ids": views.image_ids, "features": features, "labels": new}
-            if not self.learns(progress):
+            if not self.has_loss(progress):
                 return StepOutput(loss=None, metrics=metrics, outputs=outputs)
             labels = list((new if first or self.config.labels_from == "current" else old).unbind(dim=1))
             if averaging and progress.epoch != self.config.averaging_start_epoch:
@@ -196,9 +196,9 @@ class CoKe(Method):
 
     def project(self, views: Views) -> tuple[list[Tensor], list[Tensor]]:
         """Unit projections and predictions of every crop: one backbone pass per resolution, one pass of each head over all crops."""
-        p = self.projector(views.through(self.backbone))
-        x, batch = l2_normalize(promote(p)), len(views.image_ids)
-        y = x if self.predictor is None else l2_normalize(promote(self.predictor(p)))  # of the projections before their normalisation
+        p = self.projector(views.map_crops(self.backbone))
+        x, batch = l2_normalize(upcast_half(p)), len(views.image_ids)
+        y = x if self.predictor is None else l2_normalize(upcast_half(self.predictor(p)))  # of the projections before their normalisation
         return list(x.split(batch)), list(y.split(batch))
 
     def loss(self, clusters: OnlineClusters, x: list[Tensor], y: list[Tensor], label: Tensor, large: list[int]) -> Tensor:
@@ -237,7 +237,7 @@ class CoKe(Method):
         return list(self.clusters)  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def health(self, new: Tensor, old: Tensor, features: Tensor, first: bool) -> Metrics:
+    def diagnostics(self, new: Tensor, old: Tensor, features: Tensor, first: bool) -> Metrics:
         """Meters. Sizes, in images, and the share of empty clusters are of the last whole epoch, for each head; the rest is over all."""
         duals, known = torch.cat([clusters.duals for clusters in self.heads()]), old >= 0
         largest = [count_of_each(labels, k).max() for labels, k in zip(new.unbind(dim=1), self.config.num_clusters, strict=True)]
@@ -256,29 +256,29 @@ class CoKe(Method):
             metrics[f"clusters_empty_epoch{head}"] = (sizes == 0).double().mean()
         return metrics
 
-    def id_tables(self) -> dict[str, IdTable]:
+    def memory_banks(self) -> dict[str, MemoryBank]:
         return self.tables
 
     def param_groups(self) -> list[ParamGroup]:
-        return without_vectors(self.backbone, self.projector, *([self.predictor] if self.predictor is not None else []))
+        return param_groups_weight_decay(self.backbone, self.projector, *([self.predictor] if self.predictor is not None else []))
 
     def evaluation_backbone(self) -> nn.Module:
         return self.backbone
 
     def cluster_scores(self, images: Tensor) -> Tensor:
         """f c' of the first head, without its duals: nearness, not balance."""
-        x = l2_normalize(promote(self.projector(self.backbone(images))))
-        with full_precision(x):
+        x = l2_normalize(upcast_half(self.projector(self.backbone(images))))
+        with autocast_disabled(x):
             return F.linear(x, self.heads()[0].previous)
 
     def chance_loss(self) -> tuple[float, str]:
         return sum(map(math.log, self.config.num_clusters)) / len(self.config.num_clusters), "ln K"
 
-    def stuck_remedies(self) -> str:
+    def hints(self) -> str:
         c = self.config
         return f"try method.temperature={c.temperature * 0.5:g}, a lower optim.base_lr or a longer warm-up, or fewer method.num_clusters"
 
-    def advice(self, facts: RunFacts) -> Iterable[str]:
+    def config_warnings(self, facts: RunFacts) -> Iterable[str]:
         c, steps = self.config, facts.steps_per_epoch
         if facts.total_steps <= steps and not c.train_first_epoch:
             yield f"the first pass only assigns labels, and {facts.total_steps} steps end in it; use train.epochs=2 or more"

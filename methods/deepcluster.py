@@ -46,8 +46,8 @@ from methods.parts.contract import (
 from methods.parts.distributed import all_gather_rows, all_reduce_sum, rank, world_size
 from methods.parts.errors import require
 from methods.parts.heads import mlp
-from methods.parts.id_table import IdTable, first_places
-from methods.parts.numerics import count_of_each, embedding_std, full_precision, l2_normalize, promote, rows_at_once
+from methods.parts.memory_bank import MemoryBank, first_places
+from methods.parts.numerics import autocast_disabled, chunk_rows, count_of_each, embedding_std, l2_normalize, upcast_half
 from methods.parts.views import CropGroup, Views, ViewsConfig
 
 CROPS = 2  # global crops that are memorised
@@ -81,7 +81,7 @@ class DeepCluster(Method):
     config: DeepClusterConfig
     paper = "Caron et al. 2020, arXiv:2006.09882"
     needs_dense_ids = True
-    needs_passes = True
+    needs_full_epochs = True
     prototypes: Tensor  # (H, K, D), the centroids: unit rows
     empty: Tensor  # (), share of clusters without an image at the last clustering
 
@@ -96,15 +96,15 @@ class DeepCluster(Method):
         self.register_buffer("prototypes", l2_normalize(torch.randn(config.heads, k, config.projection_dim)))
         self.register_buffer("empty", torch.zeros(()))
         # cut at the same ids, so that each worker clusters the rows it holds; a memory of zeros was never written
-        self.memory = IdTable(ids, (CROPS, config.projection_dim), dtype=torch.float32, fill=0, sharded=True)
-        self.labels = IdTable(ids, (config.heads,), dtype=torch.int32, fill=UNKNOWN, sharded=True)
+        self.memory = MemoryBank(ids, (CROPS, config.projection_dim), dtype=torch.float32, fill=0, sharded=True)
+        self.labels = MemoryBank(ids, (config.heads,), dtype=torch.int32, fill=UNKNOWN, sharded=True)
 
     @classmethod
     def default_views(cls) -> ViewsConfig:
         """2 x 224 + 6 x 96, as SwAV."""
         return {"global": CropGroup(count=CROPS, size=224, scale=(0.14, 1.0)), "local": CropGroup(count=6, size=96, scale=(0.05, 0.14))}
 
-    def id_tables(self) -> dict[str, IdTable]:
+    def memory_banks(self) -> dict[str, MemoryBank]:
         return {"memory": self.memory, "labels": self.labels}
 
     @torch.no_grad()
@@ -123,16 +123,16 @@ class DeepCluster(Method):
             labels[seen, h] = nearest.to(labels.dtype)
             self.empty += (sizes == 0).double().mean() / self.config.heads
 
-    def learns(self, progress: Progress) -> bool:
+    def has_loss(self, progress: Progress) -> bool:
         return progress.epoch > 0
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         z = self.project(views)  # (V, B, D)
         unit = z[views.groups["global"]].detach().transpose(0, 1)  # (B, 2, D)
         outputs = {"ids": views.image_ids, "z": unit}
-        with full_precision(z):
+        with autocast_disabled(z):
             metrics: Metrics = {"embedding_std": embedding_std(unit[:, 0])} if progress.reports else {}
-            if not self.learns(progress):
+            if not self.has_loss(progress):
                 return StepOutput(loss=None, metrics=metrics, outputs=outputs)
             scores = (z.flatten(0, 1) @ self.prototypes.flatten(0, 1).T).view(*z.shape[:2], *self.prototypes.shape[:2])  # (V, B, H, K)
             labels = self.labels.read(views.image_ids).long().expand(scores.shape[:3])  # (V, B, H)
@@ -150,7 +150,7 @@ class DeepCluster(Method):
 
     def project(self, views: Views) -> Tensor:
         """Unit projections of every crop `(V, B, D)`: one backbone pass per resolution, one pass of the projector over all crops."""
-        z = l2_normalize(promote(self.projector(views.through(self.backbone))))
+        z = l2_normalize(upcast_half(self.projector(views.map_crops(self.backbone))))
         return z.view(-1, len(views.image_ids), z.shape[1])
 
     def evaluation_backbone(self) -> nn.Module:
@@ -158,17 +158,17 @@ class DeepCluster(Method):
 
     def cluster_scores(self, images: Tensor) -> Tensor:
         """Cosines with the first head's centroids."""
-        z = l2_normalize(promote(self.projector(self.backbone(images))))
-        with full_precision(z):
+        z = l2_normalize(upcast_half(self.projector(self.backbone(images))))
+        with autocast_disabled(z):
             return z @ self.prototypes[0].T
 
     def chance_loss(self) -> tuple[float, str]:
         return math.log(self.config.num_prototypes), "ln K"
 
-    def stuck_remedies(self) -> str:
+    def hints(self) -> str:
         return "try a lower optim.base_lr or a longer warm-up, fewer method.num_prototypes, or softer crops and jitter"
 
-    def advice(self, facts: RunFacts) -> Iterable[str]:
+    def config_warnings(self, facts: RunFacts) -> Iterable[str]:
         k, images = self.config.num_prototypes, facts.num_images
         if images is not None and k * 10 > images:
             yield f"method.num_prototypes={k} for {images} images; use {max(2, images // 10)} or fewer"
@@ -202,7 +202,7 @@ def spherical_kmeans(features: Tensor, centroids: Tensor, iterations: int) -> tu
     Returns:
         Centroids `(K, D)`, then the nearest of them to each row `(N_w,)`, and how many rows of all workers each has `(K,)`.
     """
-    size = rows_at_once(centroids.T)  # rows of (N, K)
+    size = chunk_rows(centroids.T)  # rows of (N, K)
     for _ in range(iterations):
         # sums in float64: nearly the same however the rows are cut over workers
         sums = centroids.new_zeros(centroids.shape, dtype=torch.float64)

@@ -54,8 +54,8 @@ from methods.parts.contract import (
 )
 from methods.parts.dino_head import DINOHead
 from methods.parts.errors import ConfigError, require
-from methods.parts.groups import without_vectors
-from methods.parts.numerics import embedding_std, entropy, full_precision, l2_normalize, promote, used_share
+from methods.parts.groups import param_groups_weight_decay
+from methods.parts.numerics import autocast_disabled, embedding_std, entropy, l2_normalize, upcast_half, used_share
 from methods.parts.schedules import cosine, linear_by_epoch
 from methods.parts.soft_targets import cross_entropy_sum
 from methods.parts.views import CropGroup, Views, ViewsConfig
@@ -138,10 +138,10 @@ class DINO(Method):
         batch = len(views.image_ids)
         large = [i for name, crops in views.groups.items() if name != "local" for i in crops]
         with torch.no_grad():
-            h = views.without("local").through(self.teacher.get_submodule("backbone"))  # (G B, D)
+            h = views.drop_group("local").map_crops(self.teacher.get_submodule("backbone"))  # (G B, D)
             t = self.teacher.get_submodule("head")(h)  # (G B, K)
-        s = self.head(views.through(self.backbone))  # (V B, K), crop by crop
-        with full_precision(s):
+        s = self.head(views.map_crops(self.backbone))  # (V B, K), crop by crop
+        with autocast_disabled(s):
             q = self.targets(t, progress)
             codes = dict(zip(large, q.split(batch), strict=True))
             others = [[q_g for g, q_g in codes.items() if g != v] for v in range(len(s) // batch)]
@@ -150,7 +150,7 @@ class DINO(Method):
                 raise ConfigError(f"views: {len(others)} crop, {len(codes)} of them global; use 2 or more crops, at least 1 global")
             terms = [cross_entropy_sum(qs, s_v, self.config.temperature) for qs, s_v in zip(others, s.split(batch), strict=True) if qs]
             loss = torch.stack(terms).sum() / pairs
-            metrics = self.health(q, h[:batch], loss.detach(), progress) if progress.reports else {}
+            metrics = self.diagnostics(q, h[:batch], loss.detach(), progress) if progress.reports else {}
             return StepOutput(loss=loss, metrics=metrics, outputs={"mean": t.mean(dim=0)})
 
     def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
@@ -180,7 +180,7 @@ class DINO(Method):
         return nn.Sequential(OrderedDict(backbone=self.backbone, head=self.head))
 
     @torch.no_grad()
-    def health(self, q: Tensor, h: Tensor, loss: Tensor, progress: Progress) -> Metrics:
+    def diagnostics(self, q: Tensor, h: Tensor, loss: Tensor, progress: Progress) -> Metrics:
         """Meters of the targets `(G B, K)` and of one crop's features of the teacher `(B, D)`; entropies as fractions of ln K.
 
         Collapse to one prototype: `teacher_mean_entropy` falls to 0. Collapse to uniform targets: `teacher_entropy` rises to 1.
@@ -191,7 +191,7 @@ class DINO(Method):
             "teacher_mean_entropy": entropy(q.mean(dim=0)) / math.log(k),
             "kl": loss - own,  # mean of KL(q_g || p_v) over the pairs: every q_g stands in V - 1 of them
             "prototypes_used": used_share(q),
-            "embedding_std": embedding_std(l2_normalize(promote(h))),
+            "embedding_std": embedding_std(l2_normalize(upcast_half(h))),
             "teacher_temperature": self.teacher_temperature(progress),
             "momentum": self.momentum(progress),
         }
@@ -201,7 +201,7 @@ class DINO(Method):
         """Biases and norms do not decay; tokens, position table and prototypes do; the prototypes wait."""
         prototypes = [p for p in self.head.prototypes.parameters() if p.requires_grad]
         return [
-            *without_vectors(self.backbone, self.head.mlp),
+            *param_groups_weight_decay(self.backbone, self.head.mlp),
             ParamGroup(params=prototypes, name="prototypes", frozen_steps=self.frozen_steps),
         ]
 
@@ -217,7 +217,7 @@ class DINO(Method):
     def chance_loss(self) -> tuple[float, str]:
         return math.log(self.config.num_prototypes), "ln K"
 
-    def stuck_remedies(self) -> str:
+    def hints(self) -> str:
         c = self.config
         faster = "method.momentum=0.99, " if c.momentum > 0.99 else ""
         return (
@@ -226,7 +226,7 @@ class DINO(Method):
             f"method.freeze_prototypes_epochs={c.freeze_prototypes_epochs + 1:g}, or a larger train.global_batch_size"
         )
 
-    def advice(self, facts: RunFacts) -> Iterable[str]:
+    def config_warnings(self, facts: RunFacts) -> Iterable[str]:
         c, batch, steps = self.config, facts.global_batch_size, facts.total_steps
         hottest = max(c.teacher_temperature, c.warmup_teacher_temperature if c.warmup_teacher_temperature_epochs else 0.0)
         if hottest >= c.temperature:

@@ -40,9 +40,9 @@ from methods.parts.contract import (
 )
 from methods.parts.counter_random import draw_seed
 from methods.parts.errors import require
-from methods.parts.groups import without_vectors
+from methods.parts.groups import param_groups_weight_decay
 from methods.parts.masking import masked_of, num_kept, num_patches, random_keep
-from methods.parts.numerics import embedding_std, full_precision, l2_normalize, promote
+from methods.parts.numerics import autocast_disabled, embedding_std, l2_normalize, upcast_half
 from methods.parts.views import CropGroup, Views, ViewsConfig
 from methods.parts.vit import require_vit, sincos_table, xavier_linears
 
@@ -95,28 +95,28 @@ class MAE(Method):
         losses, metrics = [], Metrics()
         for images, keep in zip(views.by_resolution(), masks, strict=True):
             painted, cls = self.paint(images, keep)
-            with full_precision(painted):
+            with autocast_disabled(painted):
                 target = self.pixel_targets(images).to(painted.dtype)
                 masked = masked_of(keep, target.shape[1])
                 errors = (rows_of(painted, masked) - rows_of(target, masked)).square()  # (B, N - n, p p 3)
                 losses.append(errors.mean())
                 if progress.reports:
-                    metrics = self.health(errors.detach(), rows_of(target, masked), cls.detach())
+                    metrics = self.diagnostics(errors.detach(), rows_of(target, masked), cls.detach())
         return StepOutput(loss=torch.stack(losses).mean(), metrics=metrics)
 
     def paint(self, images: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         """Every patch as the decoder paints it `(B, N, p p 3)`, and CLS of the encoder `(B, D)`."""
         seen = self.backbone.tokens(images, keep=keep)
         grid = [side // self.patch for side in images.shape[-2:]]
-        return promote(self.decoder(torch.cat([seen.cls[:, None], seen.patches], dim=1), keep, *grid)), promote(seen.cls)
+        return upcast_half(self.decoder(torch.cat([seen.cls[:, None], seen.patches], dim=1), keep, *grid)), upcast_half(seen.cls)
 
     def pixel_targets(self, images: Tensor) -> Tensor:
         """t: `(B, 3, H, W) -> (B, N, p p 3)`."""
-        x = patchify(promote(images), self.patch)
+        x = patchify(upcast_half(images), self.patch)
         return F.layer_norm(x, x.shape[-1:], eps=1e-6) if self.config.normalize_patches else x
 
     @torch.no_grad()
-    def health(self, errors: Tensor, target: Tensor, cls: Tensor) -> Metrics:
+    def diagnostics(self, errors: Tensor, target: Tensor, cls: Tensor) -> Metrics:
         """Share of the masked patches' variance that is painted right, and the spread of the encoder's CLS less its mean."""
         return {
             "explained": 1 - errors.mean() / target.var(correction=0),
@@ -131,7 +131,7 @@ class MAE(Method):
         """
         keep = self.draw(images, torch.arange(len(images), device=images.device), seed=0)
         painted, _ = self.paint(images, keep)
-        x = patchify(promote(images), self.patch)
+        x = patchify(upcast_half(images), self.patch)
         if self.config.normalize_patches:
             painted = painted * (x.var(dim=-1, correction=0, keepdim=True) + 1e-6).sqrt() + x.mean(dim=-1, keepdim=True)
         kept = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter_(1, keep, True)[..., None]
@@ -140,7 +140,7 @@ class MAE(Method):
 
     def param_groups(self) -> list[ParamGroup]:
         """Biases, norms and the mask token do not decay."""
-        return without_vectors(self.backbone, self.decoder)
+        return param_groups_weight_decay(self.backbone, self.decoder)
 
     def evaluation_backbone(self) -> nn.Module:
         return self.backbone
@@ -149,10 +149,10 @@ class MAE(Method):
         """Every pixel at its patch's mean."""
         return (1.0, "1") if self.config.normalize_patches else None
 
-    def stuck_remedies(self) -> str:
+    def hints(self) -> str:
         return "try another optim.base_lr, a longer warm-up, or a lower method.mask_ratio"
 
-    def advice(self, facts: RunFacts) -> Iterable[str]:
+    def config_warnings(self, facts: RunFacts) -> Iterable[str]:
         if self.config.mask_ratio < 0.4:
             yield f"method.mask_ratio={self.config.mask_ratio:g}: neighbours give the masked patches away; use 0.75"
 

@@ -45,8 +45,8 @@ from methods.parts.contract import (
 from methods.parts.contrast import info_nce_with_queue
 from methods.parts.distributed import rank, world_size
 from methods.parts.errors import ConfigError, require
-from methods.parts.norms import grouped, has_batch_norm
-from methods.parts.numerics import embedding_std, full_precision, l2_normalize, promote, to_device
+from methods.parts.norms import convert_split_batchnorm, has_batch_norm
+from methods.parts.numerics import autocast_disabled, embedding_std, l2_normalize, to_device, upcast_half
 from methods.parts.queue import FeatureQueue
 from methods.parts.views import CropGroup, Views, ViewsConfig
 
@@ -98,7 +98,7 @@ class MoCo(Method):
         projector = head(width, config.projector_hidden or width, config.projection_dim, config.projector_layers)
         network = nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
         self.sync_batchnorm = groups == 1
-        self.query = network if self.sync_batchnorm else grouped(network, groups)
+        self.query = network if self.sync_batchnorm else convert_split_batchnorm(network, groups)
         self.key = ema.frozen_copy(self.query)
         self.queue = FeatureQueue(config.queue_length, config.projection_dim)
 
@@ -112,9 +112,9 @@ class MoCo(Method):
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         x1, x2 = views.pair()
-        q = l2_normalize(promote(self.query(x1)))  # (n, D)
+        q = l2_normalize(upcast_half(self.query(x1)))  # (n, D)
         k = self.keys(x2, progress)  # (n, D)
-        with full_precision(q):
+        with autocast_disabled(q):
             positive = (q * k).sum(dim=1, keepdim=True) / self.config.temperature  # (n, 1)
             first = torch.zeros(len(q), dtype=torch.int64, device=q.device)
             settings = (self.queue.rows, self.config.temperature)
@@ -127,10 +127,10 @@ class MoCo(Method):
     def keys(self, images: Tensor, progress: Progress) -> Tensor:
         """Unit keys of the own images, `(n, 3, H, W) -> (n, D)`, normalised in random company (v1 sec. 3.3)."""
         if not self.has_batch_norm or self.sync_batchnorm:
-            return l2_normalize(promote(self.key(images)))
+            return l2_normalize(upcast_half(self.key(images)))
         order = torch.randperm(len(images) * world_size(), generator=progress.generator)  # the same on every worker
         k = self.key(permuted(images, order))
-        return l2_normalize(promote(permuted(k, order.argsort())))
+        return l2_normalize(upcast_half(permuted(k, order.argsort())))
 
     def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
         self.queue.push(torch.cat([part["k"] for part in outputs]))
@@ -141,10 +141,10 @@ class MoCo(Method):
     def chance_loss(self) -> tuple[float, str]:
         return math.log(self.config.queue_length + 1), "ln(K + 1)"
 
-    def stuck_remedies(self) -> str:
+    def hints(self) -> str:
         return f"try method.temperature={self.config.temperature * 2:g}, method.momentum=0.99 for a short run, or a lower optim.base_lr"
 
-    def advice(self, facts: RunFacts) -> Iterable[str]:
+    def config_warnings(self, facts: RunFacts) -> Iterable[str]:
         length, images, steps = self.config.queue_length, facts.num_images, facts.total_steps
         filling = math.ceil(length / facts.global_batch_size)
         if images is not None and length > images:

@@ -51,7 +51,7 @@ from methods.parts.contrast import contrast_meters, info_nce
 from methods.parts.distributed import all_gather_rows, rank
 from methods.parts.errors import require
 from methods.parts.heads import mlp
-from methods.parts.numerics import embedding_std, full_precision, l2_normalize, promote
+from methods.parts.numerics import autocast_disabled, embedding_std, l2_normalize, upcast_half
 from methods.parts.schedules import cosine
 from methods.parts.views import CropGroup, Views, ViewsConfig
 from methods.parts.vit import freeze_patch_projection, without_drop_path
@@ -112,10 +112,10 @@ class MoCoV3(Method):
         pair = views.pair()
         # one pass for each view: batch norm sees one of them at a time
         z = [self.query(x) for x in pair]  # each (n, D)
-        q = [l2_normalize(promote(self.predictor(z_v))) for z_v in z]
+        q = [l2_normalize(upcast_half(self.predictor(z_v))) for z_v in z]
         with torch.no_grad():
-            k = [l2_normalize(promote(self.key(x))) for x in pair]
-        with full_precision(q[0]):
+            k = [l2_normalize(upcast_half(self.key(x))) for x in pair]
+        with autocast_disabled(q[0]):
             logits, positives = self.logits(q[0], k[1])
             mirrored, _ = self.logits(q[1], k[0])
             tau = self.config.temperature
@@ -123,7 +123,7 @@ class MoCoV3(Method):
             if not progress.reports:
                 return StepOutput(loss=loss)
             metrics = contrast_meters(logits, positives, tau)
-        metrics |= {"embedding_std": embedding_std(l2_normalize(promote(z[0].detach()))), "momentum": self.momentum(progress)}
+        metrics |= {"embedding_std": embedding_std(l2_normalize(upcast_half(z[0].detach()))), "momentum": self.momentum(progress)}
         return StepOutput(loss=loss, metrics=metrics)
 
     def logits(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,10 +145,10 @@ class MoCoV3(Method):
     def chance_loss(self) -> tuple[float, str]:
         return 4 * self.config.temperature * math.log(self.global_batch_size), "4 tau ln N"
 
-    def stuck_remedies(self) -> str:
+    def hints(self) -> str:
         faster = f"method.momentum={1 - (1 - self.config.momentum) * 3:g}, " if 0.7 < self.config.momentum < 1 else ""
         return f"try a lower optim.base_lr or a longer warm-up, {faster}or a larger train.global_batch_size"
 
-    def advice(self, facts: RunFacts) -> Iterable[str]:
+    def config_warnings(self, facts: RunFacts) -> Iterable[str]:
         if facts.total_steps < 2000 and self.config.momentum > 0.995:
             yield f"method.momentum={self.config.momentum} in {facts.total_steps} steps: the keys hardly follow; use 0.99 or less"

@@ -53,10 +53,10 @@ from methods.parts.contract import (
 from methods.parts.counter_random import draw_seed
 from methods.parts.distributed import gather_with_gradient
 from methods.parts.errors import ConfigError, require
-from methods.parts.groups import without_vectors
+from methods.parts.groups import param_groups_weight_decay
 from methods.parts.heads import mlp
 from methods.parts.masking import num_kept, num_patches, random_keep
-from methods.parts.numerics import embedding_std, entropy, full_precision, l2_normalize, promote, used_share
+from methods.parts.numerics import autocast_disabled, embedding_std, entropy, l2_normalize, upcast_half, used_share
 from methods.parts.views import CropGroup, Views, ViewsConfig
 from methods.parts.vit import ViT, require_vit, without_drop_path
 
@@ -167,9 +167,9 @@ class MSN(Method):
             counts = ", ".join(f"views.{name}.count={count}" for name, count in views.counts.items())
             raise ConfigError(f"{counts}: MSN compares anchors with one target; use a group target of 1 crop, and random or focal ones")
         with torch.no_grad():
-            z_target = promote(self.target(views.stacks["target"]))  # (B, D)
-        z = promote(torch.cat([self.anchor(stack, keep if name == "random" else None) for name, stack in anchors.items()]))  # (M B, D)
-        with full_precision(z):
+            z_target = upcast_half(self.target(views.stacks["target"]))  # (B, D)
+        z = upcast_half(torch.cat([self.anchor(stack, keep if name == "random" else None) for name, stack in anchors.items()]))  # (M B, D)
+        with autocast_disabled(z):
             log_p = self.log_predictions(z)  # (M B, K)
             codes = self.targets(z_target, progress)  # (B, K)
             ce = -(codes * log_p.unflatten(0, (-1, len(codes)))).sum(dim=-1).mean()
@@ -177,7 +177,7 @@ class MSN(Method):
             loss = ce + self.config.me_max * me_max
             if not progress.reports:
                 return StepOutput(loss=loss)
-            metrics = self.health(codes, log_p.detach(), z_target, progress)
+            metrics = self.diagnostics(codes, log_p.detach(), z_target, progress)
             metrics |= {"cross_entropy": ce.detach(), "me_max": me_max.detach()}
             if keep is not None:
                 metrics["tokens"] = float(keep.shape[1])
@@ -219,7 +219,7 @@ class MSN(Method):
         return start + (end - start) * min(1.0, progress.step / (progress.total_steps * self.config.horizon))
 
     @torch.no_grad()
-    def health(self, codes: Tensor, log_p: Tensor, z_target: Tensor, progress: Progress) -> Metrics:
+    def diagnostics(self, codes: Tensor, log_p: Tensor, z_target: Tensor, progress: Progress) -> Metrics:
         """Meters of this worker's targets and predictions; entropies as fractions of ln K.
 
         Collapse to one prototype: `mean_entropy` and `prototypes_used` fall to 0. Collapse to uniform: `code_entropy` and
@@ -239,7 +239,7 @@ class MSN(Method):
 
     def param_groups(self) -> list[ParamGroup]:
         """Biases and norms do not decay, tokens and position table do; prototypes neither decay nor count in clipping."""
-        groups = without_vectors(self.anchor)
+        groups = param_groups_weight_decay(self.anchor)
         if self.config.train_prototypes:
             groups.append(ParamGroup(params=[self.prototypes], name="prototypes", decay=False, adapt=False, clip=False))
         return groups
@@ -249,21 +249,21 @@ class MSN(Method):
 
     def cluster_scores(self, images: Tensor) -> Tensor:
         """Cosines of the target encoder's projections with the prototypes."""
-        z = promote(self.target(images))
-        with full_precision(z):
+        z = upcast_half(self.target(images))
+        with autocast_disabled(z):
             return self.cosines(z)
 
     def chance_loss(self) -> tuple[float, str]:
         return math.log(self.config.num_prototypes), "ln K"
 
-    def stuck_remedies(self) -> str:
+    def hints(self) -> str:
         c = self.config
         return (
             f"try method.target_temperature={c.target_temperature / 2:g}, a lower optim.base_lr or a longer warm-up, "
             f"{'method.sinkhorn=True, ' if not c.sinkhorn else ''}or a larger train.global_batch_size"
         )
 
-    def advice(self, facts: RunFacts) -> Iterable[str]:
+    def config_warnings(self, facts: RunFacts) -> Iterable[str]:
         c = self.config
         hottest = max(c.target_temperature, c.final_target_temperature or 0.0)
         if hottest >= c.temperature:

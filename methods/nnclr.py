@@ -42,9 +42,9 @@ from methods.parts.contract import (
 from methods.parts.contrast import contrast_meters, info_nce
 from methods.parts.distributed import all_gather_rows, gather_with_gradient, rank
 from methods.parts.errors import require
-from methods.parts.groups import without_vectors
+from methods.parts.groups import param_groups_weight_decay
 from methods.parts.heads import mlp
-from methods.parts.numerics import embedding_std, full_precision, l2_normalize, promote
+from methods.parts.numerics import autocast_disabled, embedding_std, l2_normalize, upcast_half
 from methods.parts.queue import FeatureQueue
 from methods.parts.views import CropGroup, Views, ViewsConfig
 
@@ -106,9 +106,9 @@ class NNCLR(Method):
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         z1, z2 = (self.projector(self.backbone(x)) for x in views.pair())  # (n, D) each
-        p1, p2 = (l2_normalize(promote(self.predictor(z))) for z in (z1, z2))
-        with full_precision(p1):
-            u1, u2 = (l2_normalize(promote(z.detach())) for z in (z1, z2))
+        p1, p2 = (l2_normalize(upcast_half(self.predictor(z))) for z in (z1, z2))
+        with autocast_disabled(p1):
+            u1, u2 = (l2_normalize(upcast_half(z.detach())) for z in (z1, z2))
             (nn1, labels1), (nn2, _) = self.neighbours(u1), self.neighbours(u2)
             logits, positives = self.logits(nn1, p2)
             loss = 0.5 * info_nce(logits, positives) + 0.5 * info_nce(*self.logits(nn2, p1))
@@ -159,7 +159,7 @@ class NNCLR(Method):
         self.labels[places] = all_gather_rows(outputs[0]["labels"])[-len(places) :]
 
     def param_groups(self) -> list[ParamGroup]:
-        return without_vectors(self)
+        return param_groups_weight_decay(self)
 
     def evaluation_backbone(self) -> nn.Module:
         return self.backbone
@@ -169,10 +169,10 @@ class NNCLR(Method):
         candidates = 2 * self.global_batch_size - 1 if more else self.global_batch_size
         return terms * math.log(candidates), f"{'2 ' * (terms == 2)}ln{'(2N - 1)' if more else ' N'}"
 
-    def stuck_remedies(self) -> str:
+    def hints(self) -> str:
         return f"try method.warmup_with_views=true, method.temperature={self.config.temperature * 2:g}, or a lower optim.base_lr"
 
-    def advice(self, facts: RunFacts) -> Iterable[str]:
+    def config_warnings(self, facts: RunFacts) -> Iterable[str]:
         size, images, steps = self.config.support_set_size, facts.num_images, facts.total_steps
         filling = math.ceil(size / facts.global_batch_size)
         if images is not None and size > images:

@@ -44,8 +44,8 @@ from methods.parts.contract import (
 from methods.parts.contrast import contrast_meters, info_nce, info_nce_with_queue
 from methods.parts.distributed import gather_with_gradient, rank
 from methods.parts.errors import require
-from methods.parts.groups import without_vectors
-from methods.parts.numerics import embedding_std, full_precision, l2_normalize, promote
+from methods.parts.groups import param_groups_weight_decay
+from methods.parts.numerics import autocast_disabled, embedding_std, l2_normalize, upcast_half
 from methods.parts.queue import FeatureQueue
 from methods.parts.views import CropGroup, Views, ViewsConfig
 
@@ -105,8 +105,8 @@ class SimCLR(Method):
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         x1, x2 = views.pair()
         (both,) = views.by_resolution()
-        z = l2_normalize(promote(self.network(both)))  # (2n, D): batch norm sees both views
-        with full_precision(z):
+        z = l2_normalize(upcast_half(self.network(both)))  # (2n, D): batch norm sees both views
+        with autocast_disabled(z):
             logits, partners = self.logits(z)
             if self.config.memory_size:
                 settings = (self.memory.rows, self.config.temperature)
@@ -145,10 +145,10 @@ class SimCLR(Method):
 
     def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
         if self.config.memory_size:
-            self.memory.push(promote(outputs[0]["memory"]))
+            self.memory.push(upcast_half(outputs[0]["memory"]))
 
     def param_groups(self) -> list[ParamGroup]:
-        return without_vectors(self.network)
+        return param_groups_weight_decay(self.network)
 
     def evaluation_backbone(self) -> nn.Module:
         return self.network.get_submodule("backbone")
@@ -164,12 +164,12 @@ class SimCLR(Method):
         extra = f" + {self.config.memory_size}" if self.config.memory_size else ""
         return math.log(2 * self.global_batch_size - 1 + self.config.memory_size), f"ln(2N - 1{extra})"
 
-    def stuck_remedies(self) -> str:
+    def hints(self) -> str:
         return (
             f"try method.temperature={self.config.temperature * 2:g}, a lower optim.base_lr or a longer warm-up, or softer crops and jitter"
         )
 
-    def advice(self, facts: RunFacts) -> Iterable[str]:
+    def config_warnings(self, facts: RunFacts) -> Iterable[str]:
         size = self.config.memory_size
         if facts.num_images is not None and size > facts.num_images:
             yield (

@@ -33,7 +33,7 @@ from methods.parts.contract import (
 )
 from methods.parts.errors import require
 from methods.parts.heads import mlp
-from methods.parts.numerics import cosines, embedding_std, full_precision, l2_normalize, promote
+from methods.parts.numerics import autocast_disabled, cosines, embedding_std, l2_normalize, upcast_half
 from methods.parts.views import CropGroup, Views, ViewsConfig
 
 
@@ -76,14 +76,14 @@ class SimSiam(Method):
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         # one pass for each view: batch norm sees the statistics of one view at a time
         z = [self.projector(self.backbone(x)) for x in views.pair()]  # each (B, D)
-        p = [promote(self.predictor(z_v)) for z_v in z]
-        z = [promote(z_v) for z_v in z]
-        with full_precision(p[0]):
+        p = [upcast_half(self.predictor(z_v)) for z_v in z]
+        z = [upcast_half(z_v) for z_v in z]
+        with autocast_disabled(p[0]):
             loss = (distance(p[0], z[1]) + distance(p[1], z[0])).mean() / 2
-            return StepOutput(loss=loss, metrics=self.health(p[0], z[0], z[1]) if progress.reports else {})
+            return StepOutput(loss=loss, metrics=self.diagnostics(p[0], z[0], z[1]) if progress.reports else {})
 
     @torch.no_grad()
-    def health(self, p1: Tensor, z1: Tensor, z2: Tensor) -> Metrics:
+    def diagnostics(self, p1: Tensor, z1: Tensor, z2: Tensor) -> Metrics:
         """Meters of one direction. All `(B, D)`."""
         positive, negative = cosines(p1, z2)
         return {"embedding_std": embedding_std(l2_normalize(z1)), "positive_cosine": positive, "negative_cosine": negative}
@@ -98,7 +98,7 @@ class SimSiam(Method):
     def evaluation_backbone(self) -> nn.Module:
         return self.backbone
 
-    def stuck_remedies(self) -> str:
+    def hints(self) -> str:
         return "try a lower optim.base_lr, a warm-up, a larger train.global_batch_size, or a narrower method.predictor_hidden"
 
 

@@ -40,7 +40,7 @@ from methods.parts.contract import (
 from methods.parts.distributed import all_reduce_sum
 from methods.parts.errors import ConfigError, require
 from methods.parts.heads import mlp
-from methods.parts.numerics import count_of_each, embedding_std, entropy, full_precision, l2_normalize, promote, used_share
+from methods.parts.numerics import autocast_disabled, count_of_each, embedding_std, entropy, l2_normalize, upcast_half, used_share
 from methods.parts.queue import FeatureQueue
 from methods.parts.soft_targets import cross_entropy_sum
 from methods.parts.views import CropGroup, Views, ViewsConfig
@@ -117,7 +117,7 @@ class SwAV(Method):
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         z = self.project(views)  # V times (B, D)
-        with full_precision(z[0]):
+        with autocast_disabled(z[0]):
             scores = [self.prototypes(z_v) for z_v in z]  # V times (B, K)
             global_crops = views.groups["global"]
             codes = {g: self.codes(i, scores[g]) for i, g in enumerate(global_crops)}  # eq. (3)
@@ -125,7 +125,7 @@ class SwAV(Method):
             terms = [cross_entropy_sum(q, s, self.config.temperature) for q, s in zip(others, scores, strict=True) if q]
             loss = torch.stack(terms).sum() / sum(map(len, others))
             unit = [z[g].detach() for g in global_crops]
-            metrics = self.health(codes[global_crops[0]], unit[0]) if progress.reports else {}
+            metrics = self.diagnostics(codes[global_crops[0]], unit[0]) if progress.reports else {}
             return StepOutput(loss=loss, metrics=metrics, outputs={"z": unit, "used": self.used(codes)})
 
     def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
@@ -140,7 +140,7 @@ class SwAV(Method):
 
     def project(self, views: Views) -> list[Tensor]:
         """Unit projections of every crop: one backbone pass per resolution, one pass of the projector over all crops."""
-        z = l2_normalize(promote(self.projector(views.through(self.backbone))))
+        z = l2_normalize(upcast_half(self.projector(views.map_crops(self.backbone))))
         return list(z.split(len(views.image_ids)))
 
     @torch.no_grad()
@@ -165,7 +165,7 @@ class SwAV(Method):
         return all_reduce_sum(count_of_each(assigned, self.config.num_prototypes)) > 0
 
     @torch.no_grad()
-    def health(self, codes: Tensor, z: Tensor) -> Metrics:
+    def diagnostics(self, codes: Tensor, z: Tensor) -> Metrics:
         """Meters of one global crop, and of the prototypes; entropies as fractions of ln K."""
         k = self.config.num_prototypes
         metrics: Metrics = {
@@ -194,21 +194,21 @@ class SwAV(Method):
 
     def cluster_scores(self, images: Tensor) -> Tensor:
         """Cosines z C^T with the prototypes."""
-        z = l2_normalize(promote(self.projector(self.backbone(images))))
-        with full_precision(z):
+        z = l2_normalize(upcast_half(self.projector(self.backbone(images))))
+        with autocast_disabled(z):
             return z @ l2_normalize(self.prototypes.weight).T  # the optimizer has just moved them off the sphere
 
     def chance_loss(self) -> tuple[float, str]:
         return math.log(self.config.num_prototypes), "ln K"
 
-    def stuck_remedies(self) -> str:
+    def hints(self) -> str:
         c = self.config
         return (
             f"try method.epsilon={c.epsilon * 0.5:g}, a lower optim.base_lr or a warm-up, "
             f"method.freeze_prototypes_epochs={c.freeze_prototypes_epochs + 1:g}, or softer crops and jitter"
         )
 
-    def advice(self, facts: RunFacts) -> Iterable[str]:
+    def config_warnings(self, facts: RunFacts) -> Iterable[str]:
         c, batch = self.config, facts.global_batch_size
         if batch + c.queue_length < c.num_prototypes:
             length = math.ceil((c.num_prototypes - batch) / batch) * batch

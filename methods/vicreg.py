@@ -39,9 +39,9 @@ from methods.parts.contract import (
 )
 from methods.parts.distributed import gather_with_gradient, own_columns, world_size
 from methods.parts.errors import require
-from methods.parts.groups import without_vectors
+from methods.parts.groups import param_groups_weight_decay
 from methods.parts.heads import mlp
-from methods.parts.numerics import cosines, embedding_std, full_precision, l2_normalize, promote
+from methods.parts.numerics import autocast_disabled, cosines, embedding_std, l2_normalize, upcast_half
 from methods.parts.views import CropGroup, Views, ViewsConfig
 
 
@@ -92,15 +92,15 @@ class VICReg(Method):
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         c = self.config
         # one pass for each view: batch norm sees the statistics of one view at a time
-        z = [promote(self.projector(self.backbone(x))) for x in views.pair()]  # each (B, D)
-        with full_precision(z[0]):
+        z = [upcast_half(self.projector(self.backbone(x))) for x in views.pair()]  # each (B, D)
+        with autocast_disabled(z[0]):
             invariance = F.mse_loss(z[0], z[1])  # over N and D
             centred = [centre(gather_with_gradient(z_v)) for z_v in z]  # each (N, D): of all workers
             variance = (self.variance(centred[0]) + self.variance(centred[1])) / 2
             covariance = self.covariance(centred[0]) + self.covariance(centred[1])
             loss = c.invariance_weight * invariance + c.variance_weight * variance + c.covariance_weight * covariance
             terms = [term.detach() for term in (invariance, variance, covariance)]
-            return StepOutput(loss=loss, metrics=self.health(z[0], z[1], *terms) if progress.reports else {})
+            return StepOutput(loss=loss, metrics=self.diagnostics(z[0], z[1], *terms) if progress.reports else {})
 
     def variance(self, centred: Tensor) -> Tensor:
         """v of centred projections `(N, D)`."""
@@ -115,7 +115,7 @@ class VICReg(Method):
         return world_size() * beside / centred.shape[1]
 
     @torch.no_grad()
-    def health(self, z1: Tensor, z2: Tensor, invariance: Tensor, variance: Tensor, covariance: Tensor) -> Metrics:
+    def diagnostics(self, z1: Tensor, z2: Tensor, invariance: Tensor, variance: Tensor, covariance: Tensor) -> Metrics:
         """Meters of the projections `(B, D)`, and the three terms before their weights."""
         positive, negative = cosines(z1, z2)
         return {
@@ -128,12 +128,12 @@ class VICReg(Method):
         }
 
     def param_groups(self) -> list[ParamGroup]:
-        return without_vectors(self.backbone, self.projector)
+        return param_groups_weight_decay(self.backbone, self.projector)
 
     def evaluation_backbone(self) -> nn.Module:
         return self.backbone
 
-    def stuck_remedies(self) -> str:
+    def hints(self) -> str:
         c = self.config
         return f"try method.variance_weight={c.variance_weight * 2:g}, a lower optim.base_lr, or a longer warm-up"
 

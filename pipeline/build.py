@@ -11,10 +11,10 @@ from torch import nn
 from methods.parts.backbones import build_backbone
 from methods.parts.contract import Method, RunFacts, find
 from methods.parts.errors import ConfigError
-from methods.parts.vit import require_whole_patches, save_memory, vits
+from methods.parts.vit import enable_gradient_checkpointing, require_whole_patches, vits
 from pipeline.config import RunConfig, from_yaml
-from pipeline.data.image_dataset import Manifest
-from pipeline.data.loader import Stream
+from pipeline.data.image_dataset import ImageDataset
+from pipeline.data.loader import TrainLoader
 from pipeline.data.sources.base import absolute_source, open_source
 from pipeline.resolve import Resolved, resolve
 from pipeline.run_folder import RunFolder
@@ -25,16 +25,16 @@ class Prepared:
     """Everything checked before cluster time is spent: the data is open, the numbers resolved, the method built."""
 
     config: RunConfig
-    stream: Stream
+    stream: TrainLoader
     resolved: Resolved
     method: Method
 
     @property
-    def manifest(self) -> Manifest:
-        return self.stream.manifest
+    def dataset(self) -> ImageDataset:
+        return self.stream.dataset
 
 
-def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = None, manifest: Manifest | None = None) -> Prepared:
+def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = None, dataset: ImageDataset | None = None) -> Prepared:
     """Open the data, resolve the numbers and build the method.
 
     Args:
@@ -45,12 +45,12 @@ def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = 
         ConfigError: anything that cannot work.
     """
     config = with_absolute_paths(config)
-    manifest = manifest or open_source(config.data)
+    dataset = dataset or open_source(config.data)
     if config.evaluate.path is not None:
         open_source(dataclasses.replace(config.data, path=config.evaluate.path))
-    training = manifest.num_training(config.data.held_out)
-    resolved = resolve(config, training, None if training is None else len(manifest))
-    plan = manifest.plan(
+    training = dataset.num_training(config.data.held_out)
+    resolved = resolve(config, training, None if training is None else len(dataset))
+    plan = dataset.plan(
         seed=config.train.seed,
         held_out=config.data.held_out,
         global_batch=config.train.global_batch_size,
@@ -59,8 +59,8 @@ def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = 
         steps_per_epoch=resolved.facts.steps_per_epoch,
     )
     facts, data = resolved.facts, config.data
-    stream = Stream(
-        manifest,
+    stream = TrainLoader(
+        dataset,
         plan,
         config.views,
         config.train.seed,
@@ -79,7 +79,7 @@ def prepare_resume(folder: RunFolder, start_from: Callable[[nn.Module], None] | 
         ConfigError: as `prepare`; or the images have changed.
     """
     ready = prepare(from_yaml(folder.config_text()), start_from)
-    if folder.state().get("fingerprint") not in (None, ready.manifest.fingerprint):
+    if folder.state().get("fingerprint") not in (None, ready.dataset.fingerprint):
         raise ConfigError(f"data.path={ready.config.data.path}: the images have changed since the run began; restore them, or use continue")
     return ready
 
@@ -99,7 +99,7 @@ def build_method(config: RunConfig, facts: RunFacts, start_from: Callable[[nn.Mo
     if config.evaluate.size is not None:
         require_whole_patches(backbone, "evaluate.size", config.evaluate.size)
     if config.train.gradient_checkpointing:
-        save_memory(backbone)  # and so every copy that the method makes
+        enable_gradient_checkpointing(backbone)  # and so every copy that the method makes
     if config.train.compile:
         vits(backbone, "train.compile")  # they are compiled where they run: pickling drops it
     if start_from is not None:

@@ -55,7 +55,7 @@ class CheckpointWriter:
         """Copy the state, and begin to write it once the earlier checkpoint is whole.
 
         Args:
-            state: its tables by image id are copies already, as `IdTable.pieces` gives them.
+            state: its tables by image id are copies already, as `MemoryBank.pieces` gives them.
             then: called on the thread when the checkpoint is whole.
 
         Raises:

@@ -62,7 +62,7 @@ class OptimConfig:
     name: Literal["larc", "lars", "lars-classic", "sgd", "adamw"] = "larc"
     base_lr: float = searchable(0.6, SearchRange(around=4, scale="log", reason="four times less and more than the recipe's"))
     lr_rule: Literal["none", "linear", "sqrt"] = "none"  # none: base_lr is the rate; else times (batch / 256) or its root
-    idle_epochs: float = 0.0  # the rate is 0 for so long before the warm-up begins (CoKe: 1)
+    zero_lr_epochs: float = 0.0  # the rate is 0 for so long before the warm-up begins (CoKe: 1)
     warmup_epochs: float = searchable(0.0, SearchRange(scale="choice", choices=(0, 0.5, 1, 5, 10), reason="longer for larger rates"))
     warmup_reaches_base: bool = True  # the last step of the warm-up has the base rate; False: the step after it (CoKe)
     warmup_start_lr: float = 0.0  # scaled by lr_rule like base_lr
@@ -80,7 +80,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require(self.base_lr > 0, "optim.base_lr", self.base_lr, "use a positive number")
-        require(self.idle_epochs >= 0, "optim.idle_epochs", self.idle_epochs, "use 0 or more")
+        require(self.zero_lr_epochs >= 0, "optim.zero_lr_epochs", self.zero_lr_epochs, "use 0 or more")
         require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "use 0 or more")
         require(self.horizon >= 1, "optim.horizon", self.horizon, "use 1 or more, e.g. 1.25")
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "use 0 or more")
@@ -116,7 +116,7 @@ class TrainConfig:
     keep_every: int | None = None  # also keep the checkpoint of every n-th step
     log_every: int = 10  # steps between points in MLflow
     max_restarts: int = 3  # losses of workers in a row without a new checkpoint, then the run gives up
-    wait_s: float = 900.0  # how long to wait for a cluster to grow, s
+    resource_timeout_s: float = 900.0  # how long to wait for a cluster to grow, s
     progress_timeout_s: float = 1800.0  # without a step for so long, the run gives up, s
 
     def __post_init__(self) -> None:
@@ -127,7 +127,7 @@ class TrainConfig:
         low, high = self.worker_range
         require(0 <= low <= high and (low > 0 or high == 0), "train.workers", self.workers, "use 0, a number, or a range such as 2:8")
         require(self.max_restarts >= 0, "train.max_restarts", self.max_restarts, "use 0 or more")
-        require(self.wait_s >= 0, "train.wait_s", self.wait_s, "use 0 or more seconds")
+        require(self.resource_timeout_s >= 0, "train.resource_timeout_s", self.resource_timeout_s, "use 0 or more seconds")
         require(self.progress_timeout_s > 0, "train.progress_timeout_s", self.progress_timeout_s, "use a positive number of seconds")
         require(self.log_every >= 1, "train.log_every", self.log_every, "use 1 or more")
         for name in ("threads", "steps_per_epoch", "checkpoint_every", "keep_every"):

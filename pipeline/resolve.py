@@ -19,7 +19,7 @@ class Resolved:
     start_lr: float
     final_lr: float
     warmup_steps: int
-    idle_steps: int = 0
+    zero_lr_steps: int = 0
     warmup_reaches_base: bool = True
     milestones: tuple[float, ...] | None = None  # None = cosine
     weight_decays: tuple[float, float] | None = None  # at the first step, and after the last; None = constant
@@ -82,7 +82,7 @@ def resolve(config: RunConfig, num_images: int | None, num_ids: int | None = Non
         final_lr=config.optim.final_lr * scale,
         warmup_steps=min(total, round(config.optim.warmup_epochs * steps_per_epoch)),
         # a continued run has its idle passes behind it
-        idle_steps=min(total, max(0, round((config.optim.idle_epochs - config.train.first_epoch) * steps_per_epoch))),
+        zero_lr_steps=min(total, max(0, round((config.optim.zero_lr_epochs - config.train.first_epoch) * steps_per_epoch))),
         warmup_reaches_base=config.optim.warmup_reaches_base,
         milestones=config.optim.milestones if config.optim.schedule == "steps" else None,
         weight_decays=None if config.optim.final_weight_decay is None else (config.optim.weight_decay, config.optim.final_weight_decay),
@@ -98,7 +98,7 @@ def _steps_per_epoch(config: RunConfig, num_images: int | None) -> int:
     given = config.train.steps_per_epoch
     if num_images is None:
         entry = find(config.method)
-        facts = {"needs_dense_ids": "keeps something for every image", "needs_passes": "works in whole passes over the images"}
+        facts = {"needs_dense_ids": "keeps something for every image", "needs_full_epochs": "works in whole passes over the images"}
         for fact, words in facts.items():
             if getattr(entry.method, fact):
                 raise ConfigError(f"data.path={config.data.path}: has no end, but {entry.name} {words}; use a folder, Parquet or tars")
@@ -110,7 +110,7 @@ def _steps_per_epoch(config: RunConfig, num_images: int | None) -> int:
         )
         return int(given or 0)
     one_pass = num_images // config.train.global_batch_size
-    if given is not None and given != one_pass and (entry := find(config.method)).method.needs_passes:
+    if given is not None and given != one_pass and (entry := find(config.method)).method.needs_full_epochs:
         remedy = f"use {one_pass}, or leave it out"
         raise ConfigError(f"train.steps_per_epoch={given}: {entry.name} works in whole passes over the images; {remedy}")
     return given or one_pass

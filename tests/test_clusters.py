@@ -14,14 +14,14 @@ from sklearn.metrics import normalized_mutual_info_score
 from torch import nn
 
 from methods.parts.contract import RunFacts
-from methods.parts.norms import synchronized
+from methods.parts.norms import convert_sync_batchnorm
 from methods.swav import SwAV, SwAVConfig
 from pipeline.data.loader import EvaluationImages
 from pipeline.evaluate import online
 from pipeline.evaluate.clusters import Clusters, assign
 from pipeline.evaluate.online import Online
 from pipeline.figures import cluster_charts, style
-from pipeline.train.health import Guards
+from pipeline.train.health import HealthMonitor
 from tests.parity.common import in_processes
 from tests.test_figures import LIME, RED, near, plain, read
 from tests.test_train import Stuck, Toy, batches, config, trainer
@@ -143,7 +143,7 @@ def test_a_method_is_left_as_it_was_found() -> None:
 def alone(rank: int, world: int) -> torch.Tensor:
     """Rank 0 asks, the others do not: a call that gathered anything would wait for them forever."""
     method = swav()
-    synchronized(method)
+    convert_sync_batchnorm(method)
     return method.eval().cluster_scores(torch.linspace(-1, 1, 4 * 48).view(4, 3, 4, 4)).detach() if rank == 0 else torch.empty(0)
 
 
@@ -180,17 +180,17 @@ def test_clusters_are_measured_where_knn_is_and_without_it(tmp_path: Path) -> No
 def test_without_labels_some_training_images_are_clustered(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def read(manifest, ids, size):
+    def read(dataset, ids, size):
         asked.append(ids)
         return EvaluationImages(torch.zeros(len(ids), size, size, 3, dtype=torch.uint8), torch.full((len(ids),), -1), torch.tensor(ids), [])
 
     monkeypatch.setattr(online, "evaluation_images", read)
-    manifest = SimpleNamespace(
+    dataset = SimpleNamespace(
         labels=np.full(50, -1), training_ids=lambda fraction: np.arange(50), held_out_ids=lambda fraction: np.empty(0, np.int64)
     )
     run = config()
     run = dataclasses.replace(run, evaluate=dataclasses.replace(run.evaluate, online_bank=20))
-    measured = Online(run, manifest, torch.device("cpu"), torch.float32)
+    measured = Online(run, dataset, torch.device("cpu"), torch.float32)
     assert not measured.has_knn
     first, again = measured.clusters(Clustered()), measured.clusters(Clustered())
     (ids,) = asked  # read once
@@ -200,16 +200,16 @@ def test_without_labels_some_training_images_are_clustered(monkeypatch: pytest.M
 
 def test_empty_clusters_are_warned_of_once_where_there_are_images_enough() -> None:
     sizes = np.array([40, 40, 40, 0, 0, 0, 0])
-    guards = Guards(Stuck(), patience_steps=10)
+    guards = HealthMonitor(Stuck(), patience_steps=10)
     assert list(guards.cluster_warnings(9, sizes)) == []
     (warning,) = guards.cluster_warnings(10, sizes)
     assert warning == "4 of 7 clusters are empty at step 10; use fewer clusters, or try something"
     assert list(guards.cluster_warnings(11, sizes)) == []
     for fine in (sizes // 5, np.array([40, 40, 40, 40, 0, 0, 0, 0]), np.array([5])):  # too few images, half of them, one cluster
-        assert list(Guards(Stuck(), 10).cluster_warnings(10, fine)) == []
-    (warning,) = Guards(Stuck(), 10).cluster_warnings(10, np.array([90, 10, 0]))
+        assert list(HealthMonitor(Stuck(), 10).cluster_warnings(10, fine)) == []
+    (warning,) = HealthMonitor(Stuck(), 10).cluster_warnings(10, np.array([90, 10, 0]))
     assert warning == "one cluster holds 90 of 100 images at step 10; try something"
-    assert list(Guards(Stuck(), 10).cluster_warnings(10, np.array([89, 11, 0]))) == []
+    assert list(HealthMonitor(Stuck(), 10).cluster_warnings(10, np.array([89, 11, 0]))) == []
 
 
 # ---------------------------------------------------------------------------- pictures

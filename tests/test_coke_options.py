@@ -169,6 +169,6 @@ def test_learning_rate_and_lars_equal_the_original(golden) -> None:
 
 def test_a_continued_run_is_not_idle_again_and_ids_of_images_held_out_are_known() -> None:
     config = override(load_recipe("coke"), {"train.global_batch_size": 8})
-    assert resolve(config, 40).idle_steps == 5
-    assert resolve(override(config, {"train.first_epoch": 3}), 40).idle_steps == 0
+    assert resolve(config, 40).zero_lr_steps == 5
+    assert resolve(override(config, {"train.first_epoch": 3}), 40).zero_lr_steps == 0
     assert resolve(config, 40).facts.num_ids == 40 and resolve(config, 40, 44).facts.num_ids == 44

@@ -19,9 +19,9 @@ from methods.parts.contract import Method, Progress, RunFacts
 from methods.parts.counter_random import random_words
 from methods.parts.distributed import average_gradients
 from methods.parts.drop_path import DropPath, images_of_step
-from methods.parts.norms import synchronized
+from methods.parts.norms import convert_sync_batchnorm
 from methods.parts.views import Views
-from methods.parts.vit import save_memory
+from methods.parts.vit import enable_gradient_checkpointing
 from tests.parity.common import in_processes
 
 BATCH = 8
@@ -91,7 +91,7 @@ def test_blocks_that_are_computed_again_drop_the_same() -> None:
     torch.manual_seed(0)
     plain = build_backbone(VIT).train()
     saving = copy.deepcopy(plain)
-    save_memory(nn.Sequential(saving))
+    enable_gradient_checkpointing(nn.Sequential(saving))
     large, small = torch.randn(8, 3, 16, 16), torch.randn(4, 3, 8, 8)
     for network in (plain, saving):
         with images_of_step(torch.arange(4), torch.Generator().manual_seed(0)):
@@ -132,7 +132,7 @@ def _steps(rank: int, world: int, name: str) -> dict[str, Any]:
     ids = (torch.arange(BATCH) + 20)[rows]
     views = Views(stacks, dict.fromkeys(sides, 2), ids, ids)
     if world > 1:
-        synchronized(method)
+        convert_sync_batchnorm(method)
     optimizer, losses = torch.optim.SGD(method.parameters(), lr=0.1), []
     for step in range(2):
         torch.manual_seed(100 * rank + step)  # what is drawn without an image may differ

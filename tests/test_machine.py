@@ -66,23 +66,23 @@ def test_deterministic_mode_is_set_on_a_cpu_and_refused_on_a_gpu(restored_flags:
 FULL = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.02 GiB is free. Process 7 has"
 
 
-def advice(recipe: str, **changes: object) -> str:
+def config_warnings(recipe: str, **changes: object) -> str:
     config = override(load_recipe(recipe), {f"train.{key}": value for key, value in changes.items()})
     return memory_advice(torch.OutOfMemoryError(FULL), config)
 
 
 def test_out_of_memory_names_what_was_asked_and_the_settings_that_need_less() -> None:
-    words = advice("mae-vitb16", precision="float32")
+    words = config_warnings("mae-vitb16", precision="float32")
     assert "Tried to allocate 2.50 GiB" in words and "79.10 GiB" in words and "Process 7" not in words
     assert "train.global_batch_size=4096" in words and "train.accumulation_steps=1" in words and "train.workers=0" in words
     assert "--train.gradient-checkpointing" in words and "train.precision=bf16" in words
 
 
 def test_out_of_memory_names_no_setting_that_would_be_refused_or_is_on() -> None:
-    assert "accumulation" not in advice("swav-imagenet"), "codes need the whole batch"
-    assert "checkpointing" not in advice("moco-v2"), "a ResNet has none"
-    assert "checkpointing" not in advice("mae-vitb16", gradient_checkpointing=True)
-    assert "precision" not in advice("mae-vitb16", precision="bf16")
+    assert "accumulation" not in config_warnings("swav-imagenet"), "codes need the whole batch"
+    assert "checkpointing" not in config_warnings("moco-v2"), "a ResNet has none"
+    assert "checkpointing" not in config_warnings("mae-vitb16", gradient_checkpointing=True)
+    assert "precision" not in config_warnings("mae-vitb16", precision="bf16")
 
 
 # ---------------------------------------------------------------------------- idle GPUs

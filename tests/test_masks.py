@@ -144,11 +144,11 @@ def test_clusters_are_those_of_the_target_encoder() -> None:
 
 def test_advice_and_refusals() -> None:
     large = MSN(MSNConfig(sinkhorn=False, mask_ratio=0.15, momentum=0.996, target_temperature=0.1), small_vit(width=5.4, depth=(1,)), FACTS)
-    words = " ".join(large.advice(FACTS))
+    words = " ".join(large.config_warnings(FACTS))
     for part in ("not below method.temperature", "method.me_max=1 without Sinkhorn", "gave NaN", "method.momentum=0.996"):
         assert part in words
-    assert not list(method_of(momentum=0.9).advice(FACTS))
-    assert "method.sinkhorn=True" in large.stuck_remedies()
+    assert not list(method_of(momentum=0.9).config_warnings(FACTS))
+    assert "method.sinkhorn=True" in large.hints()
     with pytest.raises(ConfigError, match=r"views\.target\.count=2.* one target"):
         stacks = {"target": torch.zeros(16, 3, 16, 16), "focal": torch.zeros(8, 3, 8, 8)}
         method_of()(Views(stacks=stacks, counts={"target": 2, "focal": 1}, image_ids=torch.arange(8), labels=torch.zeros(8)), progress())

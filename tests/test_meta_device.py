@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from methods.deepcluster import DeepCluster
 from methods.parts.backbones import BackboneConfig, build_backbone
 from methods.parts.contract import Masks, Method, Progress, RunFacts, StepOutput, find, registered
-from methods.parts.norms import synchronized
+from methods.parts.norms import convert_sync_batchnorm
 from methods.parts.views import Views
-from methods.parts.vit import save_memory
+from methods.parts.vit import enable_gradient_checkpointing
 from pipeline.recipes import load_recipe
 from tests.test_methods import BATCH, SMALL, TINY, TINY_VIT, tiny
 
@@ -117,7 +117,7 @@ def step(method: Method, views: Views, number: int, *, micro_steps: int = 1, rep
     outputs = []
     for i, part in enumerate(parts(views, micro_steps)):
         now = replace(at, micro_step=i, generator=torch.Generator().manual_seed(100 * number + i))
-        with torch.set_grad_enabled(method.learns(now)):
+        with torch.set_grad_enabled(method.has_loss(now)):
             output = method(part, now, method.draw_masks(part, now))
         if output.loss is not None:
             (output.loss / micro_steps).backward()
@@ -136,7 +136,7 @@ def to_meta(method: Method, views: Views) -> tuple[Method, Views]:
 def run_on_meta(case: Case) -> None:
     method, views = to_meta(*build(case))
     if method.sync_batchnorm:
-        synchronized(method)
+        convert_sync_batchnorm(method)
     for number in (0, STEPS - 1, 2 * STEPS):  # the first of the first epoch, a last one, the first of a later one
         step(method, views, number, micro_steps=2 if number and method.accumulation == "exact" else 1)
 
@@ -158,7 +158,7 @@ def test_a_step_of_a_network_with_drop_path_reads_no_value(backbone: BackboneCon
 
 def test_a_step_with_gradient_checkpointing_reads_no_value() -> None:
     method, views = to_meta(*build(Case("dino-small", backbone=VIT)))
-    save_memory(method)
+    enable_gradient_checkpointing(method)
     step(method, views, 0)
 
 
@@ -219,7 +219,7 @@ def test_without_a_report_there_are_no_metrics_and_nothing_else_changes(case: Ca
             losses.append(output.loss)
             optimizer.step()
             optimizer.zero_grad()
-        tables = {name: table.rows for name, table in method.id_tables().items()}
+        tables = {name: table.rows for name, table in method.memory_banks().items()}
         results.append((losses, method.state_dict() | tables))
     (losses, state), (silent_losses, silent_state) = results
     for a, b in zip(losses, silent_losses, strict=True):

@@ -58,7 +58,7 @@ def begin(method: Method, views: Views) -> int:
     """The step from which on there is a loss: a method may spend its first pass without one."""
     for step in range(4):
         torch.manual_seed(step)
-        if method.learns(progress(step)):
+        if method.has_loss(progress(step)):
             return 0
         with torch.no_grad():
             out = method(views, progress(step))
@@ -112,15 +112,15 @@ def test_state_is_complete_before_the_first_step_and_restores_bit_exactly(recipe
     assert set(method.state_dict()) == keys
     again, _ = built(recipe)
     again.load_state_dict(method.state_dict())
-    for name, table in again.id_tables().items():
-        table.load([piece.clone() for piece in method.id_tables()[name].pieces()])
+    for name, table in again.memory_banks().items():
+        table.load([piece.clone() for piece in method.memory_banks()[name].pieces()])
     other = build_optimizer(OptimConfig(name="adamw"), again.param_groups())
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert advance(again, other, views, range(first + 3, first + 6)) == advance(method, optimizer, views, range(first + 3, first + 6))
     for name, value in method.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
-    for name, table in again.id_tables().items():
-        assert torch.equal(table.rows, method.id_tables()[name].rows), name
+    for name, table in again.memory_banks().items():
+        assert torch.equal(table.rows, method.memory_banks()[name].rows), name
 
 
 @pytest.mark.parametrize("recipe", SMALL)
@@ -296,5 +296,5 @@ def test_swav_prototypes_wait_and_its_queue_must_fit_the_batch() -> None:
     assert [(g.name, g.frozen_steps) for g in method.param_groups()] == [("network", 0), ("prototypes", 40)]
     with pytest.raises(ConfigError, match=r"method\.queue_length=3840: not a multiple of train\.global_batch_size=500; use 3500 or 4000"):
         SwAV(SwAVConfig(queue_length=3840), backbone, facts)
-    advice = list(SwAV(SwAVConfig(num_prototypes=3000), backbone, facts).advice(facts))
-    assert any("3000 is more than the 500 features" in sentence for sentence in advice)
+    config_warnings = list(SwAV(SwAVConfig(num_prototypes=3000), backbone, facts).config_warnings(facts))
+    assert any("3000 is more than the 500 features" in sentence for sentence in config_warnings)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from methods.parts.norms import GroupedBatchNorm, grouped, synchronized
+from methods.parts.norms import SplitBatchNorm, convert_split_batchnorm, convert_sync_batchnorm
 from methods.parts.queue import FeatureQueue
 
 
@@ -54,8 +54,8 @@ def test_grouped_norm_is_each_part_by_hand(groups: int, rows: int) -> None:
     net = nn.Sequential(nn.BatchNorm2d(5)).double()
     nn.init.normal_(net[0].weight)
     plain = copy.deepcopy(net[0])
-    net = grouped(net, groups)
-    assert isinstance(net[0], GroupedBatchNorm) and list(net.state_dict()) == ["0." + name for name in plain.state_dict()]
+    net = convert_split_batchnorm(net, groups)
+    assert isinstance(net[0], SplitBatchNorm) and list(net.state_dict()) == ["0." + name for name in plain.state_dict()]
     x = torch.randn(rows, 5, 3, 3, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
     y = x.detach().clone().requires_grad_()
     out = net(x)
@@ -74,4 +74,4 @@ def test_grouped_norm_is_each_part_by_hand(groups: int, rows: int) -> None:
     (out * weight).sum().backward()
     (want * weight).sum().backward()
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-9, atol=1e-9)
-    assert isinstance(synchronized(net)[0], GroupedBatchNorm)  # parts are wanted: they stay
+    assert isinstance(convert_sync_batchnorm(net)[0], SplitBatchNorm)  # parts are wanted: they stay

@@ -15,7 +15,7 @@ from methods.parts.errors import ConfigError
 from pipeline.checkpoint import DiskFull
 from pipeline.run_folder import RunFolder, create_run
 from pipeline.tracking.run_tracker import read_points
-from pipeline.train.health import TrainingStopped
+from pipeline.train.health import TrainingAborted
 from pipeline.train.placement import CPU_WORKER
 from pipeline.train.progress import Display, NullReporter
 from pipeline.train.ray_trainer import WorkersLost, failure_of, run_workers
@@ -97,10 +97,10 @@ PEER_GONE = RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed 
     ("failures", "kind", "words"),
     [
         ({"r0": PEER_GONE, "r1": ConfigError("data.path=x: gone")}, ConfigError, "data.path=x"),
-        ({"r0": TrainingStopped("loss is nan")}, TrainingStopped, "loss is nan"),
+        ({"r0": TrainingAborted("loss is nan")}, TrainingAborted, "loss is nan"),
         ({"r1": DiskFull("no space left")}, DiskFull, "no space"),
-        ({"r1": ModuleNotFoundError("No module named 'pipeline'")}, TrainingStopped, "cannot import this project .*install"),
-        ({"r0": ASSERTED, "r1": PEER_GONE}, TrainingStopped, "assertion failed on the device"),
+        ({"r1": ModuleNotFoundError("No module named 'pipeline'")}, TrainingAborted, "cannot import this project .*install"),
+        ({"r0": ASSERTED, "r1": PEER_GONE}, TrainingAborted, "assertion failed on the device"),
         ({"r0": ASSERTED, "r1": died()}, WorkersLost, "lost worker 1"),
         ({"r0": PEER_GONE, "r1": died()}, WorkersLost, "lost worker 1"),
         ({"r0": PEER_GONE, "r1": ValueError("shape mismatch")}, WorkersLost, "worker 0 failed"),
@@ -122,13 +122,13 @@ def test_a_worker_that_cannot_load_our_code_ends_the_run(ray_local: None, tmp_pa
     exec("def work(settings): return 1", vars(nowhere))
     sys.modules["nowhere"] = nowhere
     try:
-        with pytest.raises(TrainingStopped, match=r"cannot import this project .*nowhere.*install"):
+        with pytest.raises(TrainingAborted, match=r"cannot import this project .*nowhere.*install"):
             run_workers(vars(nowhere)["work"], {}, RunFolder(tmp_path), 1, CPU_WORKER, screen=NullReporter(1), timeout_s=300)
     finally:
         del sys.modules["nowhere"]
 
 
 def test_our_errors_travel_between_processes() -> None:
-    for error in (ConfigError("a=1: no"), TrainingStopped("loss is nan"), DiskFull("full")):
+    for error in (ConfigError("a=1: no"), TrainingAborted("loss is nan"), DiskFull("full")):
         again = pickle.loads(pickle.dumps(error))
         assert type(again) is type(error) and str(again) == str(error)

@@ -22,11 +22,11 @@ from methods.parts.views import CropGroup
 from pipeline import checkpoint
 from pipeline.config import DataConfig, OptimConfig, RunConfig, TrainConfig
 from pipeline.data.crops import COLUMNS
-from pipeline.data.loader import BadSlot, Batch
+from pipeline.data.loader import Batch, DecodeFailure
 from pipeline.resolve import resolve
 from pipeline.run_folder import RunFolder, create_run, find_run, list_runs
 from pipeline.storage.place import Place
-from pipeline.train.health import Guards, TrainingStopped, check_finite
+from pipeline.train.health import HealthMonitor, TrainingAborted, check_finite
 from pipeline.train.loop import Trainer
 from pipeline.train.optim import build_optimizer
 from pipeline.train.progress import Display
@@ -86,7 +86,7 @@ def config(**train: object) -> RunConfig:
     )
 
 
-def batches(steps: range, bad: dict[int, list[BadSlot]] | None = None) -> Iterator[Batch]:
+def batches(steps: range, bad: dict[int, list[DecodeFailure]] | None = None) -> Iterator[Batch]:
     for step in steps:
         rng = np.random.default_rng(step)
         crops = torch.from_numpy(rng.integers(0, 255, (8, 2, 8, 8, 3), dtype=np.uint8))
@@ -153,7 +153,7 @@ def test_a_loss_that_is_no_number_stops_with_step_and_remedy_and_keeps_the_check
     method = Toy()
     method.broken_at = 4
     made, _ = trainer(tmp_path, config(), method)
-    with pytest.raises(TrainingStopped, match=r"loss is nan at step 5; the checkpoint of step 4 is good\. Try a lower optim\.base_lr"):
+    with pytest.raises(TrainingAborted, match=r"loss is nan at step 5; the checkpoint of step 4 is good\. Try a lower optim\.base_lr"):
         made.run(batches(range(6)))
     state = checkpoint.load(checkpoint.pointed_to(made.folder.checkpoints))
     assert state["position"]["step"] == 4
@@ -162,7 +162,7 @@ def test_a_loss_that_is_no_number_stops_with_step_and_remedy_and_keeps_the_check
 
 def test_which_step_broke_is_found_between_points() -> None:
     check_finite([1.0, 2.0], 1, None)
-    with pytest.raises(TrainingStopped, match="at step 12; there is no checkpoint yet"):
+    with pytest.raises(TrainingAborted, match="at step 12; there is no checkpoint yet"):
         check_finite([1.0, math.inf, math.nan], 11, None)
 
 
@@ -193,14 +193,14 @@ def test_best_by_knn_is_kept_beside_last_and_every_nth(tmp_path: Path) -> None:
 
 
 def test_bad_images_are_counted_once_and_too_many_stop_the_run(tmp_path: Path) -> None:
-    one, two = BadSlot(3, "a.jpg", "truncated"), BadSlot(4, "b.jpg", "empty")
+    one, two = DecodeFailure(3, "a.jpg", "truncated"), DecodeFailure(4, "b.jpg", "empty")
     run = config()
     run = RunConfig(**{**vars(run), "data": DataConfig(lanes=4, max_bad_fraction=0.05)})
     made, _ = trainer(tmp_path, run)
     made.run(batches(range(6), {0: [one], 3: [one]}))
     assert [json.loads(line)["path"] for line in made.folder.bad_images.read().splitlines()] == ["a.jpg"]
     again, _ = trainer(tmp_path, run)
-    with pytest.raises(TrainingStopped, match=r"2 of 24 images cannot be decoded, more than data\.max_bad_fraction=0\.05 allows .*b\.jpg"):
+    with pytest.raises(TrainingAborted, match=r"2 of 24 images cannot be decoded, more than data\.max_bad_fraction=0\.05 allows .*b\.jpg"):
         again.run(batches(range(6), {0: [one], 3: [two]}))
 
 
@@ -211,23 +211,23 @@ class Stuck(Toy):
     def chance_loss(self):
         return math.log(64), "ln K"
 
-    def stuck_remedies(self) -> str:
+    def hints(self) -> str:
         return "try something"
 
 
 def test_a_loss_at_chance_is_warned_of_once_after_the_patience() -> None:
-    guards = Guards(Stuck(), patience_steps=10)
+    guards = HealthMonitor(Stuck(), patience_steps=10)
     stuck = {"loss": 0.99 * math.log(64), "code_entropy": 0.99, "embedding_std": 0.8}
     assert list(guards.warnings(9, stuck)) == []
     (warning,) = guards.warnings(10, stuck)
     assert "sticks at ln K" in warning
     assert "try something" in warning
     assert list(guards.warnings(11, stuck)) == []
-    assert list(Guards(Stuck(), 10).warnings(10, stuck | {"loss": 3.0})) == []
+    assert list(HealthMonitor(Stuck(), 10).warnings(10, stuck | {"loss": 3.0})) == []
 
 
 def test_collapsed_embeddings_are_warned_of() -> None:
-    (warning,) = Guards(Stuck(), 10).warnings(5, {"loss": 1.0, "embedding_std": 0.01})
+    (warning,) = HealthMonitor(Stuck(), 10).warnings(5, {"loss": 1.0, "embedding_std": 0.01})
     assert "embeddings collapse" in warning
 
 

@@ -21,12 +21,12 @@ from methods.parts.views import Views
 from methods.parts.vit import (
     ViT,
     compile_blocks,
+    enable_gradient_checkpointing,
     freeze_patch_projection,
     new_mask_token,
     require_vit,
     require_whole_patches,
     resize_grid,
-    save_memory,
     sincos_table,
     without_drop_path,
 )
@@ -148,7 +148,7 @@ def test_one_forward_for_each_resolution_equals_one_for_each_crop() -> None:
     network.register_forward_hook(lambda module, inputs, output: calls.append(tuple(inputs[0].shape)))
     stacks = {"a": images(32, 6), "b": images(32, 3), "c": images(16, 12), "d": images(24, 0)}
     views = Views(stacks=stacks, counts={"a": 2, "b": 1, "c": 4, "d": 0}, image_ids=torch.arange(3), labels=torch.arange(3))
-    found = views.through(network).split(3)
+    found = views.map_crops(network).split(3)
     assert calls == [(9, 3, 32, 32), (12, 3, 16, 16)]
     assert len(found) == 7
     for own, crop in zip(found, views.crops, strict=True):
@@ -248,7 +248,7 @@ def test_frozen_patch_projection() -> None:
 def test_gradient_checkpointing_gives_the_same_gradients(path: str) -> None:
     plain = vit(drop_path=0.3).train()
     saving = copy.deepcopy(plain)
-    save_memory(nn.Sequential(saving))
+    enable_gradient_checkpointing(nn.Sequential(saving))
     for network in (plain, saving):
         torch.manual_seed(1)
         out = network(images()) if path == "forward" else network.tokens(images()).cls
@@ -338,7 +338,7 @@ def test_sizes_that_are_no_whole_patches_are_refused() -> None:
     require_whole_patches(build_backbone(BackboneConfig(name="resnet18")), "views.local.size", 21)
     with pytest.raises(ConfigError, match=r"cannot use a ResNet; use a ViT"):
         require_vit(build_backbone(BackboneConfig(name="resnet18")), "mae")
-    for change, key in ((save_memory, "gradient_checkpointing"), (compile_blocks, "compile")):
+    for change, key in ((enable_gradient_checkpointing, "gradient_checkpointing"), (compile_blocks, "compile")):
         with pytest.raises(ConfigError, match=rf"train\.{key}=True: .* this backbone has none"):
             change(nn.Linear(2, 2))
 

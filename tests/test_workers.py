@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from methods.parts.contract import Progress
 from methods.parts.distributed import average_gradients, gather_with_gradient
 from methods.parts.errors import ConfigError
-from methods.parts.norms import GroupedBatchNorm, SyncBatchNorm, average_statistics, grouped, synchronized
+from methods.parts.norms import SplitBatchNorm, SyncBatchNorm, average_statistics, convert_split_batchnorm, convert_sync_batchnorm
 from methods.parts.views import Views
 from pipeline.config import TrainConfig, override
 from pipeline.recipes import load_recipe
@@ -48,7 +48,7 @@ def _norm_step(rank: int, world: int, sync: bool = True, bf16: bool = False) -> 
     )
     x.requires_grad_()
     net = nn.Sequential(norm)
-    net = synchronized(net) if sync else net
+    net = convert_sync_batchnorm(net) if sync else net
     out = net(x)
     out.backward(dy)
     weights = [norm.weight.grad, norm.bias.grad]
@@ -90,7 +90,7 @@ def test_batch_norm_over_workers_in_bf16_rounds_only_what_it_stores(tmp_path: Pa
 def test_synchronized_norms_keep_names_and_are_plain_ones_in_one_process() -> None:
     method, views = built("swav-small")
     twin = copy.deepcopy(method)
-    synchronized(twin)
+    convert_sync_batchnorm(twin)
     assert list(twin.state_dict()) == list(method.state_dict())
     assert sum(isinstance(m, SyncBatchNorm) for m in twin.modules()) == sum(
         isinstance(m, nn.modules.batchnorm._BatchNorm) for m in method.modules()
@@ -103,21 +103,21 @@ def test_synchronized_norms_keep_names_and_are_plain_ones_in_one_process() -> No
 def test_on_a_gpu_norms_are_those_of_torch_and_timm() -> None:
     """The structure only: torch's refuse CPU tensors between workers. Both ways keep names, parameters, buffers and values."""
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ModuleDict({"act": BatchNormAct2d(4), "plain": nn.BatchNorm1d(4)}))
-    net.append(grouped(nn.Sequential(nn.BatchNorm2d(4)), 2)).eval()
+    net.append(convert_split_batchnorm(nn.Sequential(nn.BatchNorm2d(4)), 2)).eval()
     objects = dict(net.named_parameters()) | dict(net.named_buffers())
     act = net[2]["act"].act
-    there, here = synchronized(copy.deepcopy(net), "cuda"), synchronized(copy.deepcopy(net), "cpu")
+    there, here = convert_sync_batchnorm(copy.deepcopy(net), "cuda"), convert_sync_batchnorm(copy.deepcopy(net), "cpu")
     assert list(there.state_dict()) == list(here.state_dict()) == list(net.state_dict())
-    kinds = (nn.SyncBatchNorm, SyncBatchNormAct, nn.SyncBatchNorm, GroupedBatchNorm)
+    kinds = (nn.SyncBatchNorm, SyncBatchNormAct, nn.SyncBatchNorm, SplitBatchNorm)
     assert [type(m) for m in (there[1], there[2]["act"], there[2]["plain"], there[3][0])] == list(kinds)
     assert there[3][0].groups == 2 and not any(m.training for m in there.modules())
     x = torch.randn(2, 4, 3, 3)
     for way in (there, here):
         assert torch.equal(way[2]["act"](x), net[2]["act"](x))
-    synchronized(net, "cuda")
+    convert_sync_batchnorm(net, "cuda")
     assert net[2]["act"].act is act
     assert all(value is objects[name] for name, value in (dict(net.named_parameters()) | dict(net.named_buffers())).items())
-    assert synchronized(there, "cuda")[1] is there[1]  # once is enough
+    assert convert_sync_batchnorm(there, "cuda")[1] is there[1]  # once is enough
 
 
 def _averaged(rank: int, world: int) -> torch.Tensor:
@@ -148,7 +148,7 @@ def _two_steps(rank: int, world: int, recipe: str, ddp: bool) -> dict[str, Any]:
     views.stacks = {name: stack.double() for name, stack in views.stacks.items()}
     views = _own_rows(views, rank, world)
     if world > 1 and method.sync_batchnorm:
-        synchronized(method)
+        convert_sync_batchnorm(method)
     forward: nn.Module = DistributedDataParallel(method, broadcast_buffers=False) if ddp and world > 1 else method
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
     losses = []

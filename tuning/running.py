@@ -158,9 +158,9 @@ def run_trials(sweep: Sweep, config: RunConfig, book: Any, stop: threading.Event
 
 
 def checker_of(config: RunConfig) -> draws.Check:
-    manifest = open_source(config.data)
-    training = manifest.num_training(config.data.held_out)
-    return draws.checker(config, training, None if training is None else len(manifest))
+    dataset = open_source(config.data)
+    training = dataset.num_training(config.data.held_out)
+    return draws.checker(config, training, None if training is None else len(dataset))
 
 
 @contextlib.contextmanager

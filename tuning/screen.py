@@ -17,7 +17,7 @@ STYLES = {"running": "bold", "finished": "green", "stopped": "dim", "failed": "r
 MOST_ROWS = 20
 
 
-class Screen:
+class ProgressReporter:
     """Trials as they go.
 
     Args:
@@ -31,7 +31,7 @@ class Screen:
         self.began = time.monotonic()
         self.live = Live(self.table(), console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
 
-    def __enter__(self) -> Screen:
+    def __enter__(self) -> ProgressReporter:
         if self.live:
             self.live.start()
         return self

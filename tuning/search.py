@@ -14,7 +14,7 @@ from methods.parts.contract import find as find_method
 from methods.parts.errors import ConfigError
 from pipeline.build import with_absolute_paths
 from pipeline.config import RunConfig
-from pipeline.data.image_dataset import Manifest
+from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.sources.base import open_source
 from pipeline.machine import available_cores
 from pipeline.resolve import resolve
@@ -57,9 +57,9 @@ def tune(config: RunConfig, asked: Asked, *, runs_dir: Path, name: str | None, c
     check_words(asked)
     knobs = parse_space(asked.space, config)
     config = with_absolute_paths(config)
-    manifest = open_source(config.data)
-    training = manifest.num_training(config.data.held_out)
-    ids = None if training is None else len(manifest)
+    dataset = open_source(config.data)
+    training = dataset.num_training(config.data.held_out)
+    ids = None if training is None else len(dataset)
     check = draws.checker(config, training, ids)
     draws.check_corners(knobs, check)
     settings = drawn(asked, knobs)
@@ -82,7 +82,7 @@ def tune(config: RunConfig, asked: Asked, *, runs_dir: Path, name: str | None, c
         "method": find_method(config.method).name,
         "command": asked.command,
         "score": asked.score,
-        "score_words": score_words(asked.score, config, asked_images(asked.score, config, manifest)),
+        "score_words": score_words(asked.score, config, asked_images(asked.score, config, dataset)),
         "mode": "max",
         "space": {knob.key: knob.to_dict() for knob in knobs},
         "search": asked.search,
@@ -167,7 +167,7 @@ def planned(config: RunConfig, asked: Asked, training: int | None, ids: int | No
     queue = getattr(method, "queue_length", 0)
     filled = getattr(method, "queue_start_epoch", 0) * facts.steps_per_epoch + queue / facts.global_batch_size if queue else 0
     frozen = getattr(method, "freeze_prototypes_epochs", 0) * facts.steps_per_epoch
-    needed = [resolved.idle_steps + resolved.warmup_steps, filled, frozen, total / 9]
+    needed = [resolved.zero_lr_steps + resolved.warmup_steps, filled, frozen, total / 9]
     wanted = asked.grace or max(step for step in needed if step < total)
     grace = every * math.ceil(wanted / every)
     if asked.grace is not None and grace >= total and asked.scheduler != "none":
@@ -184,13 +184,13 @@ def planned(config: RunConfig, asked: Asked, training: int | None, ids: int | No
     return {"total_steps": total, "measure_every": every, "rungs": rungs}
 
 
-def asked_images(score: str, config: RunConfig, manifest: Manifest) -> int:
+def asked_images(score: str, config: RunConfig, dataset: ImageDataset) -> int:
     """How many held-out images have labels.
 
     Raises:
         ConfigError: the score needs labels, and there are none.
     """
-    count = int((manifest.labels[manifest.held_out_ids(config.data.held_out)] >= 0).sum())
+    count = int((dataset.labels[dataset.held_out_ids(config.data.held_out)] >= 0).sum())
     if score != "rankme" and not count:
         raise ConfigError(f"--score {score}: {config.data.path} has no labels, or data.held_out=0; use --score rankme")
     return count
@@ -218,11 +218,11 @@ def fit(sweep: Sweep, console: Console) -> int:
             tags={"recipe": facts["recipe"], "method": facts["method"], "kind": "sweep"},
         )
         from tuning.book import Book, settle
-        from tuning.screen import Screen
+        from tuning.screen import ProgressReporter
 
         settle(sweep)
         sweep.update(mlflow_run=parent.run_id(timeout=60.0))
-        screen = Screen(console, [t.facts() for t in sweep.trials()], facts["total_steps"], facts["trials"], facts["score"])
+        screen = ProgressReporter(console, [t.facts() for t in sweep.trials()], facts["total_steps"], facts["trials"], facts["score"])
         book = Book(sweep, parent, screen)
         model = None
         try:

@@ -21,13 +21,13 @@ from methods.parts.errors import ConfigError
 from pipeline import checkpoint
 from pipeline.build import Prepared, prepare
 from pipeline.config import RunConfig, to_yaml
-from pipeline.data.image_dataset import Manifest
+from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.loader import Batch
 from pipeline.data.sources.base import open_source
 from pipeline.metrics_log import append_line, encode, parse, read_lines
 from pipeline.run_folder import RunFolder, write_atomic, write_json
 from pipeline.storage.place import Place
-from pipeline.train.health import TrainingStopped
+from pipeline.train.health import TrainingAborted
 from pipeline.train.launch import given_weights
 from pipeline.train.progress import NullReporter
 from pipeline.train.ray_trainer import train_with_workers
@@ -57,7 +57,7 @@ def stopped(task: Mapping[str, Any]) -> bool:
 
 def words(error: BaseException) -> str:
     """An error in one line."""
-    plain = isinstance(error, ConfigError | TrainingStopped | checkpoint.DiskFull)
+    plain = isinstance(error, ConfigError | TrainingAborted | checkpoint.DiskFull)
     text = " ".join(str(error).split())
     return (text if plain else f"{type(error).__name__}: {text}")[:500]
 
@@ -79,13 +79,13 @@ class Life:
         sweep, self.folder, config = settings_of(task)
         self.held.enter_context(self.folder.working())
         fresh = pointer is None and checkpoint.pointed_to(self.folder.checkpoints) is None
-        manifest: Manifest = kept.setdefault(config.data, None) or open_source(config.data)
-        kept[config.data] = manifest
+        dataset: ImageDataset = kept.setdefault(config.data, None) or open_source(config.data)
+        kept[config.data] = dataset
         weights = given_weights(config, sweep.path.parent) if fresh else None
-        self.ready: Prepared = prepare(config, weights, manifest)
-        kept[self.ready.config.data] = manifest
+        self.ready: Prepared = prepare(config, weights, dataset)
+        kept[self.ready.config.data] = dataset
         self.total = self.ready.resolved.facts.total_steps
-        self.folder.update(fingerprint=manifest.fingerprint, total_steps=self.total)
+        self.folder.update(fingerprint=dataset.fingerprint, total_steps=self.total)
         self.screen = NullReporter(config.train.global_batch_size)
         self.trainer = build_trainer(
             self.ready,
@@ -99,7 +99,7 @@ class Life:
             kept=kept,
         )
         self.batches: Iterator[Batch] = batches(self.ready, self.trainer, task["tasks"])
-        self.stretches = self.trainer.stretches(self.batches)
+        self.train_until_eval = self.trainer.train_until_eval(self.batches)
         self.assembled_s = time.monotonic() - self.began
         self.untrained_s = 0.0  # what measuring the untrained backbone took
         self.start_s: float | None = None  # from being handed the trial to its first step's end, without that
@@ -108,7 +108,7 @@ class Life:
     def advance(self) -> Result:
         """Train to the next measurement."""
         begin = time.monotonic()
-        found = next(self.stretches, None)
+        found = next(self.train_until_eval, None)
         step = self.trainer.position.step
         if found is None and step >= self.total and not self.measured:  # it had ended before, unknown to the sweep
             self.trainer.measure()
@@ -140,7 +140,7 @@ class Life:
             self.trainer.writer.wait()
         except checkpoint.DiskFull as error:
             status, message = "failed", str(error)
-        self.stretches.close()  # type: ignore[attr-defined]
+        self.train_until_eval.close()  # type: ignore[attr-defined]
         self.batches.close()  # type: ignore[attr-defined]
         self.folder.update(status=status, message=message, ended=time.time())
         self.held.close()
@@ -223,7 +223,7 @@ def by_group(task: dict[str, Any]) -> None:
             fresh = checkpoint.pointed_to(folder.checkpoints) is None
             ready = prepare(config, given_weights(config, sweep.path.parent) if fresh else None)
             facts = ready.resolved.facts
-            folder.update(fingerprint=ready.manifest.fingerprint, total_steps=facts.total_steps)
+            folder.update(fingerprint=ready.dataset.fingerprint, total_steps=facts.total_steps)
             offset = folder.metrics.stat().st_size if folder.metrics.exists() else 0
 
             def on_message() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from methods.parts.distributed import all_gather_rows, all_reduce_max, all_reduce_sum
-from methods.parts.numerics import promote, rows_at_once
+from methods.parts.numerics import chunk_rows, upcast_half
 
 LARGEST_EXPONENT = 80.0  # exp(-80) is still a normal float32
 
@@ -35,10 +35,10 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int, *, span: float = m
     Returns:
         Codes `(B, K)`, float32 or better, without gradient: the one matrix of this size that is allocated.
     """
-    scores = promote(scores)
+    scores = upcast_half(scores)
     highest = all_reduce_max(scores.max())
     codes = torch.empty_like(scores)
-    rows = codes.split(rows_at_once(codes))  # views: what is written to them is written to the codes
+    rows = codes.split(chunk_rows(codes))  # views: what is written to them is written to the codes
     for e, s in zip(rows, scores.split(len(rows[0])), strict=True):
         torch.sub(s, highest, out=e).div_(epsilon)
     if span / epsilon > LARGEST_EXPONENT:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.parts.distributed import all_reduce_sum, world_size
-from methods.parts.numerics import promote, rows_at_once
+from methods.parts.numerics import chunk_rows, upcast_half
 
 
 class Center(nn.Module):
@@ -31,9 +31,9 @@ class Center(nn.Module):
     @torch.no_grad()
     def targets(self, scores: Tensor, temperature: float) -> Tensor:
         """softmax((t - c) / temperature): `(B, K) -> (B, K)`, float32 or better. One matrix of this size is allocated."""
-        scores = promote(scores)
+        scores = upcast_half(scores)
         targets = torch.empty_like(scores)
-        rows = rows_at_once(scores)
+        rows = chunk_rows(scores)
         for q, t in zip(targets.split(rows), scores.split(rows), strict=True):
             torch.softmax(t.sub(self.value).div_(temperature), dim=1, out=q)
         return targets

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from methods.parts.drop_path import images_of_step
 from methods.parts.errors import ConfigError
-from methods.parts.id_table import IdTable
+from methods.parts.memory_bank import MemoryBank
 from methods.parts.search_range import SearchRange as SearchRange
 from methods.parts.search_range import searchable as searchable
 from methods.parts.views import Views, ViewsConfig
@@ -83,7 +83,7 @@ class Method(nn.Module):
     """One self-supervised method: networks, state and loss.
 
     Everything that must survive a restart is a parameter or a persistent buffer made in `__init__`, so that
-    `state_dict()` is complete before step 0; what is held for every image is in `id_tables()`. It works the same without
+    `state_dict()` is complete before step 0; what is held for every image is in `memory_banks()`. It works the same without
     a process group. `forward` is `training_step`, with drop path that follows the images. A step reads no value of a tensor
     (`.item()`, `bool(tensor)`, boolean masks, shapes that depend on values): it would wait for the device.
     """
@@ -94,7 +94,7 @@ class Method(nn.Module):
     accumulation_remedy: str = ""
     sync_batchnorm: bool = True  # statistics of batch norm are those of all workers' batches together
     needs_dense_ids: ClassVar[bool] = False
-    needs_passes: ClassVar[bool] = False
+    needs_full_epochs: ClassVar[bool] = False
 
     config: Any  # the method's own frozen config
 
@@ -110,7 +110,7 @@ class Method(nn.Module):
         with images_of_step(views.image_ids, progress.generator):
             return self.training_step(views, progress, masks)
 
-    def learns(self, progress: Progress) -> bool:
+    def has_loss(self, progress: Progress) -> bool:
         """Whether this step has a gradient; if not, `training_step` is called without one and gives `loss=None`."""
         return True
 
@@ -133,7 +133,7 @@ class Method(nn.Module):
     def param_groups(self) -> list[ParamGroup]:
         return [ParamGroup(params=[p for p in self.parameters() if p.requires_grad])]
 
-    def id_tables(self) -> dict[str, IdTable]:
+    def memory_banks(self) -> dict[str, MemoryBank]:
         """State by image id, by name; the same objects at every call. Saved and restored with the rest, in pieces."""
         return {}
 
@@ -168,11 +168,11 @@ class Method(nn.Module):
         """The loss of a method that has learned nothing and how to write it, e.g. `(ln K, "ln K")`."""
         return None
 
-    def stuck_remedies(self) -> str:
+    def hints(self) -> str:
         """What to try, in one sentence, when the loss stays at `chance_loss`."""
         return ""
 
-    def advice(self, facts: RunFacts) -> Iterable[str]:
+    def config_warnings(self, facts: RunFacts) -> Iterable[str]:
         """Sentences of advice on settings that will work badly together; shown before training."""
         return ()
 

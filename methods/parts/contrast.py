@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from methods.parts.contract import Metrics
-from methods.parts.numerics import rows_at_once
+from methods.parts.numerics import chunk_rows
 
 
 def info_nce(logits: Tensor, positives: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class _QueuedLogits(torch.autograd.Function):
         scaled = anchors / temperature
         largest = anchors.new_full((len(anchors), 1), -math.inf)
         mass, mean, total = torch.zeros_like(largest), torch.zeros_like(anchors), anchors.new_zeros(())
-        for part in rows.split(rows_at_once(anchors.T)):
+        for part in rows.split(chunk_rows(anchors.T)):
             s = scaled @ part.T
             if meters:
                 total += s.sum()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.parts.numerics import full_precision, l2_normalize, promote
+from methods.parts.numerics import autocast_disabled, l2_normalize, upcast_half
 
 
 class DINOHead(nn.Module):
@@ -49,8 +49,8 @@ class DINOHead(nn.Module):
         self.prototypes = Prototypes(bottleneck, num_prototypes, unit=unit_prototypes)
 
     def forward(self, x: Tensor) -> Tensor:
-        z = promote(self.mlp(x))
-        with full_precision(z):
+        z = upcast_half(self.mlp(x))
+        with autocast_disabled(z):
             return self.prototypes(l2_normalize(z))  # type: ignore[no-any-return]
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from methods.parts.contract import ParamGroup
 
 
-def without_vectors(*networks: nn.Module, vector_lr_scale: float = 1.0) -> list[ParamGroup]:
+def param_groups_weight_decay(*networks: nn.Module, vector_lr_scale: float = 1.0) -> list[ParamGroup]:
     """Two groups: the matrices of the networks, and their vectors (biases, norms), which neither decay nor adapt.
 
     Args:

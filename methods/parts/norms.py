@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, convert_sync_batchnorm
+from timm.layers import BatchNormAct2d
+from timm.layers import convert_sync_batchnorm as timm_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from methods.parts.distributed import all_gather_small, all_reduce_sum, world_size
-from methods.parts.numerics import promote
+from methods.parts.numerics import upcast_half
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -62,7 +63,7 @@ class _SyncNormalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         channels = x.shape[1]
-        unused = promote(x.new_zeros(channels))  # float32 beside bf16: the kernel then computes in float32, without a copy of x
+        unused = upcast_half(x.new_zeros(channels))  # float32 beside bf16: the kernel then computes in float32, without a copy of x
         mean, variance = torch.batch_norm_update_stats(x.detach(), unused, unused, 0.0)  # this worker's; 10 to 30 times as fast as var_mean
         own = torch.cat([mean, variance, mean.new_full((1,), x.numel() // channels)])
         every = all_gather_small(own)  # (W, 2 C + 1)
@@ -94,7 +95,7 @@ class _SyncNormalize(torch.autograd.Function):
         return dx, None if weight is None else dweight, dbias if ctx.has_bias else None, None
 
 
-class GroupedBatchNorm(_BatchNorm):
+class SplitBatchNorm(_BatchNorm):
     """Batch norm whose training statistics are those of `groups` parts of the joined batch of all workers, each part on its own.
 
     A worker holds groups / W parts, of consecutive rows, and never less than one: so one worker with groups = W does what
@@ -112,7 +113,7 @@ class GroupedBatchNorm(_BatchNorm):
         parts = min(max(1, self.groups // world_size()), max(1, len(input) // 2))
         if not self.training or parts == 1:
             return super().forward(input)
-        means, variances = (torch.zeros(parts, self.num_features, device=input.device, dtype=promote(input).dtype) for _ in range(2))
+        means, variances = (torch.zeros(parts, self.num_features, device=input.device, dtype=upcast_half(input).dtype) for _ in range(2))
         out = [  # with a momentum of 1 the buffers receive the statistics of the part
             F.batch_norm(x, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
             for x, mean, variance in zip(_consecutive(input, parts), means, variances, strict=True)
@@ -128,7 +129,7 @@ def _consecutive(x: Tensor, parts: int) -> tuple[Tensor, ...]:
     return torch.split(x, [shorter + 1] * longer + [shorter] * (parts - longer))
 
 
-class GroupedBatchNormAct(GroupedBatchNorm):
+class SplitBatchNormAct(SplitBatchNorm):
     """timm's batch norm with its drop-out and activation behind it."""
 
     drop: nn.Module
@@ -138,7 +139,7 @@ class GroupedBatchNormAct(GroupedBatchNorm):
         return self.act(self.drop(super().forward(input)))  # type: ignore[no-any-return]
 
 
-def synchronized(module: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
+def convert_sync_batchnorm(module: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
     """The module with every batch norm replaced by one over all workers; names, parameters and buffers stay the same objects.
 
     Grouped ones stay: their method wants statistics of parts. On a GPU the new ones are torch's and timm's, which refuse CPU
@@ -147,18 +148,18 @@ def synchronized(module: nn.Module, device: torch.device | str = "cpu") -> nn.Mo
     if torch.device(device).type == "cpu":
         return _replaced(module, SyncBatchNorm, SyncBatchNormAct)
     if isinstance(module, _BatchNorm):
-        keeps = isinstance(module, (GroupedBatchNorm, nn.SyncBatchNorm))
-        return module if keeps else convert_sync_batchnorm(module)  # torch's, or timm's with its activation
+        keeps = isinstance(module, (SplitBatchNorm, nn.SyncBatchNorm))
+        return module if keeps else timm_sync_batchnorm(module)  # torch's, or timm's with its activation
     for name, child in module.named_children():
-        setattr(module, name, synchronized(child, device))
+        setattr(module, name, convert_sync_batchnorm(child, device))
     return module
 
 
-def grouped(module: nn.Module, groups: int) -> nn.Module:
+def convert_split_batchnorm(module: nn.Module, groups: int) -> nn.Module:
     """The module with every batch norm replaced by one over `groups` parts; names, parameters and buffers stay the same objects."""
-    module = _replaced(module, GroupedBatchNorm, GroupedBatchNormAct)
+    module = _replaced(module, SplitBatchNorm, SplitBatchNormAct)
     for norm in module.modules():
-        if isinstance(norm, GroupedBatchNorm):
+        if isinstance(norm, SplitBatchNorm):
             norm.groups = groups
     return module
 
@@ -168,7 +169,7 @@ def has_batch_norm(module: nn.Module) -> bool:
 
 
 def _replaced(module: nn.Module, plain: type[_BatchNorm], with_activation: type[_BatchNorm]) -> nn.Module:
-    if isinstance(module, _BatchNorm) and not isinstance(module, (plain, GroupedBatchNorm, nn.SyncBatchNorm)):
+    if isinstance(module, _BatchNorm) and not isinstance(module, (plain, SplitBatchNorm, nn.SyncBatchNorm)):
         kind = with_activation if isinstance(module, BatchNormAct2d) else plain
         twin = kind(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats, device="meta")
         twin.weight, twin.bias = module.weight, module.bias

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def promote(x: Tensor) -> Tensor:
+def upcast_half(x: Tensor) -> Tensor:
     """float16 and bfloat16 as float32; anything else unchanged."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 @contextlib.contextmanager
-def full_precision(x: Tensor) -> Iterator[None]:
+def autocast_disabled(x: Tensor) -> Iterator[None]:
     """Leave autocast on the device of `x`, if it has one."""
     has_autocast = torch.amp.is_autocast_available(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if has_autocast else contextlib.nullcontext():
@@ -50,7 +50,7 @@ def l2_normalize(x: Tensor) -> Tensor:
     return F.normalize(x, dim=-1, eps=1e-12)
 
 
-def rows_at_once(x: Tensor) -> int:
+def chunk_rows(x: Tensor) -> int:
     """How many rows of `(B, K)` to work on at a time: 1 MB on a CPU, so that they stay in its cache; 64 MB on other devices."""
     values = 1 << (18 if x.device.type == "cpu" else 24)
     return max(1, values // max(1, x.shape[1]))

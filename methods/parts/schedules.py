@@ -24,7 +24,7 @@ def warmup_cosine(
     start: float,
     base: float,
     final: float,
-    idle_steps: int = 0,
+    zero_lr_steps: int = 0,
     reaches_base: bool = True,
 ) -> float:
     """SwAV's learning rate: linear from `start` to `base`, both ends included, over the warm-up steps; then cosine to `final`.
@@ -32,10 +32,10 @@ def warmup_cosine(
     The first step of the cosine has t = 0 of T = total_steps - warmup_steps, so the last step stays just above `final`.
 
     Args:
-        idle_steps: the rate is 0 for so long, and all the rest takes place in the remaining steps.
+        zero_lr_steps: the rate is 0 for so long, and all the rest takes place in the remaining steps.
         reaches_base: False: CoKe's warm-up, start + (base - start) max(1, step) / warmup_steps; `base` comes after it.
     """
-    step, total_steps = step - idle_steps, total_steps - idle_steps
+    step, total_steps = step - zero_lr_steps, total_steps - zero_lr_steps
     if step < 0:
         return 0.0
     if step < warmup_steps:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from methods.parts.numerics import rows_at_once
+from methods.parts.numerics import chunk_rows
 
 
 def cross_entropy_sum(targets: Sequence[Tensor], scores: Tensor, temperature: float) -> Tensor:
@@ -46,7 +46,7 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 def _groups_of_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    rows = rows_at_once(tensors[0])
+    rows = chunk_rows(tensors[0])
     return zip(*[x.split(rows) for x in tensors], strict=True)
 
 

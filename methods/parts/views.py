@@ -107,7 +107,7 @@ class Views:
         """Every crop, each `(B, 3, H, W)`, in the declared order."""
         return [crop for name, stack in self.stacks.items() if self.counts[name] for crop in stack.chunk(self.counts[name])]
 
-    def without(self, group: str) -> Views:
+    def drop_group(self, group: str) -> Views:
         """The same images without the crops of one group, which may be absent."""
         stacks = {name: stack for name, stack in self.stacks.items() if name != group}
         return Views(stacks=stacks, counts=self.counts, image_ids=self.image_ids, labels=self.labels, joined=self.joined)
@@ -143,6 +143,6 @@ class Views:
             self.joined[names] = torch.cat([self.stacks[name] for name in names])
         return self.joined[names]
 
-    def through(self, network: Callable[[Tensor], Tensor]) -> Tensor:
+    def map_crops(self, network: Callable[[Tensor], Tensor]) -> Tensor:
         """What a network makes of every crop, crop by crop, `(V * B, D)`: one forward for each run of crops of the same size."""
         return torch.cat([network(stack) for stack in self.by_resolution()])

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from methods.parts.drop_path import DropPath, draw_keep, follow_images
 from methods.parts.errors import ConfigError
-from methods.parts.numerics import promote
+from methods.parts.numerics import upcast_half
 
 # learned: bicubic with antialiasing to the size of the grid (timm, DINOv2's models with registers)
 # learned-offset: bicubic without, scale (h + 0.1) / M (DINO, iBOT, the other models of DINOv2)
@@ -147,7 +147,7 @@ class ViT(VisionTransformer):  # type: ignore[misc]
         b, t, _ = x.shape
         qkv = attention.qkv(last.norm1(x)).view(b, t, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k = attention.q_norm(qkv[0, :, :, :1]), attention.k_norm(qkv[1])
-        weights = (promote(q) @ promote(k).transpose(-2, -1) * attention.scale).softmax(dim=-1)  # (B, heads, 1, T)
+        weights = (upcast_half(q) @ upcast_half(k).transpose(-2, -1) * attention.scale).softmax(dim=-1)  # (B, heads, 1, T)
         return weights[:, :, 0, self.num_prefix_tokens :]  # type: ignore[no-any-return]
 
     # ------------------------------------------------------------------------ positions
@@ -187,7 +187,7 @@ def resize_grid(grid: Tensor, h: int, w: int, *, offset: float) -> Tensor:
     With an offset, pixel i of the result is read at (i + 1/2) M / (h + offset) - 1/2, without antialiasing; without one, at
     (i + 1/2) M / h - 1/2, with antialiasing.
     """
-    grid = promote(grid)
+    grid = upcast_half(grid)
     if not offset:
         return F.interpolate(grid, size=(h, w), mode="bicubic", antialias=True)
     scales = ((h + offset) / grid.shape[-2], (w + offset) / grid.shape[-1])
@@ -311,7 +311,7 @@ def require_whole_patches(backbone: nn.Module, key: str, size: int) -> None:
 # ---------------------------------------------------------------------------- running them
 
 
-def save_memory(network: nn.Module) -> None:
+def enable_gradient_checkpointing(network: nn.Module) -> None:
     """Gradient checkpointing: the blocks of every ViT inside keep only their inputs and are computed again in the backward pass."""
     for vit in vits(network, "train.gradient_checkpointing"):
         vit.set_grad_checkpointing(True)

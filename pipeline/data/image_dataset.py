@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.data.philox import HELD_OUT, uniforms
-from pipeline.data.sampler import Plan
+from pipeline.data.sampler import Sampler
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 MOST_HELD_OUT = 5000  # enough for an accuracy to half a point; a large source should train on the rest
@@ -26,7 +26,7 @@ class Row(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class Manifest:
+class ImageDataset:
     """What is in a source, without the pixels: small, picklable, the same wherever the files lie.
 
     Attributes:
@@ -56,15 +56,15 @@ class Manifest:
         """Training images; None = no end."""
         return len(self.training_ids(fraction))
 
-    def plan(self, *, seed: int, held_out: float, global_batch: int, lanes: int, window: int, steps_per_epoch: int) -> Plan:
+    def plan(self, *, seed: int, held_out: float, global_batch: int, lanes: int, window: int, steps_per_epoch: int) -> Sampler:
         """Who sees which image when. A pass over the images has the length it has; only a source without end asks for one.
 
         Raises:
             ConfigError: the lanes cannot share the batch, or there are fewer images than one batch.
         """
-        return Plan(self.spans, self.training_ids(held_out), seed=seed, global_batch=global_batch, lanes=lanes, window=window)
+        return Sampler(self.spans, self.training_ids(held_out), seed=seed, global_batch=global_batch, lanes=lanes, window=window)
 
-    def served(self, plan: Plan, first_step: int) -> Manifest:
+    def served(self, plan: Sampler, first_step: int) -> ImageDataset:
         """This manifest as the tasks of a run need it, which begins with step `first_step`."""
         return self
 

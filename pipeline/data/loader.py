@@ -18,11 +18,11 @@ from methods.parts.views import ViewsConfig
 from pipeline.data.augment import Normalisation
 from pipeline.data.crop_task import block_bytes, cut_images, decode_all, finish_columns
 from pipeline.data.decode import evaluation_crop
-from pipeline.data.image_dataset import Manifest
+from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.prefetch import Ahead, DeviceCopies, in_background
 from pipeline.data.ray_data import blocks, execution
 from pipeline.data.ray_data import start_ray as start_ray  # callers of the stream find it here
-from pipeline.data.sampler import Plan
+from pipeline.data.sampler import Sampler
 
 if TYPE_CHECKING:
     from ray.data import DataIterator
@@ -40,7 +40,7 @@ OWN_PART = 64  # images decoded here between two looks at the clock
 
 
 @dataclass(frozen=True)
-class BadSlot:
+class DecodeFailure:
     """An image that could not be decoded; another image of its window took its place."""
 
     id: int
@@ -55,7 +55,7 @@ class Batch:
     `crops[group]` is `(B, V, size, size, 3)` uint8, or `(B, V, 3, size, size)` float32 where the tasks have finished it,
     and `tables[group]` `(B, V, len(COLUMNS))` float32. `ids` and `labels` `(B,)` int64 are those of the images shown: in a
     bad slot, those of its substitute (if its whole window is bad, zeros with the planned id). `step` counts from the start
-    of the run. The rows lie in order of lanes, or as `Stream.batches` says for micro-batches.
+    of the run. The rows lie in order of lanes, or as `TrainLoader.batches` says for micro-batches.
     """
 
     crops: dict[str, Tensor]
@@ -64,7 +64,7 @@ class Batch:
     labels: Tensor
     epoch: int
     step: int
-    bad: list[BadSlot]
+    bad: list[DecodeFailure]
 
     def tensors(self) -> list[Tensor]:
         """Return what a device needs: crops, ids and labels."""
@@ -90,7 +90,7 @@ class EvaluationImages:
     images: Tensor
     labels: Tensor
     ids: Tensor
-    bad: list[BadSlot]
+    bad: list[DecodeFailure]
 
 
 # ---------------------------------------------------------------------------- training
@@ -110,7 +110,7 @@ def execution_bytes(buffer_bytes: int, group_bytes: int) -> int:
 
 
 @dataclass(frozen=True)
-class Stream:
+class TrainLoader:
     """What the batches of a run come from; it needs no network.
 
     Attributes:
@@ -120,8 +120,8 @@ class Stream:
         execution_steps: steps that one Ray Data execution serves at least.
     """
 
-    manifest: Manifest
-    plan: Plan
+    dataset: ImageDataset
+    plan: Sampler
     views: ViewsConfig
     seed: int
     total_steps: int
@@ -205,7 +205,7 @@ class Stream:
         import ray
 
         plan = self.plan
-        cut = self.task(ray.put((self.manifest.served(plan, first), plan)))
+        cut = self.task(ray.put((self.dataset.served(plan, first), plan)))
         group_bytes = plan.lanes * block_bytes(self.views, plan.chunks_per_window * plan.chunk, finished=self.finish is not None)
         store = self.buffer_bytes or int(ray.cluster_resources().get("object_store_memory", 0))
 
@@ -247,7 +247,7 @@ class Stream:
                 if part[0] <= step < part[1]:
                     rows = slice(chunk * plan.chunk, (chunk + 1) * plan.chunk)
                     chunks = [{key: column[rows] for key, column in block.items()} for block in held]
-                    yield _collated(chunks, names, self.manifest, epoch, step, micro_batches, pin)
+                    yield _collated(chunks, names, self.dataset, epoch, step, micro_batches, pin)
             held = chunks = []  # frees the group's blocks before the next is waited for
         if next(found, None) is not None:  # only who asks for the end lets Ray's threads end too
             raise RuntimeError("the stream is out of order: it has more windows than planned; please report this")
@@ -264,7 +264,7 @@ Arriving = tuple[Batch, "torch.cuda.Event | None"]
 
 
 def _collated(
-    parts: list[dict[str, np.ndarray]], names: list[str], manifest: Manifest, epoch: int, step: int, micro_batches: int, pin: bool
+    parts: list[dict[str, np.ndarray]], names: list[str], dataset: ImageDataset, epoch: int, step: int, micro_batches: int, pin: bool
 ) -> Batch:
     """One batch from a chunk of every lane, copied out of shared memory, into pinned memory if a GPU is to fetch it from there."""
 
@@ -279,7 +279,7 @@ def _collated(
         return out
 
     reasons, planned = column("reason"), column("planned")
-    bad = [BadSlot(int(planned[i]), manifest.path(int(planned[i])), str(reasons[i])) for i in np.flatnonzero(reasons != "")]
+    bad = [DecodeFailure(int(planned[i]), dataset.path(int(planned[i])), str(reasons[i])) for i in np.flatnonzero(reasons != "")]
     return Batch(
         crops={name: tensor(f"crops/{name}") for name in names},
         tables={name: column(f"table/{name}") for name in names},
@@ -315,10 +315,10 @@ def _cut_item(
     item: dict[str, np.ndarray], shared: Any, views: ViewsConfig, seed: int, finish: Normalisation | None = None
 ) -> dict[str, np.ndarray]:
     """Cut one window: one item in, one block of `chunks * chunk` rows out."""
-    manifest, plan = _get(shared)
+    dataset, plan = _get(shared)
     epoch, group, lane = (int(item[key][0]) for key in ("epoch", "group", "lane"))
     ids = plan.window(epoch, group, lane)
-    columns = cut_images(manifest.read(ids), epoch, views, seed, plan.chunk)
+    columns = cut_images(dataset.read(ids), epoch, views, seed, plan.chunk)
     if finish is not None:
         finish_columns(columns, views, finish)
     columns["epoch"] = np.full(len(ids), epoch)
@@ -329,7 +329,7 @@ def _cut_item(
 # ---------------------------------------------------------------------------- evaluation
 
 
-def evaluation_images(manifest: Manifest, ids: np.ndarray, size: int, tasks: int | None = None) -> EvaluationImages:
+def evaluation_images(dataset: ImageDataset, ids: np.ndarray, size: int, tasks: int | None = None) -> EvaluationImages:
     """Decode and centre-crop images through Ray Data, in the order of `ids`; bad ones are left out and reported.
 
     As many as take no longer than tasks take to start are decoded here, part by part; the tasks do the rest.
@@ -338,27 +338,27 @@ def evaluation_images(manifest: Manifest, ids: np.ndarray, size: int, tasks: int
     images = np.empty((len(ids), size, size, 3), np.uint8)
     reasons = np.empty(len(ids), object)
     first = 0
-    for block in _evaluation_blocks(manifest, ids, size, tasks):
+    for block in _evaluation_blocks(dataset, ids, size, tasks):
         last = first + len(block["reason"])
         images[first:last], reasons[first:last] = block["image"], block["reason"]
         first = last
     good = reasons == ""
     return EvaluationImages(
         images=torch.from_numpy(images if good.all() else images[good]),
-        labels=torch.from_numpy(manifest.labels[ids[good]]),
+        labels=torch.from_numpy(dataset.labels[ids[good]]),
         ids=torch.from_numpy(ids[good]),
-        bad=[BadSlot(int(i), manifest.path(int(i)), str(reason)) for i, reason in zip(ids[~good], reasons[~good], strict=True)],
+        bad=[DecodeFailure(int(i), dataset.path(int(i)), str(reason)) for i, reason in zip(ids[~good], reasons[~good], strict=True)],
     )
 
 
-def _evaluation_blocks(manifest: Manifest, ids: np.ndarray, size: int, tasks: int | None) -> Iterator[dict[str, np.ndarray]]:
+def _evaluation_blocks(dataset: ImageDataset, ids: np.ndarray, size: int, tasks: int | None) -> Iterator[dict[str, np.ndarray]]:
     """Blocks in the order of `ids`: decoded here while all of them would take `ALONE_S` at this rate, then by tasks."""
     begin, done = time.monotonic(), 0
     while done < len(ids):
         spent = time.monotonic() - begin
         if spent > ALONE_S / 6 and spent * len(ids) > ALONE_S * done:  # the first ones pay for imports and open files
             break
-        yield _evaluation_block(manifest, ids[done : done + OWN_PART], size)
+        yield _evaluation_block(dataset, ids[done : done + OWN_PART], size)
         done += OWN_PART
     rest = ids[done:]
     if len(rest):
@@ -366,18 +366,18 @@ def _evaluation_blocks(manifest: Manifest, ids: np.ndarray, size: int, tasks: in
 
         start_ray()
         window = int(np.clip(EVALUATION_BYTES // (3 * size * size), 1, 512))
-        crop = partial(_evaluate_item, shared=ray.put((manifest, rest)), size=size, window=window)
+        crop = partial(_evaluate_item, shared=ray.put((dataset, rest)), size=size, window=window)
         items = [{"first": first} for first in range(0, len(rest), window)]
         yield from blocks(execution(crop, items, 1, tasks=tasks)[0], prefetch=1)
 
 
 def _evaluate_item(item: dict[str, np.ndarray], shared: Any, size: int, window: int) -> dict[str, np.ndarray]:
-    manifest, ids = _get(shared)
+    dataset, ids = _get(shared)
     first = int(item["first"][0])
-    return _evaluation_block(manifest, ids[first : first + window], size)
+    return _evaluation_block(dataset, ids[first : first + window], size)
 
 
-def _evaluation_block(manifest: Manifest, ids: np.ndarray, size: int) -> dict[str, np.ndarray]:
-    images, reasons = decode_all(manifest.read(ids))
+def _evaluation_block(dataset: ImageDataset, ids: np.ndarray, size: int) -> dict[str, np.ndarray]:
+    images, reasons = decode_all(dataset.read(ids))
     crops = np.stack([evaluation_crop(image, size) for image in images])
     return {"image": crops, "reason": np.array(reasons, dtype=object)}

@@ -10,7 +10,7 @@ from methods.parts.errors import ConfigError
 from pipeline.data.philox import ROW_ORDER, SPAN_ORDER, WINDOW_ORDER, permutation, words
 
 
-class Plan:
+class Sampler:
     """Deals the training images of every epoch to lanes, lanes to windows, windows to chunks.
 
     Spans (row groups, files) are shuffled, rows shuffled inside their span, and the sequence without its tail is cut

@@ -180,18 +180,18 @@ def _data(data: DataConfig, config: RunConfig | None) -> Iterable[Check]:
     from pipeline.data.sources.base import open_source
 
     begin = time.perf_counter()
-    manifest = open_source(data)
+    dataset = open_source(data)
     seconds = time.perf_counter() - begin
-    labelled = int((manifest.labels >= 0).sum())
-    words = f"{labelled:,} labelled in {len(manifest.class_names)} classes" if labelled else "no labels"
-    found = f"{manifest.describe()}, {words}; opened in {seconds:.1f} s"
+    labelled = int((dataset.labels >= 0).sum())
+    words = f"{labelled:,} labelled in {len(dataset.class_names)} classes" if labelled else "no labels"
+    found = f"{dataset.describe()}, {words}; opened in {seconds:.1f} s"
     yield Check("data", "ok", found, "" if labelled else "fine for training; kNN figures need labels (class folders, or a label column)")
-    if manifest.skipped:
-        listed = _listed(manifest.skipped)
-        yield Check("stray files", "warn", f"{len(manifest.skipped):,} skipped\n{listed}", "nothing, if these are no images of yours")
+    if dataset.skipped:
+        listed = _listed(dataset.skipped)
+        yield Check("stray files", "warn", f"{len(dataset.skipped):,} skipped\n{listed}", "nothing, if these are no images of yours")
 
-    ids = np.unique(np.linspace(0, len(manifest) - 1, SAMPLE).round().astype(np.int64))
-    good, sizes, bad, seconds = _decode(manifest, ids)
+    ids = np.unique(np.linspace(0, len(dataset) - 1, SAMPLE).round().astype(np.int64))
+    good, sizes, bad, seconds = _decode(dataset, ids)
     if sizes:
         rate = len(sizes) / max(seconds, 1e-9)
         heights, widths = zip(*sizes, strict=True)
@@ -207,8 +207,8 @@ def _data(data: DataConfig, config: RunConfig | None) -> Iterable[Check]:
             f"{remedy}{data.max_bad_fraction:.0%} are bad (data.max_bad_fraction)",
         )
     if config is not None and sizes:
-        yield from _guard("stream", lambda: [throughput.stream(config, manifest.num_training(config.data.held_out))])
-        yield from _guard("timed dry run", lambda: throughput.report(config, manifest, good))
+        yield from _guard("stream", lambda: [throughput.stream(config, dataset.num_training(config.data.held_out))])
+        yield from _guard("timed dry run", lambda: throughput.report(config, dataset, good))
 
 
 def _listed(files: list[tuple[str, str]], most: int = 20) -> str:
@@ -216,7 +216,7 @@ def _listed(files: list[tuple[str, str]], most: int = 20) -> str:
     return "\n".join(lines + ([f"and {len(files) - most:,} more"] if len(files) > most else []))
 
 
-def _decode(manifest: Any, ids: Any) -> tuple[list[int], list[tuple[int, int]], list[tuple[str, str]], float]:
+def _decode(dataset: Any, ids: Any) -> tuple[list[int], list[tuple[int, int]], list[tuple[str, str]], float]:
     """Decode a sample in this thread: ids, heights and widths of the good, bad ones with reasons, seconds of decoding alone."""
     import torch
 
@@ -230,7 +230,7 @@ def _decode(manifest: Any, ids: Any) -> tuple[list[int], list[tuple[int, int]], 
     try:
         for id in ids:
             try:
-                (row,) = manifest.read([int(id)])
+                (row,) = dataset.read([int(id)])
                 if not sizes:
                     decode(row.image)  # the first call pays for imports
                 begin = time.thread_time()  # CPU time: other work on this machine does not count
@@ -241,7 +241,7 @@ def _decode(manifest: Any, ids: Any) -> tuple[list[int], list[tuple[int, int]], 
             except BadImage as error:
                 bad.append((row.path, str(error)))
             except OSError as error:
-                bad.append((manifest.path(int(id)), error.strerror or str(error)))
+                bad.append((dataset.path(int(id)), error.strerror or str(error)))
     finally:
         torch.set_num_threads(threads)
     return good, sizes, bad, seconds

@@ -108,7 +108,7 @@ def image_seconds(cost: Cost, cores: float, workers: int = 1) -> float:
     return max(train, (cost.threads * cost.train_s + cost.cut_s) / max(cores, 1))
 
 
-def report(config: RunConfig, manifest: Any, ids: Sequence[int]) -> Iterable[Check]:
+def report(config: RunConfig, dataset: Any, ids: Sequence[int]) -> Iterable[Check]:
     """The row of the doctor: images/s, and hours of the whole run.
 
     Args:
@@ -117,9 +117,9 @@ def report(config: RunConfig, manifest: Any, ids: Sequence[int]) -> Iterable[Che
     from pipeline.data.ray_data import joins_cluster
     from pipeline.doctor import cluster
 
-    num_images = manifest.num_training(config.data.held_out)
+    num_images = dataset.num_training(config.data.held_out)
     facts = resolve(config, num_images).facts
-    rows = manifest.read(list(ids)[:32])
+    rows = dataset.read(list(ids)[:32])
     cost, cores = cluster.on_gpu(measure, config, rows, num_images) if joins_cluster() else (None, available_cores())
     place = "on a GPU node" if cost else "on this machine"
     cost = cost or measure(config, rows, num_images)

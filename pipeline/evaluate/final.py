@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from methods.parts.errors import ConfigError
 from pipeline.config import RunConfig
-from pipeline.data.image_dataset import Manifest
+from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.loader import EvaluationImages, evaluation_images
 from pipeline.data.sources.base import open_source
 from pipeline.evaluate.features import calibrate_batchnorm, extract, raw_pixels
@@ -33,22 +33,22 @@ class KNNData:
     split: str  # "held-out" or "test"
 
     @classmethod
-    def load(cls, config: RunConfig, manifest: Manifest, most_bank: int) -> KNNData | None:
+    def load(cls, config: RunConfig, dataset: ImageDataset, most_bank: int) -> KNNData | None:
         """Training images against held-out ones; None when there are no labels of two classes or nothing is held out."""
         fraction = config.data.held_out
-        asked = manifest.held_out_ids(fraction)
+        asked = dataset.held_out_ids(fraction)
         return cls.between(
-            config, manifest, manifest.training_ids(fraction), most_bank, manifest, asked, config.evaluate.knn_queries, "held-out"
+            config, dataset, dataset.training_ids(fraction), most_bank, dataset, asked, config.evaluate.knn_queries, "held-out"
         )
 
     @classmethod
     def between(
         cls,
         config: RunConfig,
-        bank: Manifest,
+        bank: ImageDataset,
         bank_ids: np.ndarray,
         most_bank: int,
-        asked: Manifest,
+        asked: ImageDataset,
         asked_ids: np.ndarray,
         most_asked: int,
         split: str,
@@ -64,13 +64,13 @@ class KNNData:
         return cls(evaluation_images(bank, bank_ids, size), queries, split)
 
 
-def labelled(manifest: Manifest, ids: np.ndarray, most: int) -> np.ndarray:
+def labelled(dataset: ImageDataset, ids: np.ndarray, most: int) -> np.ndarray:
     """At most `most` labelled ids, an even and repeatable choice, sorted."""
-    ids = np.asarray(ids)[manifest.labels[ids] >= 0]
+    ids = np.asarray(ids)[dataset.labels[ids] >= 0]
     return np.sort(np.random.default_rng(0).permutation(ids)[:most])
 
 
-def same_classes(source: Manifest, target: Manifest, labels: Tensor) -> Tensor:
+def same_classes(source: ImageDataset, target: ImageDataset, labels: Tensor) -> Tensor:
     """Labels of one source in the numbering of another, by class name; -1 for a class that the other lacks."""
     if source.class_names == target.class_names or not source.class_names:
         return labels
@@ -116,13 +116,13 @@ class Scores:
         )
 
 
-def final_scores(config: RunConfig, manifest: Manifest, backbone: nn.Module, untrained: nn.Module, device: torch.device) -> Scores:
+def final_scores(config: RunConfig, dataset: ImageDataset, backbone: nn.Module, untrained: nn.Module, device: torch.device) -> Scores:
     """kNN on the test split (`evaluate.path`, or the source's own), else on held-out images, beside the baselines.
 
     Baselines: raw pixels (Euclidean, one vote each), raw pixels (centred cosine), the untrained backbone with its
     initial batch-norm statistics, and with statistics calibrated on the bank.
     """
-    data = final_data(config, manifest)
+    data = final_data(config, dataset)
     if data is None:
         return Scores((), "no kNN: there are no labels of at least two classes, or no images held out", "none")
     k, temperature = config.evaluate.knn_k, config.evaluate.knn_temperature
@@ -159,19 +159,19 @@ def final_scores(config: RunConfig, manifest: Manifest, backbone: nn.Module, unt
     return Scores(rows, protocol, data.split)
 
 
-def final_data(config: RunConfig, manifest: Manifest) -> KNNData | None:
+def final_data(config: RunConfig, dataset: ImageDataset) -> KNNData | None:
     """Bank and queries of the final evaluation.
 
     Raises:
         ConfigError: `evaluate.path` has no labels that the training images know.
     """
-    bank_ids = manifest.training_ids(config.data.held_out)
-    path = config.evaluate.path or manifest.test_path
+    bank_ids = dataset.training_ids(config.data.held_out)
+    path = config.evaluate.path or dataset.test_path
     if path is None:
-        return KNNData.load(config, manifest, config.evaluate.knn_bank)
+        return KNNData.load(config, dataset, config.evaluate.knn_bank)
     test = open_source(dataclasses.replace(config.data, path=path))
     settings = config.evaluate
-    data = KNNData.between(config, manifest, bank_ids, settings.knn_bank, test, np.arange(len(test)), settings.test_images, "test")
+    data = KNNData.between(config, dataset, bank_ids, settings.knn_bank, test, np.arange(len(test)), settings.test_images, "test")
     if data is not None and bool((data.queries.labels < 0).all()):
         raise ConfigError(f"evaluate.path={path}: none of its classes occur in the training images; give the matching test split")
     return data

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from methods.parts.contract import Method
 from methods.parts.errors import ConfigError
 from pipeline.config import RunConfig
-from pipeline.data.image_dataset import Manifest
-from pipeline.data.loader import BadSlot, EvaluationImages, evaluation_images
+from pipeline.data.image_dataset import ImageDataset
+from pipeline.data.loader import DecodeFailure, EvaluationImages, evaluation_images
 from pipeline.evaluate.clusters import Clusters, assign
 from pipeline.evaluate.features import Precision, effective_rank, extract
 from pipeline.evaluate.final import MEMORY_LIMIT, KNNData
@@ -35,13 +35,13 @@ class Online:
     def __init__(
         self,
         config: RunConfig,
-        manifest: Manifest,
+        dataset: ImageDataset,
         device: torch.device,
         dtype: torch.dtype,
-        found_bad: Callable[[list[BadSlot]], None] = lambda bad: None,
+        found_bad: Callable[[list[DecodeFailure]], None] = lambda bad: None,
         kept: dict[Any, Any] | None = None,
     ) -> None:
-        self.config, self.manifest, self.device, self.found_bad = config, manifest, device, found_bad
+        self.config, self.dataset, self.device, self.found_bad = config, dataset, device, found_bad
         self.kept = {} if kept is None else kept
         self.precision: Precision = "bf16" if dtype is torch.bfloat16 else "float32"
 
@@ -49,7 +49,7 @@ class Online:
     def has_knn(self) -> bool:
         """Whether there are labels of two classes among those that vote, and one among those that are asked."""
         fraction = self.config.data.held_out
-        voting, asked = (self.manifest.labels[ids] for ids in (self.manifest.training_ids(fraction), self.manifest.held_out_ids(fraction)))
+        voting, asked = (self.dataset.labels[ids] for ids in (self.dataset.training_ids(fraction), self.dataset.held_out_ids(fraction)))
         return bool((asked >= 0).any()) and len(np.unique(voting[voting >= 0])) >= 2
 
     @property
@@ -99,7 +99,7 @@ class Online:
     def knn_data(self) -> KNNData:
         settings = self.config.evaluate
         key = ("knn", self.config.data, self.config.evaluation_size, settings.online_bank, settings.knn_queries)
-        data = self.kept.get(key) or KNNData.load(self.config, self.manifest, settings.online_bank)
+        data = self.kept.get(key) or KNNData.load(self.config, self.dataset, settings.online_bank)
         assert data is not None
         self.kept[key] = data
         self.found_bad([*data.bank.bad, *data.queries.bad])
@@ -111,9 +111,9 @@ class Online:
             return self.knn_data.bank
         size = self.config.evaluation_size
         most = min(self.config.evaluate.online_bank, max(1, MEMORY_LIMIT // (size * size * 3)))
-        ids = np.random.default_rng(0).permutation(self.manifest.training_ids(self.config.data.held_out))[:most]
+        ids = np.random.default_rng(0).permutation(self.dataset.training_ids(self.config.data.held_out))[:most]
         key = ("clusters", self.config.data, size, most)
-        found: EvaluationImages = self.kept.get(key) or evaluation_images(self.manifest, np.sort(ids), size)
+        found: EvaluationImages = self.kept.get(key) or evaluation_images(self.dataset, np.sort(ids), size)
         self.kept[key] = found
         self.found_bad(found.bad)
         return found

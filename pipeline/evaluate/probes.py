@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from methods.parts.errors import ConfigError
 from pipeline.config import RunConfig
-from pipeline.data.image_dataset import Manifest
+from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.loader import evaluation_images
 from pipeline.evaluate.features import calibrate_batchnorm, extract
 from pipeline.evaluate.final import KNNData, final_data
@@ -63,9 +63,9 @@ class Probes:
         ConfigError: images without labels of two classes.
     """
 
-    def __init__(self, config: RunConfig, manifest: Manifest, backbone: nn.Module, untrained: nn.Module, device: torch.device) -> None:
-        self.config, self.manifest, self.device = config, manifest, device
-        data = final_data(config, manifest)
+    def __init__(self, config: RunConfig, dataset: ImageDataset, backbone: nn.Module, untrained: nn.Module, device: torch.device) -> None:
+        self.config, self.dataset, self.device = config, dataset, device
+        data = final_data(config, dataset)
         if data is None:
             raise ConfigError(f"data.path={config.data.path}: no labels of two classes, or nothing held out; give evaluate.path")
         self.data: KNNData = data
@@ -98,11 +98,11 @@ class Probes:
     def lowshot(self) -> ProbeScores:
         """MSN's protocol: rows centred and of unit length, no intercept, a fixed penalty; several draws of images."""
         settings, asked = self.config.evaluate, self.data.queries
-        ids = self.manifest.training_ids(self.config.data.held_out)
-        labels = self.manifest.labels[ids]
+        ids = self.dataset.training_ids(self.config.data.held_out)
+        labels = self.dataset.labels[ids]
         most = max(settings.lowshot_images)
-        draws = [draw(ids, labels, most, seed, self.manifest.class_names) for seed in range(settings.lowshot_draws)]
-        found = evaluation_images(self.manifest, np.unique(np.concatenate(draws)), self.config.evaluation_size)
+        draws = [draw(ids, labels, most, seed, self.dataset.class_names) for seed in range(settings.lowshot_draws)]
+        found = evaluation_images(self.dataset, np.unique(np.concatenate(draws)), self.config.evaluation_size)
         place = {int(image): row for row, image in enumerate(found.ids.tolist())}
         rows = []
         for count in settings.lowshot_images:

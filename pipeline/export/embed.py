@@ -48,7 +48,7 @@ class _Job:
     """What every task needs; the two references point into the object store, so a cluster needs no shared model folder."""
 
     model: Any  # -> (weights, spec)
-    manifest: Any  # -> Manifest
+    dataset: Any  # -> ImageDataset
     to: Path
     size: int  # side of a crop, pixels
     window: int
@@ -92,8 +92,8 @@ def embed(
     weights, spec = read_export(model)
     to = to.expanduser().resolve()
     _check_target(to)
-    manifest = open_source(data)
-    if manifest.num_training(0.0) is None:
+    dataset = open_source(data)
+    if dataset.num_training(0.0) is None:
         raise ConfigError(f"data.path={data.path}: has no end, so its embeddings would have none; give a folder, Parquet or tars")
     start_ray()
     there = ray.cluster_resources().get("GPU", 0)
@@ -103,11 +103,11 @@ def embed(
         gpus = 1.0 if there >= 1 else 0.0
     _clear(to)
     facts = {"model": str(model), "backbone": spec.backbone.name, "size": spec.size, "features": spec.features}
-    facts |= {"data": data.path, "fingerprint": manifest.fingerprint, "images": len(manifest), "precision": "bf16" if bf16 else "float32"}
+    facts |= {"data": data.path, "fingerprint": dataset.fingerprint, "images": len(dataset), "precision": "bf16" if bf16 else "float32"}
     write_json(to / FACTS, facts | {"complete": False})
     job = _Job(
         model=ray.put((weights, spec)),
-        manifest=ray.put(manifest),
+        dataset=ray.put(dataset),
         to=to,
         size=spec.size,
         window=window or WINDOWS[spec.size > SMALL],
@@ -116,13 +116,13 @@ def embed(
         device=GPU if gpus else "cpu",
     )
     rows, bad = 0, []
-    for part in _parts(job, len(manifest), gpus):
+    for part in _parts(job, len(dataset), gpus):
         rows += int(part["rows"])
         bad += json.loads(part["bad"])
-        if len(bad) > data.max_bad_fraction * len(manifest):
+        if len(bad) > data.max_bad_fraction * len(dataset):
             first = "; ".join(f"{b['path']} ({b['reason']})" for b in bad[:3])
             raise ConfigError(
-                f"data.max_bad_fraction={data.max_bad_fraction}: {len(bad)} of {len(manifest)} images cannot be decoded, "
+                f"data.max_bad_fraction={data.max_bad_fraction}: {len(bad)} of {len(dataset)} images cannot be decoded, "
                 f"such as {first}; remove them or raise the fraction"
             )
     bad.sort(key=lambda entry: entry["id"])
@@ -163,9 +163,9 @@ def _cut_window(batch: dict[str, np.ndarray], *, job: _Job) -> dict[str, list[An
     from pipeline.data.decode import BadImage, decode, evaluation_crop
 
     torch.set_num_threads(1)  # one process per core
-    part, manifest = int(batch["id"][0]), ray.get(job.manifest)
+    part, dataset = int(batch["id"][0]), ray.get(job.dataset)
     good, crops, bad = [], [], []
-    for row in manifest.read(np.arange(part * job.window, min(len(manifest), (part + 1) * job.window))):
+    for row in dataset.read(np.arange(part * job.window, min(len(dataset), (part + 1) * job.window))):
         try:
             crops.append(evaluation_crop(decode(row.image), job.size))
             good.append((int(row.id), str(row.path), int(row.label)))

@@ -39,7 +39,7 @@ def evaluate(export: Path, config: RunConfig, protocols: Sequence[str] = ("knn",
     Raises:
         ConfigError: images without labels of two classes.
     """
-    manifest = open_source(config.data)
+    dataset = open_source(config.data)
     backbone, _ = registry.load_export(export)
     torch.manual_seed(config.train.seed)
     untrained = build_backbone(config.backbone)
@@ -47,9 +47,9 @@ def evaluate(export: Path, config: RunConfig, protocols: Sequence[str] = ("knn",
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     set_precision(device)
     backbone = backbone.to(device)
-    scores = final_scores(config, manifest, backbone, untrained, device) if "knn" in protocols else None
+    scores = final_scores(config, dataset, backbone, untrained, device) if "knn" in protocols else None
     if scores is not None and not scores.rows:
         raise ConfigError(f"data.path={config.data.path}: {scores.protocol}")
     others = [name for name in protocols if name != "knn"]
-    probes = Probes(config, manifest, backbone, untrained, device) if others else None
+    probes = Probes(config, dataset, backbone, untrained, device) if others else None
     return scores, [PROTOCOLS[name](probes) for name in others if probes]

@@ -148,7 +148,7 @@ def read_metrics(metrics_jsonl: Path) -> dict[str, tuple[np.ndarray, np.ndarray]
 def curves(metrics_jsonl: Path, path: Path, *, chance: tuple[float, str] | None = None, title: str = "Training") -> Path:
     """Small multiples of a run's metrics over the logarithm of steps: loss, learning rate, online kNN, then the others.
 
-    Long curves show the mean (line) and the range (band) of up to 200 stretches of equal width on the axis.
+    Long curves show the mean (line) and the range (band) of up to 200 train_until_eval of equal width on the axis.
 
     Args:
         metrics_jsonl: one JSON object a line, with `step` and the metrics.

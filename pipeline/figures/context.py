@@ -17,7 +17,7 @@ from methods.parts.norms import has_batch_norm
 from pipeline import checkpoint
 from pipeline.build import build_method
 from pipeline.config import RunConfig, from_yaml
-from pipeline.data.image_dataset import Manifest
+from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.loader import EvaluationImages, evaluation_images
 from pipeline.data.sources.base import open_source
 from pipeline.evaluate.clusters import Clusters
@@ -34,7 +34,7 @@ MANY = 2**31  # images of a run whose tables by image are not read
 
 
 @dataclass
-class Subject:
+class FigureContext:
     """A run with its folder, or an exported backbone.
 
     Attributes:
@@ -50,7 +50,7 @@ class Subject:
     export: Path | None = None
 
     @classmethod
-    def of(cls, reference: str, *, runs_dir: Path, uri: str | None = None) -> Subject:
+    def of(cls, reference: str, *, runs_dir: Path, uri: str | None = None) -> FigureContext:
         """A run, finished or not, or a model as `registry.resolve_model` finds it.
 
         Raises:
@@ -68,7 +68,7 @@ class Subject:
         return self.folder.name if self.folder else str(self.export)
 
     @cached_property
-    def manifest(self) -> Manifest:
+    def dataset(self) -> ImageDataset:
         return open_source(self.config.data)
 
     @cached_property
@@ -115,7 +115,7 @@ class Subject:
     @cached_property
     def scores(self) -> Scores:
         """kNN beside its baselines."""
-        return final_scores(self.config, self.manifest, self.backbone, self.untrained, self.device)
+        return final_scores(self.config, self.dataset, self.backbone, self.untrained, self.device)
 
     @cached_property
     def clusters(self) -> Clusters:
@@ -126,25 +126,25 @@ class Subject:
         """
         if not self.method.has_clusters:
             raise NothingToDraw(f"run={self.name}: its method has no clusters; give a run of SwAV, CoKe, DINO, MSN or DeepCluster")
-        return Online(self.config, self.manifest, self.device, torch.float32).clusters(self.method)
+        return Online(self.config, self.dataset, self.device, torch.float32).clusters(self.method)
 
     def training_images(self, most: int, seed: int = 1) -> EvaluationImages:
         """At most so many training images, a repeatable choice, centre crops at evaluation size; fewer where they are large."""
-        ids = self.manifest.training_ids(self.config.data.held_out)
+        ids = self.dataset.training_ids(self.config.data.held_out)
         return self._images(ids, min(most, max(64, MEMORY_LIMIT // (self.config.evaluation_size**2 * 3))), seed)
 
     def a_few_images(self, count: int = 8) -> tuple[Tensor, str]:
         """Held-out images of as many classes as there are, uint8 `(count, H, W, 3)`, and what they are; if none are, training images."""
         fraction = self.config.data.held_out
-        ids, source = self.manifest.held_out_ids(fraction), "held-out images"
+        ids, source = self.dataset.held_out_ids(fraction), "held-out images"
         if not len(ids):
-            ids, source = self.manifest.training_ids(fraction), "training images"
+            ids, source = self.dataset.training_ids(fraction), "training images"
         found = self._images(ids, 64, 4)
         return found.images[torch.from_numpy(np.sort(spread_over_classes(found.labels.numpy(), count)))], source
 
     def _images(self, ids: np.ndarray, most: int, seed: int) -> EvaluationImages:
         chosen = np.sort(np.random.default_rng(seed).permutation(ids)[:most])
-        found = evaluation_images(self.manifest, chosen, self.config.evaluation_size)
+        found = evaluation_images(self.dataset, chosen, self.config.evaluation_size)
         if not len(found.images):
             raise ConfigError(f"data.path={self.config.data.path}: none of {len(chosen)} images tried can be decoded; see manyviews doctor")
         return found

@@ -27,7 +27,7 @@ from methods.parts.masking import num_kept, num_patches, random_keep
 from methods.parts.vit import ViT
 from pipeline.evaluate.features import Triple, extract
 from pipeline.figures import inversion
-from pipeline.figures.context import Subject
+from pipeline.figures.context import FigureContext
 from pipeline.figures.pictures import picture
 from pipeline.figures.style import BLUE, GRAY, INK, cell, picture_at, show, write
 from pipeline.machine import choose_device
@@ -42,7 +42,7 @@ LARGEST = 64  # pixels, of a decoded image
 
 
 @picture("keeps", every_run=False)
-def keeps(subject: Subject, path: Path) -> Path:
+def keeps(subject: FigureContext, path: Path) -> Path:
     """What the features keep of an image: what a small decoder makes of features of its parts; about 2 minutes."""
     found, (held_out, source) = subject.training_images(IMAGES), subject.a_few_images(64)
     side, (_, precision) = min(held_out.shape[1], LARGEST), choose_device(subject.config)
@@ -74,7 +74,7 @@ class Looks:
         seen: of the last images, what each look saw: float `(N, H, W, 3)` in [0, 1], NaN elsewhere.
     """
 
-    def __init__(self, subject: Subject, seed: int) -> None:
+    def __init__(self, subject: FigureContext, seed: int) -> None:
         self.device, self.mean, self.std = subject.device, subject.config.data.mean, subject.config.data.std
         self.generator = torch.Generator().manual_seed(seed)
         self.seen: list[Tensor] = []

@@ -9,22 +9,22 @@ import torch
 from methods.parts.vit import ViT
 from pipeline.evaluate.features import extract
 from pipeline.figures import attention_charts, charts, reconstruction_charts
-from pipeline.figures.context import Subject, spread_over_classes
+from pipeline.figures.context import FigureContext, spread_over_classes
 from pipeline.figures.pictures import NothingToDraw, picture
 
 
 @picture("neighbours")
-def neighbours(subject: Subject, path: Path) -> Path:
+def neighbours(subject: FigureContext, path: Path) -> Path:
     """A few images beside the images nearest to them by the features."""
     found, data = subject.training_images(2000), subject.config.data
     features = extract(subject.backbone, found.images, mean=data.mean, std=data.std, device=subject.device)
     labels = found.labels.numpy()
     queries = spread_over_classes(labels, 8)
-    return charts.neighbours(found.images.numpy(), features.numpy(), labels, subject.manifest.class_names, queries, path)
+    return charts.neighbours(found.images.numpy(), features.numpy(), labels, subject.dataset.class_names, queries, path)
 
 
 @picture("attention")
-def attention(subject: Subject, path: Path) -> Path:
+def attention(subject: FigureContext, path: Path) -> Path:
     """Which patches the last CLS token of a ViT looks at, head by head."""
     vit, data = subject.backbone, subject.config.data
     if not isinstance(vit, ViT):
@@ -36,7 +36,7 @@ def attention(subject: Subject, path: Path) -> Path:
 
 
 @picture("reconstructions")
-def reconstructions(subject: Subject, path: Path) -> Path:
+def reconstructions(subject: FigureContext, path: Path) -> Path:
     """What a masked autoencoder makes of a part of an image."""
     method, data = subject.method, subject.config.data
     if not method.reconstructs:

@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.figures import charts
-from pipeline.figures.context import Subject
+from pipeline.figures.context import FigureContext
 from pipeline.figures.pictures import NothingToDraw, picture
 from pipeline.figures.run_figures import views_sheet
 
 
 @picture("views")
-def views(subject: Subject, path: Path) -> Path:
+def views(subject: FigureContext, path: Path) -> Path:
     """Contact sheet: a few images with the crops that training made of them."""
-    return views_sheet(subject.config, subject.manifest, path)
+    return views_sheet(subject.config, subject.dataset, path)
 
 
 @picture("curves")
-def curves(subject: Subject, path: Path) -> Path:
+def curves(subject: FigureContext, path: Path) -> Path:
     """Loss, learning rate, online kNN and the other meters over the steps."""
     if subject.folder is None:
         raise NothingToDraw(f"model={subject.name}: an exported backbone has no curves; give the run that made it")
@@ -29,9 +29,9 @@ def curves(subject: Subject, path: Path) -> Path:
 
 
 @picture("scores")
-def scores(subject: Subject, path: Path) -> Path:
+def scores(subject: FigureContext, path: Path) -> Path:
     """Top-1 of the kNN beside raw pixels and the untrained backbone, as bars."""
-    found, names = subject.scores, subject.manifest.class_names
+    found, names = subject.scores, subject.dataset.class_names
     if not found.rows:
         raise NothingToDraw(f"data.path={subject.config.data.path}: {found.protocol}")
     rows = [(row.label, row.accuracy) for row in found.rows]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from methods.parts.vit import ViT
 from pipeline.evaluate.features import extract
-from pipeline.figures.context import Subject
+from pipeline.figures.context import FigureContext
 from pipeline.figures.pictures import picture
 from pipeline.figures.style import GRAY, cell, picture_at, show, write
 
@@ -17,7 +17,7 @@ LEAST = 8  # patches on a side, if the network has any map as fine
 
 
 @picture("patch_pca")
-def patch_pca(subject: Subject, path: Path) -> Path:
+def patch_pca(subject: FigureContext, path: Path) -> Path:
     """Three principal components of the patches' features as colours: like parts of all images get like colours."""
     data = subject.config.data
     settings = {"mean": data.mean, "std": data.std, "device": subject.device}

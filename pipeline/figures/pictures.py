@@ -14,9 +14,9 @@ from methods.parts.errors import ConfigError
 from pipeline.marked import Marked, import_marked, marked
 
 if TYPE_CHECKING:
-    from pipeline.figures.context import Subject
+    from pipeline.figures.context import FigureContext
 
-Drawer = Callable[["Subject", Path], Path]
+Drawer = Callable[["FigureContext", Path], Path]
 
 
 class NothingToDraw(ConfigError):
@@ -60,7 +60,7 @@ def find(name: str) -> Picture:
     return _pictures[name]
 
 
-def draw_for_run(subject: Subject, folder: Path) -> list[Path]:
+def draw_for_run(subject: FigureContext, folder: Path) -> list[Path]:
     """The pictures that a finished run gets, as `folder/NAME.png`; those it has nothing for are left out."""
     drawn = []
     for entry in entries():

@@ -14,7 +14,7 @@ from pipeline.config import RunConfig
 from pipeline.data.augment import finish_views
 from pipeline.data.crops import COLUMN, cut_window, draw_views
 from pipeline.data.decode import BadImage, decode
-from pipeline.data.image_dataset import Manifest
+from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.loader import Batch
 from pipeline.evaluate.clusters import Clusters
 from pipeline.evaluate.final import Scores
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     from pipeline.build import Prepared
 
 
-def views_sheet(config: RunConfig, manifest: Manifest, path: Path, *, images: int = 6) -> Path:
+def views_sheet(config: RunConfig, dataset: ImageDataset, path: Path, *, images: int = 6) -> Path:
     """The crops that epoch 0 makes of a few training images, evenly spread over the source, exactly as training sees them.
 
     Raises:
         ConfigError: none of the images tried can be decoded.
     """
-    ids = manifest.training_ids(config.data.held_out)
+    ids = dataset.training_ids(config.data.held_out)
     tried = ids[np.linspace(0, len(ids) - 1, min(len(ids), 4 * images)).astype(int)]
     originals, chosen = [], []
-    for row in manifest.read(tried[np.random.default_rng(0).permutation(len(tried))]):
+    for row in dataset.read(tried[np.random.default_rng(0).permutation(len(tried))]):
         try:
             originals.append(np.asarray(decode(row.image)))
             chosen.append(row.id)
@@ -62,10 +62,10 @@ def run_figures(
     ready: Prepared, folder: RunFolder, backbone: nn.Module, scores: Scores, clusters: Clusters | None, device: torch.device
 ) -> list[Path]:
     """The pictures of a run that has just finished, drawn from what it still holds."""
-    from pipeline.figures.context import Subject
+    from pipeline.figures.context import FigureContext
     from pipeline.figures.pictures import draw_for_run
 
-    subject = Subject(ready.config, device, folder)
-    held = {"manifest": ready.manifest, "method": ready.method, "backbone": backbone, "scores": scores, "clusters": clusters}
+    subject = FigureContext(ready.config, device, folder)
+    held = {"manifest": ready.dataset, "method": ready.method, "backbone": backbone, "scores": scores, "clusters": clusters}
     vars(subject).update({name: part for name, part in held.items() if part is not None})  # instead of reading them again
     return draw_for_run(subject, folder.figures)

@@ -19,7 +19,7 @@ def coke() -> RunConfig:
         views=CoKe.default_views(),
         backbone=BackboneConfig(name="resnet50"),
         method=CoKeConfig(dual_learning_rate=20),
-        optim=OptimConfig(name="lars", base_lr=1.6, idle_epochs=1, warmup_epochs=10, warmup_reaches_base=False, weight_decay=1e-6),
+        optim=OptimConfig(name="lars", base_lr=1.6, zero_lr_epochs=1, warmup_epochs=10, warmup_reaches_base=False, weight_decay=1e-6),
         train=TrainConfig(global_batch_size=1024, epochs=1001, checkpoint_every=1000),
     )
 
@@ -59,7 +59,7 @@ def cifar10() -> RunConfig:
         views={"global": CropGroup(count=1, size=32, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur=0.0)},
         backbone=BackboneConfig(name="resnet18", stem="full"),
         method=CoKeConfig(num_clusters=(100, 130, 160), projector_layers=2, projector_hidden=512, predictor_hidden=512),
-        optim=OptimConfig(name="sgd", base_lr=0.06, lr_rule="linear", idle_epochs=1, warmup_epochs=10, weight_decay=5e-4),
+        optim=OptimConfig(name="sgd", base_lr=0.06, lr_rule="linear", zero_lr_epochs=1, warmup_epochs=10, weight_decay=5e-4),
         train=TrainConfig(global_batch_size=256, epochs=801),
     )
 
@@ -72,7 +72,7 @@ def cifar10_small() -> RunConfig:
         large,
         backbone=BackboneConfig(name="resnet18", stem="strided", width=0.25),
         method=CoKeConfig(num_clusters=(100, 130, 160), projector_layers=2, projector_hidden=256, predictor_hidden=256),
-        optim=OptimConfig(name="adamw", base_lr=4e-3, idle_epochs=1, warmup_epochs=0.15, weight_decay=1e-4),
+        optim=OptimConfig(name="adamw", base_lr=4e-3, zero_lr_epochs=1, warmup_epochs=0.15, weight_decay=1e-4),
         train=TrainConfig(global_batch_size=128, steps=3000),
     )
 
@@ -102,7 +102,7 @@ def small() -> RunConfig:
         views={"global": view},
         backbone=BackboneConfig(name="resnet18", stem="strided", width=0.25),
         method=CoKeConfig(num_clusters=(40, 60, 80), projector_layers=2, projector_hidden=256, predictor_hidden=256),
-        optim=OptimConfig(name="adamw", base_lr=4e-3, idle_epochs=1, warmup_epochs=0.5, weight_decay=1e-4),
+        optim=OptimConfig(name="adamw", base_lr=4e-3, zero_lr_epochs=1, warmup_epochs=0.5, weight_decay=1e-4),
         train=TrainConfig(global_batch_size=128, steps=400),
         evaluate=EvaluateConfig(knn_every=50),
     )

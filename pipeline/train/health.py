@@ -12,27 +12,27 @@ if TYPE_CHECKING:
     from methods.parts.contract import Method
 
 
-class TrainingStopped(RuntimeError):
+class TrainingAborted(RuntimeError):
     """Training cannot go on; the message says at which step, why and what to try."""
 
 
 def check_finite(losses: list[float], first_step: int, last_checkpoint: int | None) -> None:
-    """Raise `TrainingStopped` if a loss is NaN or infinite; `losses[i]` belongs to step `first_step + i`."""
+    """Raise `TrainingAborted` if a loss is NaN or infinite; `losses[i]` belongs to step `first_step + i`."""
     for i, loss in enumerate(losses):
         if not math.isfinite(loss):
             kept = f"the checkpoint of step {last_checkpoint} is good" if last_checkpoint is not None else "there is no checkpoint yet"
-            raise TrainingStopped(
+            raise TrainingAborted(
                 f"loss is {loss} at step {first_step + i}; {kept}. Try a lower optim.base_lr, a warm-up (optim.warmup_epochs), "
                 "optim.clip_norm, or train.precision=float32"
             )
 
 
-class Guards:
+class HealthMonitor:
     """Warnings of a run, each given once."""
 
     def __init__(self, method: Method, patience_steps: int) -> None:
         self.chance = method.chance_loss()
-        self.remedies = method.stuck_remedies()
+        self.remedies = method.hints()
         self.patience_steps = patience_steps
         self.given: set[str] = set()
 

@@ -27,7 +27,7 @@ from pipeline.machine import choose_device
 from pipeline.run_folder import RunFolder, create_run, write_atomic
 from pipeline.storage import mirror
 from pipeline.tracking.run_tracker import EndStatus, Tracker
-from pipeline.train.health import TrainingStopped
+from pipeline.train.health import TrainingAborted
 from pipeline.train.loop import Position
 from pipeline.train.placement import placement_advice
 from pipeline.train.progress import Display
@@ -121,7 +121,7 @@ def last_state(folder: RunFolder) -> checkpoint.State:
 def _begin(ready: Prepared, *, runs_dir: Path, run: str | None, console: Console, state: Any, stem: str | None = None) -> Outcome:
     folder = create_run(runs_dir, run, stem or ready.config.recipe or find(ready.config.method).name)
     write_atomic(folder.path / "config.yaml", to_yaml(ready.config).encode())
-    folder.update(recipe=ready.config.recipe, fingerprint=ready.manifest.fingerprint, total_steps=ready.resolved.facts.total_steps, step=0)
+    folder.update(recipe=ready.config.recipe, fingerprint=ready.dataset.fingerprint, total_steps=ready.resolved.facts.total_steps, step=0)
     with folder.working():
         mirror.push(folder.path)
         return _run(ready, folder, console, state)
@@ -150,7 +150,7 @@ def _run(ready: Prepared, folder: RunFolder, console: Console, state: checkpoint
             tracker.artifact(folder.figures / picture)
         outcome = Outcome(folder, "finished", scores=evaluation.scores, model=register(folder, tracker, console))
         return outcome
-    except (TrainingStopped, checkpoint.DiskFull) as error:
+    except (TrainingAborted, checkpoint.DiskFull) as error:
         outcome = Outcome(folder, "failed", str(error))
         return outcome
     except ConfigError as error:
@@ -203,7 +203,7 @@ def _open_tracker(ready: Prepared, folder: RunFolder) -> Tracker:
         experiment=config.track.experiment,
         name=folder.name,
         params=lambda: flatten(config) | {"method": method},
-        tags={"recipe": config.recipe, "method": method, "data_fingerprint": ready.manifest.fingerprint},
+        tags={"recipe": config.recipe, "method": method, "data_fingerprint": ready.dataset.fingerprint},
     )
 
 
@@ -232,18 +232,18 @@ def run_summary(ready: Prepared, folder: RunFolder, start: int) -> list[str]:
     """What is about to happen from step `start` on, in a few lines with rich's markup."""
     device, precision = choose_device(ready.config)
     config, facts = ready.config, ready.resolved.facts
-    manifest = ready.manifest
-    labels = f"{len(manifest.class_names)} classes" if manifest.class_names else "no labels"
+    dataset = ready.dataset
+    labels = f"{len(dataset.class_names)} classes" if dataset.class_names else "no labels"
     size = sum(p.numel() for p in ready.method.evaluation_backbone().parameters()) / 1e6
     lines: list[str] = []
     say = lambda key, text: lines.append(f"[bold]{key:9}[/bold] {text}")  # noqa: E731
     say("run", str(folder.path))
     training = "" if facts.num_images is None else f"{facts.num_images:,} training images of "
-    say("data", f"{config.data.path}: {training}{manifest.describe()}, {labels}")
-    for path, reason in manifest.skipped[:3]:
+    say("data", f"{config.data.path}: {training}{dataset.describe()}, {labels}")
+    for path, reason in dataset.skipped[:3]:
         say("", f"skipped {path}: {reason}")
-    if len(manifest.skipped) > 3:
-        say("", f"... and {len(manifest.skipped) - 3} more files skipped; `manyviews doctor --data.path` lists them")
+    if len(dataset.skipped) > 3:
+        say("", f"... and {len(dataset.skipped) - 3} more files skipped; `manyviews doctor --data.path` lists them")
     for name, group in config.views.items():
         if group.count:
             say("views", f"{name}: {group.describe()}")
@@ -255,6 +255,6 @@ def run_summary(ready: Prepared, folder: RunFolder, start: int) -> list[str]:
         epochs = f"{facts.total_steps * facts.global_batch_size / facts.num_images:.3g} passes over the data"
     begin = f" from step {start}" if start else ""
     say("plan", f"{facts.total_steps:,} steps of {facts.global_batch_size} images{begin} ({epochs})")
-    for sentence in [*ready.method.advice(facts), *placement_advice(config)]:
+    for sentence in [*ready.method.config_warnings(facts), *placement_advice(config)]:
         say("[yellow]advice[/yellow]   ", sentence)
     return lines

@@ -23,13 +23,13 @@ from methods.parts.norms import average_statistics
 from pipeline import checkpoint
 from pipeline.config import RunConfig
 from pipeline.data.augment import finish_views
-from pipeline.data.loader import BadSlot, Batch
+from pipeline.data.loader import Batch, DecodeFailure
 from pipeline.evaluate.clusters import Clusters
 from pipeline.resolve import Resolved
 from pipeline.run_folder import RunFolder
-from pipeline.train.health import Guards, TrainingStopped, check_finite
+from pipeline.train.health import HealthMonitor, TrainingAborted, check_finite
 from pipeline.train.optim import prepare_step, scheduled_lr, scheduled_weight_decay
-from pipeline.train.progress import Screen
+from pipeline.train.progress import ProgressReporter
 
 Report = Callable[[int, Mapping[str, float]], None]
 
@@ -64,7 +64,7 @@ class Trainer:
     folder: RunFolder
     device: torch.device
     precision: torch.dtype
-    display: Screen
+    display: ProgressReporter
     report: Report
     images: int  # of the whole source
     online: Callable[[torch.nn.Module], Mapping[str, float]] | None = None
@@ -87,27 +87,27 @@ class Trainer:
         """Train until the last step, or until `stop`.
 
         Raises:
-            TrainingStopped, checkpoint.DiskFull: as in `stretches`.
+            TrainingAborted, checkpoint.DiskFull: as in `train_until_eval`.
         """
         try:
-            for _ in self.stretches(batches):
+            for _ in self.train_until_eval(batches):
                 pass
         finally:
             self.writer.wait()  # also before an error that tells of a good checkpoint
 
-    def stretches(self, batches: Iterator[Batch]) -> Iterator[Mapping[str, float]]:
+    def train_until_eval(self, batches: Iterator[Batch]) -> Iterator[Mapping[str, float]]:
         """Train as `run` does, and pause wherever something is measured, with what was found; before the first step too.
 
         A caller that does not go on closes the generator; the batches are its own to close.
 
         Raises:
-            TrainingStopped: a loss that is no number, or too many images that cannot be decoded.
+            TrainingAborted: a loss that is no number, or too many images that cannot be decoded.
             checkpoint.DiskFull: a checkpoint could not be written.
         """
         total = self.resolved.facts.total_steps
-        guards = Guards(self.method, patience_steps=min(2 * self.resolved.facts.steps_per_epoch, total // 2))
+        guards = HealthMonitor(self.method, patience_steps=min(2 * self.resolved.facts.steps_per_epoch, total // 2))
         outputs: list[StepOutput] = []  # since the last point
-        bad: list[BadSlot] = []  # since the last exchange
+        bad: list[DecodeFailure] = []  # since the last exchange
         stopping = False
         measures = bool(all_reduce_max(torch.tensor(int(bool(self.online or self.online_clusters)))))
         if self.position.step == 0:
@@ -122,7 +122,7 @@ class Trainer:
             save, measure = self.saves(step), measures and self.measures(step)
             if save or measure or step % self.ask_every == 0:
                 stopping, found = exchange(self.stop(), bad)
-                self.note_bad(found)
+                self.record_bad_images(found)
                 bad = []
                 save = save or stopping
             if save or measure or step % self.config.train.log_every == 0:
@@ -169,15 +169,15 @@ class Trainer:
         if progress.step % facts.steps_per_epoch == 0:
             self.method.start_epoch(progress)
         self.method.before_step(progress)
-        learns = self.method.learns(progress)
-        forward = self.forward if learns else self.method  # DDP waits for a backward pass after each of its forwards
+        has_loss = self.method.has_loss(progress)
+        forward = self.forward if has_loss else self.method  # DDP waits for a backward pass after each of its forwards
         micro_outputs: list[StepOutput] = []
         for i, part in enumerate(batch.split(config.accumulation_steps)):
             progress = self.seeded(progress, i)
             views = finish_views(part, self.config.views, self.config.data.mean, self.config.data.std, self.device)
-            with self.gradients_stay(unless=i == config.accumulation_steps - 1):
+            with self.maybe_no_sync(unless=i == config.accumulation_steps - 1):
                 mixed = torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not torch.float32)
-                with mixed, torch.set_grad_enabled(learns):
+                with mixed, torch.set_grad_enabled(has_loss):
                     masks = self.method.draw_masks(views, progress)
                     output = forward(views, progress, masks)
                 if output.loss is not None:
@@ -199,7 +199,7 @@ class Trainer:
             self.method.end_epoch(progress)
         return merge_outputs(micro_outputs)
 
-    def gradients_stay(self, unless: bool) -> contextlib.AbstractContextManager[None]:
+    def maybe_no_sync(self, unless: bool) -> contextlib.AbstractContextManager[None]:
         """DDP averages gradients in the last micro-batch only."""
         ddp = isinstance(self.forward, DistributedDataParallel)
         return self.forward.no_sync() if ddp and not unless else contextlib.nullcontext()  # type: ignore[union-attr,operator]
@@ -258,7 +258,7 @@ class Trainer:
         self.position.best_knn, self.position.best_step = score, step
         return True
 
-    def measure_clusters(self, guards: Guards) -> None:
+    def measure_clusters(self, guards: HealthMonitor) -> None:
         """Sizes of the clusters and their agreement with labels."""
         if self.online_clusters is None:
             return
@@ -277,7 +277,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "position": vars(self.position),
             "threads": torch.get_num_threads(),
-            "id_tables": {name: table.pieces() for name, table in self.method.id_tables().items()},
+            "id_tables": {name: table.pieces() for name, table in self.method.memory_banks().items()},
         }
 
     def restore(self, state: checkpoint.State) -> None:
@@ -308,9 +308,9 @@ class Trainer:
 
     def bad_list(self) -> bytes:
         """Return a line of JSON for every image that could not be decoded."""
-        return "".join(json.dumps(vars(BadSlot(i, *why))) + "\n" for i, why in self.position.bad.items()).encode()
+        return "".join(json.dumps(vars(DecodeFailure(i, *why))) + "\n" for i, why in self.position.bad.items()).encode()
 
-    def note_bad(self, slots: Iterable[BadSlot]) -> None:
+    def record_bad_images(self, slots: Iterable[DecodeFailure]) -> None:
         """Count images that could not be decoded; stop when there are too many. The next checkpoint lists them in the run's folder."""
         new = [slot for slot in slots if slot.id not in self.position.bad]
         if not new:
@@ -320,7 +320,7 @@ class Trainer:
         if count > self.config.data.max_bad_fraction * images:
             if rank() == 0:
                 self.folder.bad_images.write(self.bad_list())
-            raise TrainingStopped(
+            raise TrainingAborted(
                 f"{count} of {images} images cannot be decoded, more than data.max_bad_fraction={self.config.data.max_bad_fraction:g} "
                 f"allows (first: {new[0].path}: {new[0].reason}); they are listed in {self.folder.bad_images}. "
                 "Repair or remove them, or allow more"
@@ -330,11 +330,11 @@ class Trainer:
 def restore_method(method: Method, state: checkpoint.State) -> None:
     """Fill a method from a checkpoint, its tables by image id included."""
     method.load_state_dict(state["method"])
-    for name, table in method.id_tables().items():
+    for name, table in method.memory_banks().items():
         table.load(state["id_tables"][name])
 
 
-def exchange(stop: bool, bad: list[BadSlot]) -> tuple[bool, list[BadSlot]]:
+def exchange(stop: bool, bad: list[DecodeFailure]) -> tuple[bool, list[DecodeFailure]]:
     """Tell all workers what each knows: whether to stop, and the images that could not be decoded."""
     if world_size() == 1:
         return stop, bad

@@ -152,7 +152,7 @@ def build_optimizer(config: OptimConfig, groups: Iterable[ParamGroup]) -> Optimi
 
 def scheduled_lr(resolved: Resolved, step: int) -> float:
     """The learning rate of the step after `step` completed ones."""
-    if resolved.milestones is not None and step >= resolved.idle_steps + resolved.warmup_steps:
+    if resolved.milestones is not None and step >= resolved.zero_lr_steps + resolved.warmup_steps:
         return falling_steps(step, total_steps=resolved.facts.total_steps, base=resolved.lr, milestones=resolved.milestones)
     return warmup_cosine(
         step,
@@ -161,7 +161,7 @@ def scheduled_lr(resolved: Resolved, step: int) -> float:
         start=resolved.start_lr,
         base=resolved.lr,
         final=resolved.final_lr,
-        idle_steps=resolved.idle_steps,
+        zero_lr_steps=resolved.zero_lr_steps,
         reaches_base=resolved.warmup_reaches_base,
     )
 

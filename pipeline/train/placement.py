@@ -47,14 +47,14 @@ def place_workers(
         The number of workers, and the resources of each; None if `stop` ended the wait.
 
     Raises:
-        ConfigError: not even the fewest fit, after `train.wait_s` on a cluster, at once on one machine.
+        ConfigError: not even the fewest fit, after `train.resource_timeout_s` on a cluster, at once on one machine.
     """
     import ray
     from ray.autoscaler.sdk import request_resources
 
     low, high = config.worker_range
     choices = [w for w in divisors(lanes) if low <= w <= high]
-    deadline = time.monotonic() + (config.wait_s if joins_cluster() else 0.0)
+    deadline = time.monotonic() + (config.resource_timeout_s if joins_cluster() else 0.0)
     waiting = False
     while True:
         alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in without]
@@ -65,7 +65,8 @@ def place_workers(
             break
         if not waiting:
             waiting = True
-            say(f"waiting up to {config.wait_s:.0f} s until the cluster has room for {choices[0]} workers with {_words(resources)} each")
+            room = f"{choices[0]} workers with {_words(resources)} each"
+            say(f"waiting up to {config.resource_timeout_s:.0f} s until the cluster has room for {room}")
             request_resources(bundles=[*[resources] * choices[-1], {"CPU": 1}])  # an autoscaler, if there is one, makes room
         time.sleep(2.0)
     if waiting:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
-class Screen(Protocol):
+class ProgressReporter(Protocol):
     """What the loop tells a person."""
 
     @property

@@ -22,9 +22,9 @@ from pipeline.build import Prepared
 from pipeline.data.ray_data import joins_cluster, raise_priority
 from pipeline.run_folder import RunFolder
 from pipeline.storage import mirror
-from pipeline.train.health import TrainingStopped
+from pipeline.train.health import TrainingAborted
 from pipeline.train.placement import Resources, place_workers, worker_resources
-from pipeline.train.progress import Screen
+from pipeline.train.progress import ProgressReporter
 from pipeline.train.reporting import RemoteReporter, deliver, open_channel, share_through
 from pipeline.train.work import Evaluation, TrainResult, evaluate_checkpoint, train
 
@@ -41,7 +41,7 @@ def train_with_workers(
     folder: RunFolder,
     state: checkpoint.State | None,
     *,
-    screen: Screen,
+    screen: ProgressReporter,
     stop: Callable[[], bool],
     on_message: Callable[[], None],
     on_attempt: Callable[[int], None],
@@ -56,7 +56,7 @@ def train_with_workers(
 
     Raises:
         ConfigError: so many workers do not fit.
-        TrainingStopped, checkpoint.DiskFull: as in `train`; or `train.max_restarts` attempts failed from one checkpoint.
+        TrainingAborted, checkpoint.DiskFull: as in `train`; or `train.max_restarts` attempts failed from one checkpoint.
     """
     import ray
 
@@ -90,7 +90,7 @@ def train_with_workers(
                 return TrainResult(checkpoint.last_step(folder.checkpoints), complete=False)
             failures[start] += 1
             if failures[start] > config.max_restarts:
-                raise TrainingStopped(f"{loss}, {failures[start]} times without a checkpoint after step {start}") from loss
+                raise TrainingAborted(f"{loss}, {failures[start]} times without a checkpoint after step {start}") from loss
             screen.say(f"[yellow]warning:[/yellow] {loss}; going on from the last checkpoint")
             continue
         finally:
@@ -109,7 +109,7 @@ def run_workers(
     workers: int,
     resources: Resources,
     *,
-    screen: Screen,
+    screen: ProgressReporter,
     timeout_s: float,
     stop: Callable[[], bool] = lambda: False,
     on_message: Callable[[], None] = lambda: None,
@@ -187,7 +187,7 @@ def _push_metrics(folder: RunFolder) -> None:
 
 def _check_progress(silence_s: float, limit_s: float) -> None:
     if silence_s > limit_s:
-        raise TrainingStopped(
+        raise TrainingAborted(
             f"no step in {silence_s:.0f} s; the cluster may lack a free CPU for cutting images, or a worker hangs "
             "(longer steps than that: raise train.progress_timeout_s)"
         )
@@ -202,12 +202,12 @@ def failure_of(error: Exception) -> Exception:
     failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
     died = [rank for rank, failure in failures.items() if type(failure).__module__.startswith("ray.")]
     for failure in failures.values():
-        if isinstance(failure, (ConfigError, TrainingStopped, checkpoint.DiskFull)):
+        if isinstance(failure, (ConfigError, TrainingAborted, checkpoint.DiskFull)):
             return failure
         if isinstance(failure, ImportError):
             return _not_importable(f"{type(failure).__name__}: {failure}")
         if "device-side assert" in str(failure) and not died:
-            return TrainingStopped(f"an assertion failed on the device: {_last_line(failure)}")
+            return TrainingAborted(f"an assertion failed on the device: {_last_line(failure)}")
     line = _last_line(error)
     if not failures and ("ModuleNotFoundError" in line or "ImportError" in line):  # the worker could not even unpickle its function
         return _not_importable(line)
@@ -219,8 +219,8 @@ def failure_of(error: Exception) -> Exception:
     return WorkersLost(f"Ray Train failed ({line})")
 
 
-def _not_importable(reason: str) -> TrainingStopped:
-    return TrainingStopped(
+def _not_importable(reason: str) -> TrainingAborted:
+    return TrainingAborted(
         f"a worker cannot import this project ({reason}); install the packages of the driver's environment there "
         "(`manyviews doctor` compares them)"
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.metrics_log import append_line, encode
 from pipeline.run_folder import RunFolder
-from pipeline.train.progress import Screen, Throughput
+from pipeline.train.progress import ProgressReporter, Throughput
 
 PAUSE_S = 0.25  # between messages
 Message = tuple[str, dict[str, Any]]
@@ -147,7 +147,7 @@ class RemoteReporter:
                 return
 
 
-def deliver(messages: list[Message], screen: Screen, folder: RunFolder) -> None:
+def deliver(messages: list[Message], screen: ProgressReporter, folder: RunFolder) -> None:
     """The driver's end: show and record what rank 0 has reported."""
     for kind, content in messages:
         if kind == "point":

@@ -12,7 +12,7 @@ from torch import nn
 
 from methods.parts.contract import find
 from methods.parts.distributed import rank, world_size
-from methods.parts.norms import synchronized
+from methods.parts.norms import convert_sync_batchnorm
 from methods.parts.vit import compile_blocks
 from pipeline import checkpoint
 from pipeline.build import Prepared, untrained
@@ -25,10 +25,10 @@ from pipeline.machine import choose_device, keep_freed_memory, memory_advice, se
 from pipeline.run_folder import RunFolder, write_json
 from pipeline.storage import mirror
 from pipeline.storage.place import Place
-from pipeline.train.health import TrainingStopped
+from pipeline.train.health import TrainingAborted
 from pipeline.train.loop import Report, Trainer, restore_method
 from pipeline.train.optim import build_optimizer
-from pipeline.train.progress import Screen
+from pipeline.train.progress import ProgressReporter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ def train(
     folder: RunFolder,
     state: checkpoint.State | None,
     *,
-    screen: Screen,
+    screen: ProgressReporter,
     report: Report,
     stop: Callable[[], bool],
     tasks: int | None = None,
@@ -66,12 +66,12 @@ def train(
     """Train to the end, or until `stop`.
 
     Args:
-        tasks, share: see `Stream.batches`.
+        tasks, share: see `TrainLoader.batches`.
 
     The others are those of `build_trainer`.
 
     Raises:
-        TrainingStopped: a loss that is no number, too many bad images, or too little memory.
+        TrainingAborted: a loss that is no number, too many bad images, or too little memory.
         checkpoint.DiskFull: a checkpoint could not be written.
     """
     try:
@@ -79,7 +79,7 @@ def train(
         with contextlib.closing(batches(ready, trainer, tasks, share)) as stream:
             trainer.run(stream)
     except torch.OutOfMemoryError as error:
-        raise TrainingStopped(memory_advice(error, ready.config)) from error
+        raise TrainingAborted(memory_advice(error, ready.config)) from error
     return TrainResult(trainer.position.step, trainer.position.step >= ready.resolved.facts.total_steps)
 
 
@@ -88,7 +88,7 @@ def build_trainer(
     folder: RunFolder,
     state: checkpoint.State | None,
     *,
-    screen: Screen,
+    screen: ProgressReporter,
     report: Report,
     stop: Callable[[], bool],
     ask_every: int = 1,
@@ -120,7 +120,7 @@ def build_trainer(
     if device.type == "cpu":
         keep_freed_memory()
     if world_size() > 1 and ready.method.sync_batchnorm:
-        synchronized(ready.method, device)
+        convert_sync_batchnorm(ready.method, device)
     method = ready.method.to(device)
     if config.train.compile:
         compile_blocks(method)
@@ -134,12 +134,12 @@ def build_trainer(
         precision=precision,
         display=screen,
         report=report,
-        images=len(ready.manifest) if resolved.facts.num_images else resolved.facts.total_steps * resolved.facts.global_batch_size,
+        images=len(ready.dataset) if resolved.facts.num_images else resolved.facts.total_steps * resolved.facts.global_batch_size,
         stop=stop,
         ask_every=ask_every,
     )
     if rank() == 0:
-        online = Online(config, ready.manifest, device, precision, trainer.note_bad, kept)
+        online = Online(config, ready.dataset, device, precision, trainer.record_bad_images, kept)
         trainer.online = online.measure if online.measures else None
         trainer.online_clusters = online.clusters if method.has_clusters else None
     if state is not None:
@@ -174,9 +174,9 @@ def evaluate_and_export(ready: Prepared, folder: RunFolder, *, kept: dict[Any, A
     device, precision = choose_device(config)
     method.to(device)
     backbone = method.evaluation_backbone()
-    scores = final_scores(config, ready.manifest, backbone, untrained(config, ready.resolved), device)
+    scores = final_scores(config, ready.dataset, backbone, untrained(config, ready.resolved), device)
     write_json(folder.path / "evaluation.json", scores.to_dict())
-    clusters = Online(config, ready.manifest, device, precision, kept=kept).clusters(method) if method.has_clusters else None
+    clusters = Online(config, ready.dataset, device, precision, kept=kept).clusters(method) if method.has_clusters else None
     pictures = run_figures(ready, folder, backbone, scores, clusters, device)
     export_backbone(ready, folder, scores.tags())
     mirror.push(folder.path)
@@ -207,7 +207,7 @@ def export_backbone(ready: Prepared, folder: RunFolder, tags: Mapping[str, str] 
         "method": find(config.method).name,
         "recipe": config.recipe,
         "run": folder.name,
-        "data_fingerprint": ready.manifest.fingerprint,
+        "data_fingerprint": ready.dataset.fingerprint,
         "steps": ready.resolved.facts.total_steps,
         "knn_held_out": folder.state().get("knn"),
     }

@@ -6,7 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from pipeline.data.loader import Batch, Stream
+from pipeline.data.loader import Batch, TrainLoader
 
 
 class Shared:
@@ -28,7 +28,7 @@ class Shared:
         return share
 
 
-def collect_ranks(stream: Stream, ranks: int, start: int = 0) -> tuple[list[list[Batch]], int]:
+def collect_ranks(stream: TrainLoader, ranks: int, start: int = 0) -> tuple[list[list[Batch]], int]:
     """The batches of every rank, and how many executions there were."""
     shared = Shared(ranks)
 

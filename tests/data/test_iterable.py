@@ -11,8 +11,8 @@ import pytest
 from methods.parts.contract import find
 from methods.parts.errors import ConfigError
 from pipeline.config import DataConfig, RunConfig, TrainConfig
-from pipeline.data.image_dataset import Manifest
-from pipeline.data.loader import Stream
+from pipeline.data.image_dataset import ImageDataset
+from pipeline.data.loader import TrainLoader
 from pipeline.data.sources.base import absolute_source, open_source
 from pipeline.data.sources.iterable import Reader, Unbounded
 from pipeline.recipes import load_recipe
@@ -50,13 +50,13 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def opened(file: Path, function: str) -> Manifest:
+def opened(file: Path, function: str) -> ImageDataset:
     return open_source(DataConfig(path=f"stream:{file}:{function}"))
 
 
-def stream(manifest: Manifest) -> Stream:
-    plan = manifest.plan(seed=0, held_out=0.1, global_batch=16, lanes=4, window=8, steps_per_epoch=3)
-    return Stream(manifest, plan, load_recipe("swav-small").views, 0, 7, execution_steps=4)
+def stream(dataset: ImageDataset) -> TrainLoader:
+    plan = dataset.plan(seed=0, held_out=0.1, global_batch=16, lanes=4, window=8, steps_per_epoch=3)
+    return TrainLoader(dataset, plan, load_recipe("swav-small").views, 0, 7, execution_steps=4)
 
 
 def test_images_are_dealt_in_order_of_arrival(ray_local: None, file: Path) -> None:
@@ -136,7 +136,7 @@ def test_the_length_of_an_epoch() -> None:
         resolve(with_steps(None), None)
 
 
-@pytest.mark.parametrize(("fact", "finite"), [("needs_dense_ids", False), ("needs_passes", True)])
+@pytest.mark.parametrize(("fact", "finite"), [("needs_dense_ids", False), ("needs_full_epochs", True)])
 def test_methods_that_know_every_image_refuse_what_has_no_end(fact: str, finite: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(find(load_recipe("swav-small").method).method, fact, True)
     with pytest.raises(ConfigError, match=r"data\.path=patches: has no end, but swav"):

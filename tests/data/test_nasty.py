@@ -12,7 +12,7 @@ from PIL import Image
 
 from methods.parts.views import CropGroup
 from pipeline.config import DataConfig
-from pipeline.data.loader import Stream
+from pipeline.data.loader import TrainLoader
 from pipeline.data.sources.base import open_source
 
 VIEWS = {"global": CropGroup(count=1, size=16)}
@@ -97,12 +97,12 @@ def test_every_good_image_arrives_and_every_bad_one_is_listed(ray_local: None, t
     plain = {f"plain-{i:02}.jpg": encoded(Image.fromarray(np.roll(PIXELS, i, 0)), "JPEG") for i in range(36)}
     for name, data in (good | bad | plain).items():
         (tmp_path / name).write_bytes(data)
-    manifest = open_source(DataConfig(path=str(tmp_path)))
+    dataset = open_source(DataConfig(path=str(tmp_path)))
     count = len(good) + len(bad) + len(plain)
-    assert len(manifest) == count == 96
-    plan = manifest.plan(seed=0, held_out=0.0, global_batch=24, lanes=2, window=24, steps_per_epoch=0)
-    batches = list(Stream(manifest, plan, VIEWS, 0, plan.steps_per_epoch).batches(tasks=2))
-    names = [Path(manifest.path(i)).name for i in range(count)]
+    assert len(dataset) == count == 96
+    plan = dataset.plan(seed=0, held_out=0.0, global_batch=24, lanes=2, window=24, steps_per_epoch=0)
+    batches = list(TrainLoader(dataset, plan, VIEWS, 0, plan.steps_per_epoch).batches(tasks=2))
+    names = [Path(dataset.path(i)).name for i in range(count)]
     listed = {Path(slot.path).name: slot.reason for batch in batches for slot in batch.bad}
     assert set(listed) == set(bad) and all(0 < len(reason) < 200 and "\n" not in reason for reason in listed.values())
     shown = {names[int(i)] for batch in batches for i in batch.ids}

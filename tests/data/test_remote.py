@@ -14,7 +14,7 @@ import pytest
 
 from methods.parts.errors import ConfigError
 from pipeline.config import DataConfig
-from pipeline.data.image_dataset import Manifest
+from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.sources import parquet, webdataset
 from pipeline.data.sources.base import is_local_path, open_source
 from pipeline.storage import files, stores
@@ -74,7 +74,7 @@ def upload(s3: object, folder: Path, prefix: str) -> str:
     return f"s3://pictures/{prefix}"
 
 
-def open_path(path: Path | str, **settings: object) -> Manifest:
+def open_path(path: Path | str, **settings: object) -> ImageDataset:
     return open_source(DataConfig(path=str(path), **settings))
 
 
@@ -126,9 +126,9 @@ def test_a_whole_bucket(s3: object) -> None:
     for key in ("a/x.png", "b/y.png", "z.png"):
         s3.put_object(Bucket="pictures", Key=key, Body=png(ord(key[0])))  # type: ignore[attr-defined]
     for path in ("s3://pictures", "s3://pictures/"):
-        manifest = open_path(path)
-        assert manifest.class_names == ["a", "b"] and [row.image for row in manifest.read([0, 1, 2])] == [png(ord(c)) for c in "abz"]
-        assert manifest.path(0) == "s3://pictures/a/x.png"
+        dataset = open_path(path)
+        assert dataset.class_names == ["a", "b"] and [row.image for row in dataset.read([0, 1, 2])] == [png(ord(c)) for c in "abz"]
+        assert dataset.path(0) == "s3://pictures/a/x.png"
 
 
 @pytest.mark.parametrize("make", [make_parquet, make_tars])
@@ -192,11 +192,11 @@ def test_reads_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_deleted_object_is_a_bad_image(tmp_path: Path, s3: object, make: object) -> None:
     root = tmp_path / "data"
     make(root)  # type: ignore[operator]
-    manifest = open_path(upload(s3, root, "gone"))
-    victim = manifest.path(0).partition("#")[0].removeprefix("s3://pictures/") if make is not make_folder else "gone/ant/z.png"
+    dataset = open_path(upload(s3, root, "gone"))
+    victim = dataset.path(0).partition("#")[0].removeprefix("s3://pictures/") if make is not make_folder else "gone/ant/z.png"
     s3.delete_object(Bucket="pictures", Key=victim)  # type: ignore[attr-defined]
     forget()
-    first, last = manifest.read([0, len(manifest) - 1])
+    first, last = dataset.read([0, len(dataset) - 1])
     assert first.image == b"" and last.image != b""
 
 
@@ -205,19 +205,19 @@ def test_training_goes_on_past_a_deleted_object(tmp_path: Path, s3: object) -> N
     from pipeline.data.crop_task import cut_images
 
     make_folder(tmp_path / "data")
-    manifest = open_path(upload(s3, tmp_path / "data", "gone"))
+    dataset = open_path(upload(s3, tmp_path / "data", "gone"))
     s3.delete_object(Bucket="pictures", Key="gone/ant/z.png")  # type: ignore[attr-defined]
-    columns = cut_images(manifest.read([0, 4]), 0, {"global": CropGroup(count=1, size=8)}, 0, 1)
+    columns = cut_images(dataset.read([0, 4]), 0, {"global": CropGroup(count=1, size=8)}, 0, 1)
     assert columns["planned"].tolist() == [0, 4] and columns["id"].tolist() == [4, 4] and columns["reason"][0]
 
 
 def test_a_store_that_stops_answering_is_no_bad_image(tmp_path: Path, s3: object, environment: pytest.MonkeyPatch) -> None:
     make_folder(tmp_path / "data")
-    manifest = open_path(upload(s3, tmp_path / "data", "down"))
+    dataset = open_path(upload(s3, tmp_path / "data", "down"))
     environment.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     environment.setattr(files, "READ_ATTEMPTS", 1)
     with pytest.raises(OSError, match="cannot be read") as caught:
-        manifest.read([0])
+        dataset.read([0])
     assert not isinstance(caught.value, FileNotFoundError) and SECRET not in str(caught.value)
 
 
@@ -257,7 +257,7 @@ def test_no_rights(server: str, s3: object) -> None:
     import urllib.request
 
     s3.put_object(Bucket="pictures", Key="a/x.png", Body=png(1))  # type: ignore[attr-defined]
-    manifest = open_path("s3://pictures/a")
+    dataset = open_path("s3://pictures/a")
 
     def let(calls: int) -> None:
         request = urllib.request.Request(f"{server}/moto-api/reset-auth", str(calls).encode(), {"Content-Type": "text/plain"})
@@ -267,7 +267,7 @@ def test_no_rights(server: str, s3: object) -> None:
     try:
         assert "may not be read with the credentials found; set AWS_ACCESS_KEY_ID" in refused("s3://pictures/a")
         with pytest.raises(OSError, match=r"s3://pictures/a/x\.png: cannot be read") as caught:
-            manifest.read([0])  # credentials that expire do not make images bad
+            dataset.read([0])  # credentials that expire do not make images bad
         assert SECRET not in str(caught.value) and KEY not in str(caught.value)
     finally:
         let(10**9)

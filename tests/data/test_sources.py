@@ -15,7 +15,7 @@ from PIL import Image
 from methods.parts.errors import ConfigError
 from pipeline.config import DataConfig
 from pipeline.data.decode import decode
-from pipeline.data.image_dataset import Manifest
+from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.sources import parquet
 from pipeline.data.sources.base import open_source
 from pipeline.data.sources.patches import CLASS_NAMES, load_photo, tiles
@@ -27,7 +27,7 @@ def png(value: int) -> bytes:
     return out.getvalue()
 
 
-def open_path(path: Path | str, **settings: object) -> Manifest:
+def open_path(path: Path | str, **settings: object) -> ImageDataset:
     return open_source(DataConfig(path=str(path), **settings))
 
 
@@ -45,26 +45,26 @@ def tree(tmp_path: Path) -> Path:
 
 
 def test_folder(tree: Path) -> None:
-    manifest = open_path(tree)
-    assert len(manifest) == 5 and manifest.class_names == ["ant", "cat"]
-    names = [os.path.relpath(manifest.path(i), tree) for i in range(5)]
+    dataset = open_path(tree)
+    assert len(dataset) == 5 and dataset.class_names == ["ant", "cat"]
+    names = [os.path.relpath(dataset.path(i), tree) for i in range(5)]
     assert names == ["ant/z.png", "cat/a.JPG", "cat/b.png", "cat/deep/c.webp", "loose.png"]
-    assert manifest.labels.tolist() == [0, 1, 1, 1, -1]
-    assert [os.path.basename(path) for path, _ in manifest.skipped] == ["README", "notes.txt"]
-    assert all("no image" in reason for _, reason in manifest.skipped)
-    assert manifest.spans.tolist() == [[i, 1] for i in range(5)]
-    rows = manifest.read([3, 0])
-    assert [(row.id, row.label, row.path) for row in rows] == [(3, 1, manifest.path(3)), (0, 0, manifest.path(0))]
+    assert dataset.labels.tolist() == [0, 1, 1, 1, -1]
+    assert [os.path.basename(path) for path, _ in dataset.skipped] == ["README", "notes.txt"]
+    assert all("no image" in reason for _, reason in dataset.skipped)
+    assert dataset.spans.tolist() == [[i, 1] for i in range(5)]
+    rows = dataset.read([3, 0])
+    assert [(row.id, row.label, row.path) for row in rows] == [(3, 1, dataset.path(3)), (0, 0, dataset.path(0))]
     assert rows[0].image == png(3)
 
 
 def test_folder_without_classes_and_unreadable_files(tree: Path) -> None:
     flat = open_path(tree / "cat" / "deep")
     assert flat.labels.tolist() == [-1] and flat.class_names == []
-    manifest = open_path(tree)
+    dataset = open_path(tree)
     (tree / "cat/b.png").unlink()
     (tree / "cat/a.JPG").write_bytes(b"")
-    assert [row.image for row in manifest.read([1, 2])] == [b"", b""]
+    assert [row.image for row in dataset.read([1, 2])] == [b"", b""]
 
 
 def test_loops_of_links_end(tree: Path) -> None:
@@ -91,26 +91,26 @@ def test_parquet_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     write(tmp_path / "b.parquet", 5, 10, label=[3, None, 1, 1, 0])
     write(tmp_path / "a.parquet", 10, label=[float("nan"), *[2.0] * 9])
     (tmp_path / "notes.txt").write_text("ignored")
-    manifest = open_path(tmp_path)
-    assert len(manifest) == 15 and manifest.spans.tolist() == [[0, 4], [4, 4], [8, 2], [10, 4], [14, 1]]
-    assert manifest.labels.tolist() == [-1] + [2] * 9 + [3, -1, 1, 1, 0] and manifest.class_names == ["0", "1", "2", "3"]
+    dataset = open_path(tmp_path)
+    assert len(dataset) == 15 and dataset.spans.tolist() == [[0, 4], [4, 4], [8, 2], [10, 4], [14, 1]]
+    assert dataset.labels.tolist() == [-1] + [2] * 9 + [3, -1, 1, 1, 0] and dataset.class_names == ["0", "1", "2", "3"]
     ids = [14, 0, 9, 3, 10, 0]
     opened = []
     original = pq.ParquetFile.read_row_group
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda self, group, **k: opened.append(group) or original(self, group, **k))
-    rows = pickle.loads(pickle.dumps(manifest)).read(ids)
+    rows = pickle.loads(pickle.dumps(dataset)).read(ids)
     assert [row.id for row in rows] == ids and [row.image for row in rows] == [png(i) for i in ids]
     assert rows[0].path.endswith("b.parquet#4") and rows[1].path.endswith("a.parquet#0")
     assert sorted(opened) == [0, 0, 1, 2]  # every row group that is needed, once
-    manifest.read([1, 2])
+    dataset.read([1, 2])
     assert len(opened) == 4  # from the cache
 
 
 def test_cache_of_row_groups_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "a.parquet", 40)
     monkeypatch.setattr(parquet, "ROW_GROUP_CACHE", 3 * 4 * len(png(0)))
-    manifest = open_path(tmp_path)
-    assert [row.image for row in manifest.read(range(40))] == [png(i) for i in range(40)]
+    dataset = open_path(tmp_path)
+    assert [row.image for row in dataset.read(range(40))] == [png(i) for i in range(40)]
     assert len(parquet._row_groups) <= 3
 
 
@@ -119,17 +119,17 @@ def test_hugging_face_columns(tmp_path: Path) -> None:
     features = {"info": {"features": {"label": {"names": ["x", "y", "z"]}}}}
     table = pa.table({"image": cells, "label": [0, 1, 0, -1]}).replace_schema_metadata({"huggingface": json.dumps(features)})
     pq.write_table(table, tmp_path / "a.parquet")
-    manifest = open_path(tmp_path / "a.parquet")
-    assert manifest.class_names == ["x", "y", "z"] and manifest.labels.tolist() == [0, 1, 0, -1]
-    rows = manifest.read([1, 3])
+    dataset = open_path(tmp_path / "a.parquet")
+    assert dataset.class_names == ["x", "y", "z"] and dataset.labels.tolist() == [0, 1, 0, -1]
+    rows = dataset.read([1, 3])
     assert rows[0].image == png(1) and rows[0].path == "p1.png"
     assert rows[1].image == b"" and rows[1].path.endswith("a.parquet#3")
 
 
 def test_string_and_absent_labels(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", 4, kind=["dog", "ant", None, "dog"])
-    manifest = open_path(tmp_path, label_column="kind")
-    assert manifest.class_names == ["ant", "dog"] and manifest.labels.tolist() == [1, 0, -1, 1]
+    dataset = open_path(tmp_path, label_column="kind")
+    assert dataset.class_names == ["ant", "dog"] and dataset.labels.tolist() == [1, 0, -1, 1]
     unlabelled = open_path(tmp_path)
     assert unlabelled.class_names == [] and unlabelled.labels.tolist() == [-1] * 4
 
@@ -169,8 +169,8 @@ def test_errors_name_the_remedy(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fraction, count", [(0, 0), (0.001, 1), (0.1, 2), (0.999, 22)])
 def test_held_out(tmp_path: Path, fraction: float, count: int) -> None:
     write(tmp_path / "a.parquet", 23, label=list(range(23)))
-    manifest = open_path(tmp_path)
-    held_out, training = manifest.held_out_ids(fraction), manifest.training_ids(fraction)
+    dataset = open_path(tmp_path)
+    held_out, training = dataset.held_out_ids(fraction), dataset.training_ids(fraction)
     assert len(held_out) == count and sorted([*held_out, *training]) == list(range(23))
     assert (held_out == open_path(tmp_path).held_out_ids(fraction)).all() and (np.diff(held_out) > 0).all()
 
@@ -189,30 +189,30 @@ def test_one_image_is_never_held_out(tmp_path: Path) -> None:
 
 
 def test_patches() -> None:
-    manifest = open_path("patches:pixels=24,per_photo=10")
-    assert len(manifest) == 19 * 12 and len(manifest.class_names) == 19
-    held_out = manifest.held_out_ids(0.1)
-    assert np.bincount(manifest.labels[held_out]).tolist() == [2] * 19
-    assert np.bincount(manifest.labels[manifest.training_ids(0.1)]).tolist() == [10] * 19
-    assert len(manifest.held_out_ids(0)) == 0
-    rows = manifest.read([5, 200, 5])
+    dataset = open_path("patches:pixels=24,per_photo=10")
+    assert len(dataset) == 19 * 12 and len(dataset.class_names) == 19
+    held_out = dataset.held_out_ids(0.1)
+    assert np.bincount(dataset.labels[held_out]).tolist() == [2] * 19
+    assert np.bincount(dataset.labels[dataset.training_ids(0.1)]).tolist() == [10] * 19
+    assert len(dataset.held_out_ids(0)) == 0
+    rows = dataset.read([5, 200, 5])
     assert rows[0] == rows[2] and rows[0].label == 0 and rows[1].label == 200 // 12
     assert decode(rows[0].image).shape == (24, 24, 3)
     again = open_path("patches:per_photo=10,pixels=24,seed=0")
-    assert again.fingerprint == manifest.fingerprint and again.read([7]) == manifest.read([7])
+    assert again.fingerprint == dataset.fingerprint and again.read([7]) == dataset.read([7])
     other = open_path("patches:pixels=24,per_photo=10,seed=1")
-    assert other.fingerprint != manifest.fingerprint and other.read([7])[0].image != manifest.read([7])[0].image
-    images = {row.image for row in manifest.read(range(24))}
+    assert other.fingerprint != dataset.fingerprint and other.read([7])[0].image != dataset.read([7])[0].image
+    images = {row.image for row in dataset.read(range(24))}
     assert len(images) == 24
 
 
 def test_test_split_of_patches() -> None:
-    manifest = open_path("patches:pixels=24,per_photo=10")
-    assert manifest.test_path
-    test = open_path(manifest.test_path)
-    assert len(test) == 19 * 2 and test.class_names == manifest.class_names and test.test_path is None
-    assert test.fingerprint != manifest.fingerprint
-    assert not {row.image for row in test.read(range(38))} & {row.image for row in manifest.read(range(len(manifest)))}
+    dataset = open_path("patches:pixels=24,per_photo=10")
+    assert dataset.test_path
+    test = open_path(dataset.test_path)
+    assert len(test) == 19 * 2 and test.class_names == dataset.class_names and test.test_path is None
+    assert test.fingerprint != dataset.fingerprint
+    assert not {row.image for row in test.read(range(38))} & {row.image for row in dataset.read(range(len(dataset)))}
 
 
 @pytest.mark.parametrize("pixels", [8, 32, 128])

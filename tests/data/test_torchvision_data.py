@@ -17,14 +17,14 @@ import torchvision
 from methods.parts.errors import ConfigError
 from pipeline.config import DataConfig
 from pipeline.data.decode import decode
-from pipeline.data.image_dataset import Manifest
+from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.sources import torchvision_data
 from pipeline.data.sources.base import open_source
 
 CLASSES = ["airplane", "automobile", "bird"]
 
 
-def open_path(path: str, **settings: object) -> Manifest:
+def open_path(path: str, **settings: object) -> ImageDataset:
     return open_source(DataConfig(path=path, **settings))
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from methods.parts.errors import ConfigError
 from pipeline.config import DataConfig
-from pipeline.data.image_dataset import Manifest
+from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.sources import webdataset
 from pipeline.data.sources.base import open_source
 from pipeline.storage import files
@@ -22,7 +22,7 @@ from tests.data.pictures import png, write_tar
 LONG = "x/" + "l" * 150 + ".webp"
 
 
-def open_path(path: Path | str, **settings: object) -> Manifest:
+def open_path(path: Path | str, **settings: object) -> ImageDataset:
     return open_source(DataConfig(path=str(path), **settings))
 
 
@@ -40,14 +40,14 @@ def shards(tmp_path: Path) -> Path:
 
 
 def test_samples_labels_and_order(shards: Path) -> None:
-    manifest = open_path(shards)
-    assert len(manifest) == 5 and manifest.labels.tolist() == [2, 1, -1, 3, -1] and manifest.class_names == ["0", "1", "2", "3"]
-    assert manifest.spans.tolist() == [[0, 3], [3, 2]]
+    dataset = open_path(shards)
+    assert len(dataset) == 5 and dataset.labels.tolist() == [2, 1, -1, 3, -1] and dataset.class_names == ["0", "1", "2", "3"]
+    assert dataset.spans.tolist() == [[0, 3], [3, 2]]
     ids = [4, 0, 2, 3, 1, 0]
-    rows = pickle.loads(pickle.dumps(manifest)).read(ids)
+    rows = pickle.loads(pickle.dumps(dataset)).read(ids)
     assert [row.id for row in rows] == ids and [row.image for row in rows] == [png(i) for i in ids]
     assert rows[1].path == f"{shards}/00000.tar#x/b.jpg" and rows[0].path == f"{shards}/00001.tar#d.jpg"
-    assert manifest.skipped == [(f"{shards}/00001.tar#lost.json", "no image in this sample")]
+    assert dataset.skipped == [(f"{shards}/00001.tar#lost.json", "no image in this sample")]
 
 
 def test_one_file_and_a_pattern(shards: Path) -> None:
@@ -61,20 +61,20 @@ def test_one_file_and_a_pattern(shards: Path) -> None:
 
 def test_a_sample_has_one_image(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {"k.left.jpg": png(1), "k.right.jpg": png(2), "m.jpg": png(3)})
-    manifest = open_path(tmp_path)
-    assert [row.image for row in manifest.read([0, 1])] == [png(1), png(3)]
-    assert manifest.skipped == [(f"{tmp_path}/a.tar#k.right.jpg", "a second image of its sample")]
+    dataset = open_path(tmp_path)
+    assert [row.image for row in dataset.read([0, 1])] == [png(1), png(3)]
+    assert dataset.skipped == [(f"{tmp_path}/a.tar#k.right.jpg", "a second image of its sample")]
 
 
 def test_a_task_reads_only_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = [np.random.default_rng(i).bytes(100_000) for i in range(40)]
     write_tar(tmp_path / "a.tar", {f"{i:02}.jpg": image for i, image in enumerate(images)})
-    manifest = open_path(tmp_path)
-    assert manifest.spans.tolist() == [[0, 16], [16, 16], [32, 8]]
+    dataset = open_path(tmp_path)
+    assert dataset.spans.tolist() == [[0, 16], [16, 16], [32, 8]]
     asked: list[files.Part] = []
     original = files._read_local
     monkeypatch.setattr(files, "_read_local", lambda part: asked.append(part) or original(part))
-    rows = manifest.read([7, 30, 6, 8, 20])
+    rows = dataset.read([7, 30, 6, 8, 20])
     assert [row.image for row in rows] == [images[i] for i in (7, 30, 6, 8, 20)]
     assert len(asked) == 3  # 6 to 8 are neighbours
     assert sum(part.size or 0 for part in asked) < 5 * 100_000 + 3 * 2048
@@ -83,17 +83,17 @@ def test_a_task_reads_only_its_images(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_spans_stay_inside_a_shard(tmp_path: Path) -> None:
     for shard, count in enumerate([17, 0, 3, 32]):
         write_tar(tmp_path / f"{shard}.tar", {f"{i:02}.png": png(100 * shard + i) for i in range(count)})
-    manifest = open_path(tmp_path)
-    assert manifest.spans.tolist() == [[0, 16], [16, 1], [17, 3], [20, 16], [36, 16]]
-    assert [row.image for row in manifest.read([16, 17, 20])] == [png(16), png(200), png(300)]
+    dataset = open_path(tmp_path)
+    assert dataset.spans.tolist() == [[0, 16], [16, 1], [17, 3], [20, 16], [36, 16]]
+    assert [row.image for row in dataset.read([16, 17, 20])] == [png(16), png(200), png(300)]
 
 
 def test_deleted_and_shortened_shards_give_bad_images(shards: Path) -> None:
-    manifest = open_path(shards)
+    dataset = open_path(shards)
     (shards / "00001.tar").unlink()
     (shards / "00000.tar").write_bytes((shards / "00000.tar").read_bytes()[:550])
-    assert [row.image for row in manifest.read([3, 4])] == [b"", b""]
-    assert manifest.read([0])[0].image != png(0)
+    assert [row.image for row in dataset.read([3, 4])] == [b"", b""]
+    assert dataset.read([0])[0].image != png(0)
 
 
 def damaged_header(data: bytes) -> bytes:
@@ -146,11 +146,11 @@ def test_a_symbolic_link_inside_is_no_image(tmp_path: Path) -> None:
 
 
 def test_indexing_keeps_no_handle(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest = open_path(shards)
+    dataset = open_path(shards)
     opened: list[str] = []
     original = builtins.open
     monkeypatch.setattr(builtins, "open", lambda file, *a, **k: opened.append(str(file)) or original(file, *a, **k))
-    manifest.read([0, 3])
-    assert len(pickle.dumps(manifest)) < 2500
+    dataset.read([0, 3])
+    assert len(pickle.dumps(dataset)) < 2500
     assert [re.sub(r".*/", "", name) for name in opened] == ["00000.tar", "00001.tar"]
     assert webdataset.SPAN > 1

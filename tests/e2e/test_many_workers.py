@@ -60,7 +60,7 @@ def trained(ray_with_room: None, tmp_path_factory: pytest.TempPathFactory) -> di
     for method, recipe in SMALL.items():
         config = load_recipe(recipe)
         sizes: dict[str, Any] = {f"views.{name}.size": 16 if name == "local" else 32 for name in config.views}
-        if find(config.method).method.needs_passes:
+        if find(config.method).method.needs_full_epochs:
             sizes["data.path"] = "patches:per_photo=4"  # two steps to a pass: the first may have no loss
         if hasattr(config.method, "num_prototypes"):
             sizes["method.num_prototypes"] = 16
@@ -87,7 +87,7 @@ def test_every_method_trains_on_two_workers(method: str, trained: dict[str, tupl
     assert done == TrainResult(4, complete=True)
     points = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     losses = {p["step"]: p["metrics"]["loss"] for p in points if "loss" in p["metrics"]}
-    expected = [[2, 4], [4]] if registered()[method].method.needs_passes else [[2, 4]]
+    expected = [[2, 4], [4]] if registered()[method].method.needs_full_epochs else [[2, 4]]
     assert list(losses) in expected and all(math.isfinite(loss) for loss in losses.values())
     assert checkpoint.load(checkpoint.pointed_to(folder.checkpoints))["position"]["step"] == 4
 

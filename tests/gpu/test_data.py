@@ -17,7 +17,7 @@ from methods.parts.backbones import BackboneConfig, build_backbone
 from pipeline.build import prepare
 from pipeline.config import DataConfig
 from pipeline.data.augment import finish_views
-from pipeline.data.loader import Stream
+from pipeline.data.loader import TrainLoader
 from pipeline.export.embed import embed
 from pipeline.export.write import export
 from pipeline.machine import set_precision
@@ -46,7 +46,7 @@ def test_colour_on_the_device_is_that_of_the_cpu(recipe: str, device: torch.devi
         assert float((differences > 1e-4).float().mean()) < 1e-5
 
 
-def stream_of(folder: Path) -> Stream:
+def stream_of(folder: Path) -> TrainLoader:
     return prepare(configured("simclr-small", 32, folder, lanes=2)).stream
 
 

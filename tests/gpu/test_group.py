@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from methods.parts.distributed import all_gather_rows, average_gradients
-from methods.parts.norms import synchronized
+from methods.parts.norms import convert_sync_batchnorm
 from pipeline.machine import set_precision
 
 ROWS = 8  # of a worker
@@ -22,7 +22,7 @@ def network(device: torch.device, sync: bool) -> nn.Module:
     torch.manual_seed(1)
     layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)]
     made = nn.Sequential(*layers).to(device)
-    return synchronized(made) if sync else made
+    return convert_sync_batchnorm(made) if sync else made
 
 
 def worker(rank: int, world: int, port: int, kind: str, torchs_own: bool, folder: str) -> None:

@@ -21,7 +21,7 @@ from pipeline.data.augment import finish_views
 from pipeline.data.loader import Batch
 from pipeline.recipes import entries, load_recipe
 from pipeline.run_folder import create_run
-from pipeline.train.health import TrainingStopped
+from pipeline.train.health import TrainingAborted
 from pipeline.train.loop import Trainer
 from pipeline.train.progress import NullReporter
 from pipeline.train.work import train
@@ -53,7 +53,7 @@ def begun(recipe: str, precision: str, folder: Path, device: torch.device) -> Tr
     trainer, _ = build(config_of(recipe, precision), folder, device)
     learned = 0
     while learned < 2:
-        learned += trainer.method.learns(now(trainer))
+        learned += trainer.method.has_loss(now(trainer))
         trainer.step(batch(trainer))
     return trainer
 
@@ -137,7 +137,7 @@ def test_a_full_device_ends_training_with_a_sentence(ray_local: None, cuda: torc
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**30) / total)  # weights fit, the step does not
     quiet = {"screen": NullReporter(64), "report": lambda step, metrics: None, "stop": lambda: False}
     try:
-        with pytest.raises(TrainingStopped, match=r"out of memory.*train\.global_batch_size=64"):
+        with pytest.raises(TrainingAborted, match=r"out of memory.*train\.global_batch_size=64"):
             train(ready, create_run(tmp_path, None, "full"), None, **quiet)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from methods.parts.contract import Progress
 from methods.parts.distributed import all_gather_objects
-from methods.parts.id_table import IdTable
+from methods.parts.memory_bank import MemoryBank
 from methods.parts.views import Views
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}  # float64
@@ -42,7 +42,7 @@ def progress(step: int = 0) -> Progress:
     return Progress(step=step, total_steps=100, steps_per_epoch=10, generator=torch.Generator().manual_seed(step))
 
 
-def pieces_of(table: IdTable) -> list[Tensor]:
+def pieces_of(table: MemoryBank) -> list[Tensor]:
     """All rows of a table, as a checkpoint holds them, on every rank."""
     pieces: list[Tensor] = all_gather_objects(table.pieces())[0]
     return pieces

@@ -314,7 +314,7 @@ def test_an_average_lies_between() -> None:
 def test_a_random_network_learns_nothing_but_its_statistics() -> None:
     method = arm(train_online=False)
     start = {name: p.clone() for name, p in method.named_parameters()}
-    assert not method.learns(progress()) and byol(Encoder(6, 4)).learns(progress())
+    assert not method.has_loss(progress()) and byol(Encoder(6, 4)).has_loss(progress())
     with torch.no_grad():
         out = method(views(draw(0, 8, 6), draw(1, 8, 6)), progress())
     method.after_step([out.outputs], progress())

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from methods.coke import CoKe, CoKeConfig, OnlineClusters
 from methods.parts.contract import Progress, RunFacts, StepOutput
 from methods.parts.distributed import average_gradients
-from methods.parts.norms import synchronized
+from methods.parts.norms import convert_sync_batchnorm
 from methods.parts.views import Views
 from tests.parity.common import EXACT, SINGLE, Same, in_processes, pieces_of
 
@@ -273,10 +273,10 @@ def trained(rank: int, world: int, sharded: bool, begin: int = 0, state: dict[st
     facts = RunFacts(global_batch_size=12, steps_per_epoch=4, total_steps=20, num_images=48, num_ids=53)
     backbone = nn.Sequential(nn.Linear(5, 7))
     backbone.num_features = 7
-    method = synchronized(CoKe(config, backbone, facts).double())
+    method = convert_sync_batchnorm(CoKe(config, backbone, facts).double())
     if state is not None:
         method.load_state_dict(state["method"])
-        for name, table in method.id_tables().items():
+        for name, table in method.memory_banks().items():
             table.load(state["tables"][name])
     forward = DistributedDataParallel(method, broadcast_buffers=False) if ddp else method
     rng, losses, gradients = np.random.default_rng(3), [], []
@@ -308,7 +308,7 @@ def trained(rank: int, world: int, sharded: bool, begin: int = 0, state: dict[st
 
 
 def state_of(method: CoKe) -> dict[str, Any]:
-    return {"method": method.state_dict(), "tables": {name: pieces_of(table) for name, table in method.id_tables().items()}}
+    return {"method": method.state_dict(), "tables": {name: pieces_of(table) for name, table in method.memory_banks().items()}}
 
 
 def every_way(rank: int, world: int) -> dict[str, Any]:

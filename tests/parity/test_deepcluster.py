@@ -65,7 +65,7 @@ def train(method: DeepCluster, steps: range, rank: int = 0, world: int = 1) -> l
                 weight -= 0.5 * gradient / world
         method.after_step([out.outputs], progress(step))
         trace.append({"loss": None if out.loss is None else out.loss.detach(), "prototypes": method.prototypes.clone()})
-        trace[-1] |= {name: torch.cat(pieces_of(table)).clone() for name, table in method.id_tables().items()}
+        trace[-1] |= {name: torch.cat(pieces_of(table)).clone() for name, table in method.memory_banks().items()}
     return trace
 
 
@@ -177,8 +177,8 @@ def test_a_restart_changes_nothing(killed: int) -> None:
     train(before, range(killed))
     after = deepcluster()
     after.load_state_dict(before.state_dict())
-    for name, table in after.id_tables().items():
-        table.load([piece.clone() for piece in pieces_of(before.id_tables()[name])])
+    for name, table in after.memory_banks().items():
+        table.load([piece.clone() for piece in pieces_of(before.memory_banks()[name])])
     for ours, theirs in zip(train(after, range(killed, 3 * STEPS)), want[killed:], strict=True):
         for name in ("loss", "memory", "labels", "prototypes"):
             assert (ours[name] is None and theirs[name] is None) or torch.equal(ours[name], theirs[name]), name
@@ -221,5 +221,5 @@ def test_more_clusters_than_images_are_refused() -> None:
 
 def test_a_run_that_ends_in_its_first_epoch_is_warned_of() -> None:
     facts = RunFacts(global_batch_size=BATCH, steps_per_epoch=STEPS, total_steps=STEPS, num_images=1000)
-    (advice,) = deepcluster().advice(facts)
-    assert advice.startswith(f"train.steps={STEPS} end before the second epoch")
+    (config_warnings,) = deepcluster().config_warnings(facts)
+    assert config_warnings.startswith(f"train.steps={STEPS} end before the second epoch")

@@ -132,7 +132,7 @@ def test_targets_see_the_centre_of_the_step_before() -> None:
 
 
 def test_targets_of_many_rows_are_made_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("methods.parts.centering.rows_at_once", lambda x: 3)
+    monkeypatch.setattr("methods.parts.centering.chunk_rows", lambda x: 3)
     center, t = Center(6).double(), torch.randn(10, 6, dtype=torch.float64)
     center.value.normal_()
     torch.testing.assert_close(center.targets(t, 0.05), torch.softmax((t - center.value) / 0.05, dim=1), **EXACT)
@@ -261,8 +261,8 @@ def test_cluster_scores_are_the_teachers() -> None:
 )
 def test_advice(settings: dict[str, Any], words: str) -> None:
     facts = RunFacts(global_batch_size=4, steps_per_epoch=EPOCH, total_steps=TOTAL, num_images=1000)
-    assert any(words in sentence for sentence in dino(facts=facts, **settings).advice(facts))
-    assert list(dino(facts=facts, momentum=0.7).advice(facts)) == []
+    assert any(words in sentence for sentence in dino(facts=facts, **settings).config_warnings(facts))
+    assert list(dino(facts=facts, momentum=0.7).config_warnings(facts)) == []
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from methods.dino import DINO, DINOConfig
 from methods.parts.backbones import BackboneConfig, build_backbone
-from methods.parts.norms import synchronized
+from methods.parts.norms import convert_sync_batchnorm
 from methods.parts.views import Views
 from tests.parity.common import in_processes
 from tests.parity.dino_cases import EPOCH, FACTS, SMALL, Encoder, advance, dino, fresh_optimizer, images, progress, rows_of
@@ -137,7 +137,7 @@ def test_micro_batches_equal_the_whole_batch() -> None:
 def trained(rank: int, world: int, settings: dict[str, Any]) -> dict[str, Any]:
     method = dino(momentum=0.9, **settings)
     if world > 1:
-        synchronized(method)
+        convert_sync_batchnorm(method)
     optimizer = fresh_optimizer(method)
     losses = [advance(method, optimizer, [rows_of(images(step, 8), slice(rank, None, world))], step) for step in range(4)]
     return {"losses": losses, "state": method.state_dict()}

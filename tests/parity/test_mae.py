@@ -260,7 +260,7 @@ def test_settings_that_cannot_work_are_refused(settings: dict) -> None:
     [(name, value)] = settings.items()
     with pytest.raises(ConfigError, match=rf"method\.{name}={value}: "):
         MAEConfig(**settings)
-    assert list(method_of(mask_ratio=0.2).advice(FACTS)) and not list(method_of().advice(FACTS))
+    assert list(method_of(mask_ratio=0.2).config_warnings(FACTS)) and not list(method_of().config_warnings(FACTS))
 
 
 def test_one_fixed_batch_is_painted_right() -> None:

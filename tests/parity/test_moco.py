@@ -19,7 +19,7 @@ from methods.parts.contract import Progress, RunFacts
 from methods.parts.contrast import contrast_meters, info_nce, info_nce_with_queue
 from methods.parts.distributed import all_gather_rows, average_gradients
 from methods.parts.errors import ConfigError
-from methods.parts.norms import average_statistics, grouped
+from methods.parts.norms import average_statistics, convert_split_batchnorm
 from tests.parity.common import EXACT, Same, in_processes, progress, two_views
 
 
@@ -225,7 +225,7 @@ def test_shuffling_changes_the_keys_company_and_nothing_else() -> None:
     for norm, groups, same in ((False, 4, True), (True, 1, True), (True, 4, False)):
         torch.manual_seed(0)
         method = moco(Body(norm), 8, queue_length=8, bn_groups=groups)
-        k, plain = method.keys(x, progress(3)), unit(grouped(copy.deepcopy(method.key), groups)(x))
+        k, plain = method.keys(x, progress(3)), unit(convert_split_batchnorm(copy.deepcopy(method.key), groups)(x))
         assert torch.allclose(k, plain, rtol=1e-9, atol=1e-10) == same
         assert torch.equal(k, method.keys(x, progress(3)))  # the permutation is that of the step
         assert torch.allclose(k, method.keys(x, progress(4)), rtol=1e-9, atol=1e-10) == same
@@ -288,7 +288,7 @@ def test_parts_must_share_the_batch() -> None:
 
 def test_advice_on_a_queue_longer_than_the_data() -> None:
     facts = RunFacts(global_batch_size=8, steps_per_epoch=10, total_steps=10, num_images=50)
-    texts = list(moco(Body(norm=True), 8, queue_length=64).advice(facts))
+    texts = list(moco(Body(norm=True), 8, queue_length=64).config_warnings(facts))
     assert any("several copies" in text for text in texts) and any("filled after 8 steps of 10" in text for text in texts)
 
 

@@ -18,7 +18,7 @@ from methods.parts.backbones import BackboneConfig, build_backbone
 from methods.parts.contract import Progress, RunFacts
 from methods.parts.distributed import all_gather_rows, average_gradients
 from methods.parts.errors import ConfigError
-from methods.parts.norms import average_statistics, synchronized
+from methods.parts.norms import average_statistics, convert_sync_batchnorm
 from pipeline.build import build_method
 from pipeline.config import OptimConfig, override
 from pipeline.recipes import load_recipe
@@ -228,9 +228,9 @@ def test_m_of_one_leaves_the_keys_and_no_gradient_reaches_them() -> None:
 
 def test_advice_and_remedies() -> None:
     short = RunFacts(global_batch_size=8, steps_per_epoch=10, total_steps=100)
-    assert any("method.momentum=0.996" in words for words in method_of(Body(), momentum=0.996).advice(short))
-    assert not list(method_of(Body()).advice(short))
-    assert "method.momentum=0.97," in method_of(Body()).stuck_remedies()
+    assert any("method.momentum=0.996" in words for words in method_of(Body(), momentum=0.996).config_warnings(short))
+    assert not list(method_of(Body()).config_warnings(short))
+    assert "method.momentum=0.97," in method_of(Body()).hints()
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"momentum": 1.1}, {"projector_layers": 0}, {"projection_dim": 1}])
@@ -295,7 +295,7 @@ def _steps(rank: int, world: int) -> dict[str, Any]:
     torch.manual_seed(0)
     method = method_of(small_vit(), momentum=0.7)
     if world > 1:
-        synchronized(method)
+        convert_sync_batchnorm(method)
     optimizer = torch.optim.SGD(method.param_groups()[0].params, lr=0.1, momentum=0.9)
     losses, gradients = [], {}
     for step in range(3):

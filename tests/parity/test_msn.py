@@ -17,7 +17,7 @@ from methods.parts.backbones import BackboneConfig, build_backbone
 from methods.parts.contract import Progress, RunFacts
 from methods.parts.distributed import average_gradients
 from methods.parts.masking import random_keep
-from methods.parts.norms import synchronized
+from methods.parts.norms import convert_sync_batchnorm
 from methods.parts.views import Views
 from pipeline.config import override
 from pipeline.recipes import load_recipe
@@ -274,7 +274,7 @@ def test_steps_equal_the_equations(balanced: bool, weight: float) -> None:
 def _two_steps(rank: int, world: int, views: list[Views], masks: list[Tensor]) -> tuple[list[float], dict[str, Tensor]]:
     torch.manual_seed(0)
     method = method_of(momentum=0.7)
-    synchronized(method) if world > 1 else None
+    convert_sync_batchnorm(method) if world > 1 else None
     optimizer = torch.optim.SGD([p for group in method.param_groups() for p in group.params], lr=0.05)
     losses = []
     for step, (joined, keep) in enumerate(zip(views, masks, strict=True)):

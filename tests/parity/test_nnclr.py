@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from methods.nnclr import NNCLR, NNCLRConfig
 from methods.parts.contract import RunFacts
 from methods.parts.distributed import all_gather_rows, average_gradients
-from methods.parts.norms import average_statistics, synchronized
+from methods.parts.norms import average_statistics, convert_sync_batchnorm
 from tests.parity.common import EXACT, SINGLE, Same, in_processes, progress, two_views
 
 
@@ -265,7 +265,7 @@ def _steps(rank: int, world: int) -> dict[str, Any]:
     """Four steps over eight images in `world` workers; eleven rows, so the pointer wraps inside a batch."""
     method = nnclr(6, 4, 8, 11, temperature=0.3, column_term=True, own_kind_negatives=True)
     if world > 1:
-        synchronized(method)
+        convert_sync_batchnorm(method)
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1, momentum=0.9)
     losses, gradients = [], {}
     for step in range(4):

@@ -19,7 +19,7 @@ from methods.parts.backbones import BackboneConfig, build_backbone
 from methods.parts.contract import RunFacts
 from methods.parts.distributed import all_gather_rows, average_gradients
 from methods.parts.errors import ConfigError
-from methods.parts.norms import average_statistics, synchronized
+from methods.parts.norms import average_statistics, convert_sync_batchnorm
 from methods.simclr import SimCLR, SimCLRConfig, head
 from tests.parity.common import EXACT, SINGLE, Same, in_processes, progress, two_views
 
@@ -223,7 +223,7 @@ def _steps(rank: int, world: int, memory_size: int) -> dict[str, Any]:
     body = nn.Sequential(nn.Linear(6, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Linear(10, 5, bias=False))
     method = simclr(5, 8, body, features=6, temperature=0.2, memory_size=memory_size, memory_momentum=0.9)
     if world > 1:
-        synchronized(method)
+        convert_sync_batchnorm(method)
     optimizer = torch.optim.SGD(method.parameters(), lr=0.2, momentum=0.9)
     losses, gradients = [], {}
     for step in range(3):

@@ -14,7 +14,7 @@ from methods.parts.soft_targets import cross_entropy_sum
 
 @pytest.fixture(params=[1, 3, 100])
 def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    monkeypatch.setattr(soft_targets, "rows_at_once", lambda x: request.param)
+    monkeypatch.setattr(soft_targets, "chunk_rows", lambda x: request.param)
     yield request.param
 
 

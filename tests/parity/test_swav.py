@@ -278,7 +278,7 @@ def test_prototypes_that_are_copies_are_counted_once() -> None:
 def test_advice_names_what_works_badly_together() -> None:
     facts = RunFacts(global_batch_size=64, steps_per_epoch=10, total_steps=100, num_images=1000)
     said = {
-        name: list(swav(k, 4, 64, **settings).advice(facts))
+        name: list(swav(k, 4, 64, **settings).config_warnings(facts))
         for name, k, settings in (
             ("fits", 64, {}),
             ("batch", 100, {}),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from methods.parts.errors import ConfigError
-from pipeline.data.image_dataset import Manifest
+from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.sources.folder import open_folder
 from pipeline.data.sources.huggingface import open_hub
 from pipeline.data.sources.iterable import open_unbounded, with_absolute_path
@@ -36,7 +36,7 @@ def absolute_source(path: str) -> str:
     return str(Path(path).expanduser().resolve()) if is_local_path(path) else path
 
 
-def open_source(data: DataConfig) -> Manifest:
+def open_source(data: DataConfig) -> ImageDataset:
     """List the images of `data.path`. Reads names, sizes, Parquet footers, tar headers and labels, but no image.
 
     Raises:
@@ -56,7 +56,7 @@ def open_source(data: DataConfig) -> Manifest:
         return _open_files(root, data)
 
 
-def _open_files(root: str, data: DataConfig) -> Manifest:
+def _open_files(root: str, data: DataConfig) -> ImageDataset:
     """A file or folder of Parquet or tars, or a folder of images; `*` in the last part of the path chooses files."""
     kinds = {".parquet": open_parquet, ".tar": open_tars}
     folder, _, last = root.rpartition("/")

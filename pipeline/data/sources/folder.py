@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from methods.parts.errors import ConfigError
-from pipeline.data.image_dataset import IMAGE_EXTENSIONS, Manifest, fingerprint
+from pipeline.data.image_dataset import IMAGE_EXTENSIONS, ImageDataset, fingerprint
 from pipeline.storage import files
 from pipeline.storage.files import File, Part
 
@@ -27,7 +27,7 @@ REMEDIES = {  # by what lies there instead of images
 
 
 @dataclass(kw_only=True)
-class FolderManifest(Manifest):
+class FolderManifest(ImageDataset):
     """A tree of image files; the first level of folders gives the labels."""
 
     root: str
@@ -41,7 +41,7 @@ class FolderManifest(Manifest):
         return [(data, None) for data in files.read_all([Part(self.path(int(i))) for i in ids])]
 
 
-def open_folder(root: str, tree: list[File], shown: str) -> Manifest:
+def open_folder(root: str, tree: list[File], shown: str) -> ImageDataset:
     """The images of a listing.
 
     Args:

@@ -8,7 +8,7 @@ import re
 from typing import TYPE_CHECKING
 
 from methods.parts.errors import ConfigError
-from pipeline.data.image_dataset import Manifest
+from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.sources.parquet import open_parquet
 from pipeline.storage import files
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SPLIT = re.compile(r"(?P<split>[\w.]+)-\d{5}-of-\d{5}(-\w+)?\.parquet$")  # train-00000-of-00001.parquet
 
 
-def open_hub(root: str, data: DataConfig) -> Manifest:
+def open_hub(root: str, data: DataConfig) -> ImageDataset:
     """The Parquet files of a data set on the hub, without copying them: of the split `train` where file names tell splits.
 
     `*` in the last part of the path chooses files, for example `.../validation-*`. The split `test` becomes the test split.
@@ -45,7 +45,7 @@ def open_hub(root: str, data: DataConfig) -> Manifest:
     splits = {f.name: match["split"] for f in found if (match := SPLIT.search(f.name.rpartition("/")[2]))}
     if pattern != "*" or "train" not in splits.values():
         return open_parquet(folder, found, data)
-    manifest = open_parquet(folder, [f for f in found if splits.get(f.name) == "train"], data)
+    dataset = open_parquet(folder, [f for f in found if splits.get(f.name) == "train"], data)
     if "test" in splits.values():
-        manifest = dataclasses.replace(manifest, test_path=files.join(folder, files.join(places[0], "test-*") if places[0] else "test-*"))
-    return manifest
+        dataset = dataclasses.replace(dataset, test_path=files.join(folder, files.join(places[0], "test-*") if places[0] else "test-*"))
+    return dataset

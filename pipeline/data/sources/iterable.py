@@ -15,20 +15,20 @@ from typing import Any
 import numpy as np
 
 from methods.parts.errors import ConfigError
-from pipeline.data.image_dataset import Manifest, Row, fingerprint
-from pipeline.data.sampler import Plan
+from pipeline.data.image_dataset import ImageDataset, Row, fingerprint
+from pipeline.data.sampler import Sampler
 
 SAMPLE = 256  # images from the beginning that pictures and the doctor look at
 
 
-class Unbounded(Manifest):
+class Unbounded(ImageDataset):
     """Images in their order of arrival; the id of an image is its number in that order.
 
     The function takes no argument and yields the bytes of image files. It is called in one process for the whole run,
     however many workers there are; when it ends it is called again. A resumed run calls it anew and skips what it has
     seen, so that a function which yields the same images each time gives the same run.
 
-    As a `Manifest` it stands for the first `SAMPLE` images: what pictures and the doctor ask for.
+    As a `ImageDataset` it stands for the first `SAMPLE` images: what pictures and the doctor ask for.
     """
 
     def __init__(self, path: str, function: bytes) -> None:
@@ -50,10 +50,10 @@ class Unbounded(Manifest):
     def path(self, id: int) -> str:
         return f"{self.source}, image {id}"
 
-    def plan(self, *, seed: int, held_out: float, global_batch: int, lanes: int, window: int, steps_per_epoch: int) -> Plan:
-        return ArrivalPlan(global_batch, lanes, window, steps_per_epoch)
+    def plan(self, *, seed: int, held_out: float, global_batch: int, lanes: int, window: int, steps_per_epoch: int) -> Sampler:
+        return SequentialSampler(global_batch, lanes, window, steps_per_epoch)
 
-    def served(self, plan: Plan, first_step: int) -> Unbounded:
+    def served(self, plan: Sampler, first_step: int) -> Unbounded:
         """This source with the one reader of the run, which ends when nobody holds what is returned."""
         import ray
 
@@ -74,7 +74,7 @@ class Unbounded(Manifest):
         return images
 
 
-class ArrivalPlan(Plan):
+class SequentialSampler(Sampler):
     """Deals images in their order of arrival: batch s is the images s * global_batch and on, a chunk to each lane in turn."""
 
     def __init__(self, global_batch: int, lanes: int, window: int, steps_per_epoch: int) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from methods.parts.errors import ConfigError
-from pipeline.data.image_dataset import Manifest, fingerprint, numbered
+from pipeline.data.image_dataset import ImageDataset, fingerprint, numbered
 from pipeline.storage import files
 from pipeline.storage.files import File
 
@@ -31,7 +31,7 @@ _Group = tuple[Any, Any]  # images and paths (or None) of a row group
 
 
 @dataclass(kw_only=True)
-class ParquetManifest(Manifest):
+class ParquetManifest(ImageDataset):
     """Parquet files with a column of encoded bytes; a row group is the unit of reading."""
 
     files: list[str]
@@ -129,7 +129,7 @@ class _Facts(NamedTuple):
     labels: pa.ChunkedArray
 
 
-def open_parquet(root: str, parts: list[File], data: DataConfig) -> Manifest:
+def open_parquet(root: str, parts: list[File], data: DataConfig) -> ImageDataset:
     """The rows of Parquet files below `root`, in the order given.
 
     Raises:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from methods.parts.errors import ConfigError, require
-from pipeline.data.image_dataset import Manifest, fingerprint
+from pipeline.data.image_dataset import ImageDataset, fingerprint
 from pipeline.data.philox import PATCH, TILE, permutation, uniforms
 
 SKIMAGE = (
@@ -64,7 +64,7 @@ def parse(path: str) -> PatchOptions:
     return PatchOptions(**values)  # type: ignore[arg-type]
 
 
-def open_patches(path: str) -> Manifest:
+def open_patches(path: str) -> ImageDataset:
     """The manifest of the built-in set; patches are cut when they are read."""
     options = parse(path)
     test = options.split == "test"
@@ -83,7 +83,7 @@ def open_patches(path: str) -> Manifest:
 
 
 @dataclass(kw_only=True)
-class PatchManifest(Manifest):
+class PatchManifest(ImageDataset):
     """Patches by photograph; in the train split, each photograph's training patches come before its held-out ones."""
 
     options: PatchOptions

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from methods.parts.errors import ConfigError
-from pipeline.data.image_dataset import Manifest, fingerprint
+from pipeline.data.image_dataset import ImageDataset, fingerprint
 from pipeline.storage.files import File, cache_folder
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ ROW_GROUP = 1000  # images, about 2 MB of 32 pixels
 TIMEOUT_S = 30.0  # of one answer of the download's server
 
 
-def open_named(data: DataConfig) -> Manifest:
+def open_named(data: DataConfig) -> ImageDataset:
     """The manifest of `cifar10` (its training images) or `cifar10:split=test`.
 
     Raises:
@@ -44,11 +44,11 @@ def open_named(data: DataConfig) -> Manifest:
         except OSError as error:
             raise ConfigError(f"data.path={data.path}: {folder} cannot be written ({error.strerror}); set MANYVIEWS_CACHE") from None
     columns = dataclasses.replace(data, image_column="image", label_column="label")
-    manifest = open_parquet(str(folder), [File(file.name, file.stat().st_size)], columns)
+    dataset = open_parquet(str(folder), [File(file.name, file.stat().st_size)], columns)
     # not of the file: its size depends on who compressed it
-    manifest.fingerprint = fingerprint([f"{name}:split={split}:{len(manifest)}"], manifest.class_names)
-    manifest.test_path = f"{name}:split=test" if split == "train" else None
-    return manifest
+    dataset.fingerprint = fingerprint([f"{name}:split={split}:{len(dataset)}"], dataset.class_names)
+    dataset.test_path = f"{name}:split=test" if split == "train" else None
+    return dataset
 
 
 def _parse(path: str) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from methods.parts.errors import ConfigError
-from pipeline.data.image_dataset import IMAGE_EXTENSIONS, Manifest, fingerprint, numbered
+from pipeline.data.image_dataset import IMAGE_EXTENSIONS, ImageDataset, fingerprint, numbered
 from pipeline.storage import files
 from pipeline.storage.files import File, Part
 
@@ -33,7 +33,7 @@ LABEL_BYTES = 32  # a label member is a short number
 
 
 @dataclass(kw_only=True)
-class TarManifest(Manifest):
+class TarManifest(ImageDataset):
     """Images inside tar files, by their place."""
 
     files: list[str]
@@ -66,7 +66,7 @@ class _Index(NamedTuple):
     skipped: list[tuple[str, str]]
 
 
-def open_tars(root: str, parts: list[File], data: DataConfig) -> Manifest:
+def open_tars(root: str, parts: list[File], data: DataConfig) -> ImageDataset:
     """The samples of tar files below `root`: ids in the order of the files, and of the images inside.
 
     Raises:

@@ -15,8 +15,8 @@ from methods.parts.errors import ConfigError
 PIECE_BYTES = 1 << 26  # of a piece of a checkpoint: 16 million labels
 
 
-class IdTable:
-    """`(N, *shape)` values by image id, for `Method.id_tables()`.
+class MemoryBank:
+    """`(N, *shape)` values by image id, for `Method.memory_banks()`.
 
     Whole on every worker (4 bytes an image for int32), or cut into ranges of ids, one to a worker, beyond some 100
     million images. Neither a module nor a buffer: DDP would send it around and every checkpoint of weights would hold it.

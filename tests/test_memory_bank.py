@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from methods.parts import id_table
+from methods.parts import memory_bank
 from methods.parts.distributed import all_gather_objects, all_gather_rows
 from methods.parts.errors import ConfigError
-from methods.parts.id_table import IdTable, first_places
+from methods.parts.memory_bank import MemoryBank, first_places
 from pipeline import checkpoint
 from pipeline.storage.place import Place
 from tests.parity.common import in_processes
@@ -24,8 +24,8 @@ N, BATCH = 103, 12
 
 def visit(rank: int, world: int, sharded: bool) -> dict[str, Any]:
     """Three steps: read, then write what the whole batch brings; at last gather every piece and load it again."""
-    id_table.PIECE_BYTES = 40 * 8
-    table = IdTable(N, (2,), dtype=torch.int32, fill=-1, sharded=sharded)
+    memory_bank.PIECE_BYTES = 40 * 8
+    table = MemoryBank(N, (2,), dtype=torch.int32, fill=-1, sharded=sharded)
     read, generator = [], torch.Generator().manual_seed(0)
     for step in range(3):
         ids = torch.randperm(N, generator=generator)[:BATCH]
@@ -39,7 +39,7 @@ def visit(rank: int, world: int, sharded: bool) -> dict[str, Any]:
         for name in ("send", "recv", "reduce", "gather", "all_reduce", "all_gather"):
             patch.setattr(dist, name, counted(name, getattr(dist, name), messages))
         pieces = table.pieces()
-    again = IdTable(N, (2,), dtype=torch.int32, fill=-1, sharded=sharded)
+    again = MemoryBank(N, (2,), dtype=torch.int32, fill=-1, sharded=sharded)
     again.load(all_gather_objects(pieces)[0])
     same = torch.equal(again.rows, table.rows)
     return {"read": read, "pieces": pieces, "rows": len(table.rows), "same": same, "messages": messages}
@@ -88,7 +88,7 @@ def test_no_worker_but_the_first_ever_holds_rows_of_another_one(what: Any, tmp_p
     assert {name for name, _ in first["messages"]} == {"recv"}
 
 
-def filled(table: IdTable, rank: int, world: int) -> dict[str, Any]:
+def filled(table: MemoryBank, rank: int, world: int) -> dict[str, Any]:
     """Every image gets its own number, and is read back."""
     ids = torch.arange(N - 1)
     table.write(ids, ids[:, None])
@@ -96,7 +96,7 @@ def filled(table: IdTable, rank: int, world: int) -> dict[str, Any]:
 
 
 def test_a_table_made_before_its_worker_joins_the_others_is_cut_all_the_same(tmp_path: Path) -> None:
-    table = IdTable(N, (1,), dtype=torch.int32, fill=-1, sharded=True)
+    table = MemoryBank(N, (1,), dtype=torch.int32, fill=-1, sharded=True)
     workers = in_processes(2, tmp_path, partial(filled, table))
     assert [worker["rows"] for worker in workers] == [N // 2, N - N // 2]
     assert torch.cat([worker["read"] for worker in workers]).flatten().tolist() == list(range(N - 1))
@@ -106,18 +106,18 @@ def test_a_shard_loads_its_own_rows_from_the_pieces_of_any_number_of_workers(mon
     whole = torch.arange(N, dtype=torch.int32)
     held = []
     for rank in range(4):
-        monkeypatch.setattr(id_table, "own_range", lambda n, rank=rank: (rank * n // 4, (rank + 1) * n // 4))
-        table = IdTable(N, dtype=torch.int32, fill=-1, sharded=True)
+        monkeypatch.setattr(memory_bank, "own_range", lambda n, rank=rank: (rank * n // 4, (rank + 1) * n // 4))
+        table = MemoryBank(N, dtype=torch.int32, fill=-1, sharded=True)
         table.load(list(whole.split(30)))
         held.append(table.rows)
     assert torch.equal(torch.cat(held), whole)
     with pytest.raises(ConfigError, match=r"shape \(103,\) where this run needs \(104,\)"):
-        IdTable(N + 1, dtype=torch.int32, fill=-1).load(list(whole.split(30)))
+        MemoryBank(N + 1, dtype=torch.int32, fill=-1).load(list(whole.split(30)))
 
 
 def test_a_checkpoint_holds_tables_in_pieces_of_their_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(id_table, "PIECE_BYTES", 4 * 50_000)
-    table = IdTable(120_000, dtype=torch.int32, fill=-1)
+    monkeypatch.setattr(memory_bank, "PIECE_BYTES", 4 * 50_000)
+    table = MemoryBank(120_000, dtype=torch.int32, fill=-1)
     table.write(torch.arange(0, 120_000, 7), torch.arange(0, 120_000, 7))
     state = {"method": {"w": torch.ones(3)}, "id_tables": {"labels": table.pieces()}}
     folder = checkpoint.save(Place.of(tmp_path), state, step=4)
@@ -126,7 +126,7 @@ def test_a_checkpoint_holds_tables_in_pieces_of_their_own_size(tmp_path: Path, m
     assert sizes["labels-0.pt"] < 4 * 50_000 + 4096 and sizes["state.pt"] < 4096
     loaded = checkpoint.load(folder)
     assert checkpoint.state_hash(loaded) == checkpoint.state_hash(state)
-    again = IdTable(120_000, dtype=torch.int32, fill=-1)
+    again = MemoryBank(120_000, dtype=torch.int32, fill=-1)
     again.load(loaded["id_tables"]["labels"])
     assert torch.equal(again.rows, table.rows)
 
