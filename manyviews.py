@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli import printing
-from pipeline.cli.overrides import configured, parse_settings
+from pipeline.cli import early, printing
+from pipeline.cli.overrides import configured, parse_settings, split
+from pipeline.run_folder import command
+from pipeline.shell import program
 from tuning import verbs as verbs_of_tuning
 
 # Idle threads of one process must not spin on cores that another one needs; read when torch is loaded.
@@ -35,7 +38,7 @@ COMMON = """common settings (all of them: manyviews pretrain RECIPE --help):
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> _Parser:
     top = _Parser(prog="manyviews", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     verbs = top.add_subparsers(dest="verb", metavar="VERB", title="verbs")
 
@@ -49,7 +52,8 @@ def parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
             add_help=False,
         )
-        sub.add_argument("-h", "--help", action="store_true", help="show this help")
+        # a verb with settings shows those of the recipe that is named, so its help waits for the other arguments
+        sub.add_argument("-h", "--help", action="store_true" if settings else "help", default=False, help="show this help")
         sub.add_argument("--runs-dir", default="runs", metavar="DIR", help="where run folders lie, also s3://... (default: runs)")
         sub.add_argument("--json", type=Path, metavar="FILE", help="also write the result for machines")
         sub.set_defaults(do=run, takes_settings=bool(settings), sub=sub)
@@ -93,9 +97,9 @@ def parser() -> argparse.ArgumentParser:
         settings=COMMON,
         epilog=_picture_list(),
     )
-    add.add_argument("name", nargs="?", metavar="NAME", help="which picture")
+    add.add_argument("name", nargs="?", metavar="PICTURE", help="which picture")
     add.add_argument("model", nargs="?", metavar="RUN_OR_MODEL", help="a run, an exported folder, or models:/NAME@best")
-    add.add_argument("--to", type=Path, metavar="FILE", help="the picture (default: NAME.png)")
+    add.add_argument("--to", type=Path, metavar="FILE", help="the file (default: PICTURE.png)")
 
     verb("methods", methods, "list the methods with their papers")
     verb("recipes", recipes, "list the recipes")
@@ -108,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--to", type=Path, metavar="DIR", help="folder of the report (default: report/ in the sweep)")
 
     add = verb("study", study, "try a paper's finding on small data: several arms and seeds, a table and a picture", settings=COMMON)
-    add.add_argument("name", nargs="?", metavar="NAME", help="which study; without a name, what there is")
+    add.add_argument("name", nargs="?", metavar="STUDY", help="which study; without a name, what there is")
     add.add_argument("--seeds", type=int, metavar="N", help="runs of each arm (default: the study's own number)")
 
     add = verb("runs", runs, "list runs, their state and how to go on; one run in detail")
@@ -119,6 +123,10 @@ def parser() -> argparse.ArgumentParser:
 
     add = verb("doctor", doctor, "check machine, packages, data and tracking before time is spent", settings=COMMON)
     add.add_argument("recipe", nargs="?", metavar="RECIPE", help="also check this recipe's settings against the data")
+
+    add = verb("completion", completion, 'print what makes a shell complete commands: eval "$(manyviews completion bash)"')
+    add.add_argument("shell", choices=["bash", "zsh"])
+    top.verbs = verbs.choices
     return top
 
 
@@ -135,9 +143,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, settings = top.parse_known_args(argv)
         if settings and not options.takes_settings:
             raise ConfigError(f"{settings[0]}: no such option of {options.verb}; see manyviews {options.verb} --help")
-        if options.help and not (options.takes_settings and getattr(options, "recipe", None)):
+        if options.help and not getattr(options, "recipe", None):
             options.sub.print_help()
             return 0
+        early.check(split(settings), getattr(options, "recipe", None))
         options.argv = argv
         options.runs_given, options.runs_dir = options.runs_dir, _runs_dir(options.runs_dir)
         return int(options.do(options, [*settings, "--help"] if options.help else settings))
@@ -187,10 +196,11 @@ def resume(options: Any, settings: list[str]) -> int:
 
 
 def continue_run(options: Any, settings: list[str]) -> int:
-    from pipeline.config import from_yaml
     from pipeline.run_folder import find_run
 
     earlier = find_run(_given(options, "from_run", "RUN"), options.runs_dir)
+    from pipeline.config import from_yaml
+
     config = parse_settings(from_yaml(earlier.config_text()), settings, f"manyviews continue {earlier.name}")
     from pipeline.train import launch
 
@@ -218,6 +228,7 @@ def evaluate(options: Any, settings: list[str]) -> int:
 
 
 def embed(options: Any, settings: list[str]) -> int:
+    early.require_exists("data.path", options.data_path)
     from pipeline.config import DataConfig
     from pipeline.export import registry
     from pipeline.export.embed import BAD
@@ -249,7 +260,7 @@ def views(options: Any, settings: list[str]) -> int:
 def figure(options: Any, settings: list[str]) -> int:
     from pipeline.figures import pictures
 
-    picture, model = pictures.find(_given(options, "name", "NAME")), _given(options, "model", "RUN_OR_MODEL")
+    picture, model = pictures.find(_given(options, "name", "PICTURE")), _given(options, "model", "RUN_OR_MODEL")
     from pipeline.figures.context import FigureContext
 
     subject = FigureContext.of(model, runs_dir=options.runs_dir, uri=_tracking_uri(settings))
@@ -273,7 +284,7 @@ def recipes(options: Any, settings: list[str]) -> int:
     from pipeline.recipes import entries
 
     printing.show_table(["recipe", "what it is"], [(e.name, e.summary) for e in entries()])
-    print("\nmanyviews pretrain RECIPE --help shows every setting; pipeline/recipes/ holds the files")
+    print(f"\n{program()} pretrain RECIPE --help shows every setting; pipeline/recipes/ holds the files")
     printing.write_json(options, [{"name": e.name, "summary": e.summary} for e in entries()])
     return 0
 
@@ -304,12 +315,15 @@ def runs(options: Any, settings: list[str]) -> int:
     elif states or sweeps:
         printing.show_runs(states, sweeps, options)
     else:
-        print(f"no runs in {options.runs_dir}; start one with: manyviews pretrain swav-small")
+        print(f"no runs in {options.runs_dir}; start one with: {command('pretrain', 'swav-small', runs_dir=options.runs_dir)}")
     printing.write_json(options, [*states, *sweeps])
     return 0
 
 
 def sync(options: Any, settings: list[str]) -> int:
+    from pipeline.run_folder import find_run
+
+    find_run(options.run, options.runs_dir)
     from pipeline.train import registration
 
     sent, model = registration.sync(options.run, runs_dir=options.runs_dir)
@@ -326,6 +340,22 @@ def doctor(options: Any, settings: list[str]) -> int:
     printing.console().print(render(checks))
     printing.write_json(options, [vars(check) for check in checks])
     return 1 if any(check.ok == "fail" for check in checks) else 0
+
+
+def completion(options: Any, settings: list[str]) -> int:
+    from pipeline.cli import completion
+    from pipeline.figures import pictures
+    from pipeline.recipes import entries
+
+    names = {"RECIPE": [e.name for e in entries()], "PICTURE": [e.name for e in pictures.entries()], "STUDY": verbs_of_tuning.studies()}
+    names |= {place: [completion.RUNS] for place in ("RUN", "SWEEP", "RUN_OR_MODEL", "RUN_OR_SWEEP")}
+    words = {}
+    for verb, sub in parser().verbs.items():
+        known = [word for place in re.findall(r"--[\w.-]+|[A-Z_]+", sub.format_usage()) for word in names.get(place, [place])]
+        settings = completion.settings() if sub.get_default("takes_settings") else []
+        words[verb] = [*dict.fromkeys(word for word in [*known, "--help", *settings] if not word.isupper())]
+    print(completion.script(options.shell, words), end="")
+    return 0
 
 
 def _given(options: Any, name: str, shown: str) -> str:
@@ -361,6 +391,8 @@ def _list(title: str, rows: list[tuple[str, str]]) -> str:
 
 class _Parser(argparse.ArgumentParser):
     """argparse whose mistakes are one sentence and exit code 2."""
+
+    verbs: Mapping[str, argparse.ArgumentParser]
 
     def error(self, message: str) -> Any:
         from methods.parts.errors import ConfigError

@@ -45,11 +45,11 @@ from methods.parts.views import CropGroup, Views, ViewsConfig
 
 @dataclass(frozen=True, kw_only=True)
 class BarlowTwinsConfig(MethodConfig):
-    # lambda in eq. (1)
+    #: lambda in eq. (1)
     redundancy_weight: float = searchable(0.005, SearchRange(0.001, 0.05, "log", reason="smaller for more dimensions"))
     projector_layers: int = 3
     projector_hidden: int = 8192
-    # D; the wider the better
+    #: D; the wider the better
     projection_dim: int = searchable(8192, SearchRange(scale="choice", choices=(512, 2048, 8192), reason="wide helps, at a cost of D^2"))
     vector_lr_scale: float = 0.024  # biases and norms: 0.0048 / 0.2
 

@@ -56,7 +56,7 @@ from methods.parts.views import CropGroup, Views, ViewsConfig
 
 @dataclass(frozen=True, kw_only=True)
 class BYOLConfig(MethodConfig):
-    # tau_base; the shorter the run, the lower
+    #: tau_base; the shorter the run, the lower
     momentum: float = searchable(0.996, SearchRange(0.9, 0.999, "linear", reason="short runs need a faster target"))
     final_momentum: float = 1.0  # tau at the last step; equal to momentum: constant
     projector_hidden: int = searchable(4096, SearchRange(scale="choice", choices=(512, 1024, 4096), reason="wide heads help, at a cost"))

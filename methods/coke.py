@@ -64,14 +64,14 @@ AVERAGES = ("averaged_labels", "averaged_weights")  # the tables of stage 2
 
 @dataclass(frozen=True, kw_only=True)
 class CoKeConfig(MethodConfig):
-    # K of each head; several are better than one, and better when they differ
+    #: K of each head; several are better than one, and better when they differ
     num_clusters: tuple[int, ...] = (3000, 4000, 5000)
-    # r': least size of a cluster as a fraction of N / K; 0 = plain online k-means, 1 = balanced
+    #: r': least size of a cluster as a fraction of N / K; 0 = plain online k-means, 1 = balanced
     constraint_ratio: float = searchable(0.4, SearchRange(0.0, 1.0, "linear", reason="low: empty clusters; high: restless labels"))
-    # eta, the paper's is 20 for K >= 3000. None = K min(3 / steps_per_epoch, 0.05): an empty cluster's dual rises by 3 r' in an
-    # epoch, beside cosines in [-1, 1], and by 0.05 r' at most in a step, or whole batches would fall into one cluster in turn
+    #: eta, the paper's is 20 for K >= 3000. None = K min(3 / steps_per_epoch, 0.05): an empty cluster's dual rises by 3 r' in an
+    #: epoch, beside cosines in [-1, 1], and by 0.05 r' at most in a step, or whole batches would fall into one cluster in turn
     dual_learning_rate: float | None = None
-    # tau; 0.05 with two views
+    #: tau; 0.05 with two views
     temperature: float = searchable(0.1, SearchRange(0.03, 0.3, "log", reason="sharpness of the predictions"))
     predictor_weight: float = 1.0  # beta: 1 = predictions only, 0 = projections only and no predictor
     label_weight: float = 0.2  # alpha, with two or more crops

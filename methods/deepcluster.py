@@ -56,9 +56,9 @@ UNKNOWN = -1  # the label of an image that was not seen yet
 
 @dataclass(frozen=True, kw_only=True)
 class DeepClusterConfig(MethodConfig):
-    # tau
+    #: tau
     temperature: float = searchable(0.1, SearchRange(0.05, 0.5, "log", reason="sharpness of the predictions"))
-    # K; several times the number of kinds of things in the images
+    #: K; several times the number of kinds of things in the images
     num_prototypes: int = searchable(3000, SearchRange(scale="choice", choices=(100, 300, 1000, 3000), reason="flat once large enough"))
     heads: int = 3  # H, independent clusterings of the same projections
     kmeans_iterations: int = 10

@@ -65,17 +65,17 @@ from methods.parts.vit import without_drop_path
 @dataclass(frozen=True, kw_only=True)
 class DINOConfig(MethodConfig):
     temperature: float = 0.1  # tau_s
-    # tau_t; 0.07 for long runs, with a rise from 0.04 over 30 epochs
+    #: tau_t; 0.07 for long runs, with a rise from 0.04 over 30 epochs
     teacher_temperature: float = searchable(0.04, SearchRange(0.02, 0.07, "log", reason="the loss sticks at ln K when it is too high"))
     warmup_teacher_temperature: float = 0.04  # tau_t in epoch 0; it rises to teacher_temperature on a straight line, epoch by epoch
     warmup_teacher_temperature_epochs: int = 0  # 0: teacher_temperature from the start
-    # m at the first step; 0.9995 for long runs with batches of 256 or fewer
+    #: m at the first step; 0.9995 for long runs with batches of 256 or fewer
     momentum: float = searchable(0.996, SearchRange(0.97, 0.9995, "linear", reason="short runs need a faster teacher"))
     final_momentum: float = 1.0  # m at the last step; equal to momentum: constant
     center_momentum: float = searchable(0.9, SearchRange(scale="choice", choices=(0.9, 0.99), reason="slower for small batches"))
     teacher_targets: Literal["centering", "sinkhorn"] = "centering"  # sinkhorn wants a global batch of 256, or of half the prototypes
     sinkhorn_iterations: int = 3
-    # K; the original's out_dim
+    #: K; the original's out_dim
     num_prototypes: int = searchable(65536, SearchRange(scale="choice", choices=(512, 1024, 4096, 65536), reason="more for more data"))
     unit_prototypes: bool = True  # the original's norm_last_layer; False is better for ViT-S, less stable for larger ones
     freeze_prototypes_epochs: float = 1.0  # prototypes wait for so long, weight decay too; longer where the loss does not fall

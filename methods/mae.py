@@ -49,7 +49,7 @@ from methods.parts.vit import require_vit, sincos_table, xavier_linears
 
 @dataclass(frozen=True, kw_only=True)
 class MAEConfig(MethodConfig):
-    # share of the patches that the encoder does not see
+    #: share of the patches that the encoder does not see
     mask_ratio: float = searchable(0.75, SearchRange(0.4, 0.9, "linear", reason="40 to 80 % in the paper; linear probes want 0.75"))
     normalize_patches: bool = True  # predict pixels less their patch's mean, over its standard deviation; False: as they are
     decoder_width: int = 512

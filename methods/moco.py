@@ -53,11 +53,11 @@ from methods.parts.views import CropGroup, Views, ViewsConfig
 
 @dataclass(frozen=True, kw_only=True)
 class MoCoConfig(MethodConfig):
-    # tau; v1: 0.07
+    #: tau; v1: 0.07
     temperature: float = searchable(0.2, SearchRange(0.05, 0.5, "log", reason="best near 0.07 with one linear layer, 0.2 with two"))
-    # m in eq. (2): how slowly the key network follows
+    #: m in eq. (2): how slowly the key network follows
     momentum: float = searchable(0.999, SearchRange(scale="choice", choices=(0.9, 0.99, 0.996, 0.999), reason="short runs take less"))
-    # K, over all workers
+    #: K, over all workers
     queue_length: int = searchable(65536, SearchRange(scale="choice", choices=(1024, 4096, 16384, 65536), reason="at most the images"))
     projector_layers: int = 2  # v1: 1
     projector_hidden: int | None = None  # None = the width of the features

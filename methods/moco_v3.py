@@ -59,9 +59,9 @@ from methods.parts.vit import freeze_patch_projection, without_drop_path
 
 @dataclass(frozen=True, kw_only=True)
 class MoCoV3Config(MethodConfig):
-    # tau; ResNet: 1
+    #: tau; ResNet: 1
     temperature: float = searchable(0.2, SearchRange(0.1, 1.0, "log", reason="0.2 for ViTs, 1 for ResNets"))
-    # m_0; the shorter the run, the lower
+    #: m_0; the shorter the run, the lower
     momentum: float = searchable(0.99, SearchRange(0.9, 0.999, "linear", reason="short runs need faster keys; 0.996 for 1000 epochs"))
     final_momentum: float = 1.0  # m at the last step; equal to momentum: constant
     projector_layers: int = 3  # ResNet: 2

@@ -63,28 +63,28 @@ from methods.parts.vit import ViT, require_vit, without_drop_path
 
 @dataclass(frozen=True, kw_only=True)
 class MSNConfig(MethodConfig):
-    # tau
+    #: tau
     temperature: float = searchable(0.1, SearchRange(0.05, 0.2, "log", reason="sharpness of the predictions"))
-    # tau+; the original writes it as a power 1/T of softmax(cos / tau), T = tau+ / tau = 0.25
+    #: tau+; the original writes it as a power 1/T of softmax(cos / tau), T = tau+ / tau = 0.25
     target_temperature: float = searchable(0.025, SearchRange(0.01, 0.05, "log", reason="without sharpening the targets collapse"))
     final_target_temperature: float | None = None  # tau+ rises or falls to it on a straight line; None = constant
     sinkhorn: bool = True  # balance the targets over the prototypes; without it, give me_max a weight of 5
     sinkhorn_iterations: int = 3
-    # lambda
+    #: lambda
     me_max: float = searchable(1.0, SearchRange(0.5, 10.0, "log", reason="1 with Sinkhorn, 5 without"))
-    # K
+    #: K
     num_prototypes: int = searchable(1024, SearchRange(scale="choice", choices=(64, 128, 256, 1024, 2048), reason="few hurt, many do not"))
     train_prototypes: bool = True
     label_smoothing: float = 0.0  # s: each prototype stands for the class (1 - s) own + s / K of all
     projector_layers: int = 3
     projector_hidden: int = 2048
     projection_dim: int = 256
-    # mean share of its patches that a masked crop loses; the larger the ViT, the more
+    #: mean share of its patches that a masked crop loses; the larger the ViT, the more
     mask_ratio: float = searchable(0.15, SearchRange(0.0, 0.7, "linear", reason="0.15 for ViT-S, 0.3 for ViT-B, 0.7 for ViT-L"))
     mask_spread: float = 0.0  # the share is uniform in mask_ratio +- mask_spread, one for all crops of a step
     mask_probability: float = 1.0  # of a step having masks at all
     shared_mask: bool = False  # one mask for all images of a crop
-    # m_0; the shorter the run, the lower
+    #: m_0; the shorter the run, the lower
     momentum: float = searchable(0.996, SearchRange(0.95, 0.999, "linear", reason="short runs need a faster target"))
     final_momentum: float = 1.0  # m at the end of the schedule; equal to momentum: constant
     horizon: float = 1.25  # schedules of momentum and tau+ end at so many times the run

@@ -53,9 +53,9 @@ LOOKUP_ROWS = 1024  # so many rows look for their neighbours at a time: 400 MB o
 
 @dataclass(frozen=True, kw_only=True)
 class NNCLRConfig(MethodConfig):
-    # tau in eq. (3)
+    #: tau in eq. (3)
     temperature: float = searchable(0.1, SearchRange(0.05, 0.5, "log", reason="0.2 on small images"))
-    # K, over all workers
+    #: K, over all workers
     support_set_size: int = searchable(
         98304, SearchRange(scale="choice", choices=(1024, 4096, 16384, 65536, 98304), reason="larger is better, up to the images")
     )

@@ -52,12 +52,12 @@ from methods.parts.views import CropGroup, Views, ViewsConfig
 
 @dataclass(frozen=True, kw_only=True)
 class SimCLRConfig(MethodConfig):
-    # tau
+    #: tau
     temperature: float = searchable(0.1, SearchRange(0.05, 1.0, "log", reason="small: hard negatives count more; large batches take less"))
     projector_layers: int = 2  # v2: 3
     projector_hidden: int | None = None  # None = the width of the features
     projection_dim: int = 128  # D
-    # K rows over all workers; 0 = v1
+    #: K rows over all workers; 0 = v1
     memory_size: int = searchable(0, SearchRange(scale="choice", choices=(0, 4096, 16384, 65536), reason="negatives beyond the batch"))
     memory_momentum: float = 0.999  # m: how slowly the network of the memory follows
 

@@ -42,7 +42,7 @@ class SimSiamConfig(MethodConfig):
     projector_layers: int = 3  # 2 for CIFAR-10
     projector_hidden: int = 2048
     projection_dim: int = searchable(2048, SearchRange(scale="choice", choices=(128, 512, 2048), reason="small networks need less"))  # D
-    # a bottleneck of D / 4
+    #: a bottleneck of D / 4
     predictor_hidden: int = searchable(512, SearchRange(scale="choice", choices=(64, 128, 512), reason="a bottleneck is steadier"))
     constant_predictor_lr: bool = True  # the predictor should follow the newest projections to the end
 

@@ -48,17 +48,17 @@ from methods.parts.views import CropGroup, Views, ViewsConfig
 
 @dataclass(frozen=True, kw_only=True)
 class SwAVConfig(MethodConfig):
-    # tau in eq. (2)
+    #: tau in eq. (2)
     temperature: float = searchable(0.1, SearchRange(0.05, 0.5, "log", reason="sharpness of the predictions"))
-    # entropy weight in eq. (3); 0.03 or less if the loss sticks at ln K
+    #: entropy weight in eq. (3); 0.03 or less if the loss sticks at ln K
     epsilon: float = searchable(0.05, SearchRange(0.01, 0.1, "log", reason="small: sharper codes; large: the loss sticks at ln K"))
     sinkhorn_iterations: int = 3
-    # K; about ten times the number of kinds of things in the images
+    #: K; about ten times the number of kinds of things in the images
     num_prototypes: int = searchable(3000, SearchRange(scale="choice", choices=(100, 300, 1000, 3000), reason="flat once large enough"))
     projector_layers: int = 2
     projector_hidden: int = 2048
     projection_dim: int = 128  # D
-    # rows per global crop, over all workers; 0 = no queue
+    #: rows per global crop, over all workers; 0 = no queue
     queue_length: int = searchable(0, SearchRange(scale="choice", choices=(0, 256, 1024, 3840), reason="a multiple of the batch"))
     queue_start_epoch: float = 15  # epochs before the queue begins to fill
     freeze_prototypes_epochs: float = 1.0  # prototypes get no gradient for so long; more than the run has: never

@@ -47,7 +47,7 @@ from methods.parts.views import CropGroup, Views, ViewsConfig
 
 @dataclass(frozen=True, kw_only=True)
 class VICRegConfig(MethodConfig):
-    # lambda in eq. (6); it and mu must be equal or near for a stable run
+    #: lambda in eq. (6); it and mu must be equal or near for a stable run
     invariance_weight: float = searchable(25.0, SearchRange(1, 50, "log", reason="near the weight of the variance"))
     variance_weight: float = searchable(25.0, SearchRange(1, 50, "log", reason="small: collapse"))  # mu
     covariance_weight: float = searchable(1.0, SearchRange(0.1, 10, "log", reason="large: noise instead of what views share"))  # nu
@@ -55,7 +55,7 @@ class VICRegConfig(MethodConfig):
     variance_epsilon: float = 1e-4  # eps in eq. (2)
     projector_layers: int = 3
     projector_hidden: int = 8192
-    # D; the wider the better
+    #: D; the wider the better
     projection_dim: int = searchable(8192, SearchRange(scale="choice", choices=(512, 2048, 8192), reason="wide helps, at a cost of D^2"))
 
     def __post_init__(self) -> None:

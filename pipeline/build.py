@@ -15,7 +15,7 @@ from methods.parts.vit import enable_gradient_checkpointing, require_whole_patch
 from pipeline.config import RunConfig, from_yaml
 from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.loader import TrainLoader
-from pipeline.data.sources.base import absolute_source, open_source
+from pipeline.data.sources.base import absolute_source, open_source, open_test
 from pipeline.resolve import Resolved, resolve
 from pipeline.run_folder import RunFolder
 
@@ -47,7 +47,7 @@ def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = 
     config = with_absolute_paths(config)
     dataset = dataset or open_source(config.data)
     if config.evaluate.path is not None:
-        open_source(dataclasses.replace(config.data, path=config.evaluate.path))
+        open_test(config.data, config.evaluate.path)
     training = dataset.num_training(config.data.held_out)
     resolved = resolve(config, training, None if training is None else len(dataset))
     plan = dataset.plan(

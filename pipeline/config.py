@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Mapping
@@ -16,7 +15,8 @@ import yaml
 
 from methods.parts.backbones import BackboneConfig
 from methods.parts.contract import MethodConfig, find, to_dict
-from methods.parts.errors import ConfigError, require
+from methods.parts.errors import require
+from methods.parts.errors import unknown_key as unknown_key
 from methods.parts.search_range import SearchRange, searchable
 from methods.parts.views import ViewsConfig
 
@@ -27,8 +27,8 @@ Triple = tuple[float, float, float]
 class DataConfig:
     """Where the images come from and how they are dealt."""
 
-    # folder, Parquet or tars, local or s3:// or gs://; hf://datasets/OWNER/NAME; cifar10; "patches[:pixels=32,per_photo=320,seed=0]";
-    # stream:FILE.py:FUNCTION, a Python function that yields the bytes of images without end
+    #: folder, Parquet or tars, local or s3:// or gs://; hf://datasets/OWNER/NAME; cifar10; "patches[:pixels=32,per_photo=320,seed=0]";
+    #: stream:FILE.py:FUNCTION, a Python function that yields the bytes of images without end
     path: str = "patches"
     image_column: str = "image"  # Parquet: the column of encoded bytes
     label_column: str = "label"  # Parquet: the column of labels; absent is fine
@@ -38,10 +38,10 @@ class DataConfig:
     std: Triple = (0.229, 0.224, 0.225)
     lanes: int = 8  # V: each global batch is one chunk from each lane; worker counts that divide V see the same batches
     window: int | None = None  # images cut by one Ray Data task; None = 512 small or 128 large ones
-    # where colour, blur and normalisation are done: on the training device, or by the Ray Data tasks, which then send four times the bytes
+    #: where colour, blur and normalisation are done: on the training device, or by the Ray Data tasks, which then send four times the bytes
     finish: Literal["device", "tasks"] = "device"
-    # bytes of views in Ray's object stores, ready or in flight; None = as much as these hold: 30 % of the memory. Tasks begin while
-    # their views are less than half of it
+    #: bytes of views in Ray's object stores, ready or in flight; None = as much as these hold: 30 % of the memory. Tasks begin while
+    #: their views are less than half of it
     buffer_bytes: int | None = None
 
     def __post_init__(self) -> None:
@@ -96,7 +96,7 @@ class OptimConfig:
 class TrainConfig:
     """How long, how large, how exact."""
 
-    # images per optimizer step over all workers
+    #: images per optimizer step over all workers
     global_batch_size: int = searchable(256, SearchRange(scale="choice", choices=(64, 128, 256, 512), reason="rate by optim.lr_rule"))
     accumulation_steps: int = 1  # micro-batches per optimizer step
     epochs: float = 100  # passes over the training images
@@ -106,7 +106,7 @@ class TrainConfig:
     accelerator: Literal["auto", "gpu", "cpu"] = "auto"  # of each worker; auto: a GPU if the cluster has one now, gpu: wait for one
     seed: int = 0
     first_epoch: tyro.conf.Suppress[int] = 0  # passes that an earlier phase has behind it; `continue` sets it
-    # bf16: autocast; auto: bf16 where the hardware multiplies it natively, else float32. float32 is IEEE everywhere, TF32 is never used
+    #: bf16: autocast; auto: bf16 where the hardware multiplies it natively, else float32. float32 is IEEE everywhere, TF32 is never used
     precision: Literal["auto", "float32", "bf16"] = "auto"
     threads: int | None = None  # torch threads of a worker; None = its share of the machine's cores, alone all but one
     gradient_checkpointing: bool = False  # ViTs: blocks keep their inputs only and are computed again in the backward pass
@@ -148,7 +148,7 @@ class EvaluateConfig:
 
     path: str | None = None  # test images; None = the source's own test split, else the held-out images
     knn_every: int | None = None  # steps between online kNN figures; None = about ten in a run
-    # what a search ranks runs by, measured like the online kNN: top-1 by kNN or by a linear probe, or without labels RankMe
+    #: what a search ranks runs by, measured like the online kNN: top-1 by kNN or by a linear probe, or without labels RankMe
     score: Literal["knn", "linear", "rankme"] | None = None
     knn_k: int = 20
     knn_temperature: float = 0.07
@@ -220,6 +220,7 @@ def override(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
         ConfigError: an unknown key (the message gives the full path and the nearest names) or a value out of range.
     """
     known = flatten(config)
+    changes = {key: value for given, value in changes.items() for key in keys_meant(config, given)}
     for key in changes:
         if key not in known:
             raise unknown_key(key, known)
@@ -231,6 +232,19 @@ def override(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
             node = node.setdefault(parent, {})
         node[leaf] = value
     return length_given(_apply(config, tree), set(changes))
+
+
+def keys_meant(config: RunConfig, key: str) -> list[str]:
+    """The settings that a dotted name stands for: `views.global.KEY` and `views.local.KEY` are known to every recipe.
+
+    Where no group has that name, `global` are the groups of the largest crops and `local` all others. Their number is each group's own.
+    """
+    group, _, leaf = key.removeprefix("views.").partition(".")
+    if not key.startswith("views.") or group in config.views or group not in ("global", "local"):
+        return [key]
+    largest = max((views.size for views in config.views.values()), default=0)
+    meant = [f"views.{name}.{leaf}" for name, views in config.views.items() if (views.size == largest) == (group == "global")]
+    return meant if meant and (leaf != "count" or len(meant) == 1) else [key]
 
 
 def length_given(config: RunConfig, given: set[str]) -> RunConfig:
@@ -246,15 +260,6 @@ def _apply(value: Any, tree: Any) -> Any:
     if isinstance(value, dict):
         return {k: _apply(v, tree[k]) if k in tree else v for k, v in value.items()}
     return dataclasses.replace(value, **{k: _apply(getattr(value, k), sub) for k, sub in tree.items()})
-
-
-def unknown_key(key: str, known: Mapping[str, Any] | list[str]) -> ConfigError:
-    """The error for a misspelt key, with the nearest names."""
-    near = difflib.get_close_matches(key, list(known), n=3, cutoff=0.5)
-    leaf = key.rsplit(".", 1)[-1]
-    near += [k for k in known if k.rsplit(".", 1)[-1] == leaf and k not in near]
-    hint = f"did you mean {' or '.join(near)}?" if near else "VERB RECIPE --help lists every key"
-    return ConfigError(f"{key}: no such key; {hint}")
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:

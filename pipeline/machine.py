@@ -75,7 +75,7 @@ def packages() -> Iterable[Check]:
     if missing:
         yield Check("packages", "fail", f"missing: {', '.join(missing)}", "pip install " + " ".join(f'"{m}"' for m in missing))
     if outside:
-        yield Check("packages", "warn", "; ".join(outside), "pip install manyviews, or make install, brings tested versions")
+        yield Check("packages", "warn", "; ".join(outside), "make install, or pip install -e ., brings tested versions")
     if not missing and not outside:
         yield Check("packages", "ok", f"all {good} in the tested ranges")
 

@@ -10,6 +10,7 @@ import difflib
 import fcntl
 import json
 import os
+import shlex
 import socket
 import threading
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.parts.errors import ConfigError
+from pipeline.shell import program
 from pipeline.storage import mirror
 from pipeline.storage.place import Place
 from pipeline.storage.place import write_atomic as write_atomic
@@ -193,7 +195,10 @@ def new_folder(runs_dir: Path, name: str | None, kind: str, option: str) -> Path
         except OSError as error:
             raise ConfigError(f"runs_dir={runs_dir}: cannot be written ({error.strerror}); give another --runs-dir") from None
         return path.resolve()
-    raise ConfigError(f"{option}={stem}: already exists in {runs_dir}; choose another --{option}, or go on with: manyviews resume {stem}")
+    files = [file for file in (path / "run.json", path / "sweep.json") if file.is_file()]
+    done = not files or json.loads(files[0].read_text()).get("status") == "finished"
+    go_on = "" if done else f", or go on with: {command('resume', stem, runs_dir=runs_dir)}"
+    raise ConfigError(f"{option}={stem}: already exists in {runs_dir}; choose another --{option}{go_on}")
 
 
 def refuse_passing(folder: Path, key: str, remedy: str) -> None:
@@ -220,7 +225,7 @@ def find_run(reference: str, runs_dir: Path) -> RunFolder:
             return folder
     names = [folder.name for folder in list_runs(runs_dir)]
     near = difflib.get_close_matches(reference, names, n=3, cutoff=0.3) or names[-3:]
-    hint = f"did you mean {' or '.join(near)}?" if near else "`manyviews runs` lists what there is"
+    hint = f"did you mean {' or '.join(near)}?" if near else f"`{command('runs', runs_dir=runs_dir)}` lists what there is"
     raise ConfigError(f"run={reference}: no such run in {runs_dir}; {hint}")
 
 
@@ -228,3 +233,16 @@ def list_runs(runs_dir: Path) -> list[RunFolder]:
     """Every run of a folder, oldest first."""
     folders = [RunFolder(path.parent) for path in runs_dir.glob("*/run.json")]
     return sorted(folders, key=lambda folder: folder.state().get("created", 0.0))
+
+
+def command(*words: str, runs_dir: Path) -> str:
+    """Return a command of this program, with `--runs-dir` unless runs lie in the usual place."""
+    return f"{program()} {shlex.join(words)}{where_option(runs_dir)}"
+
+
+def where_option(runs_dir: Path) -> str:
+    """Return the option that says where runs lie; nothing for the usual place."""
+    place = mirror.remote_of(runs_dir / "any")
+    if place is None:
+        return "" if runs_dir.resolve() == Path("runs").resolve() else f" --runs-dir {shlex.quote(str(runs_dir))}"
+    return f" --runs-dir {shlex.quote(place.removesuffix('/any'))}"

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import dataclasses
+import inspect
+import io
+import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,9 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 from PIL import Image
 
 import manyviews
+from pipeline.cli import early, printing
+from pipeline.recipes import load_recipe
+from pipeline.run_folder import command
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["pretrain", "swav-small"]
@@ -71,9 +82,14 @@ def test_misspelt_key_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> N
     ("setting", "words"),
     [
         (["--method.temperature", "-1"], "method.temperature=-1.0: use a positive number"),
-        (["--train.epochs", "many"], "train.epochs"),
-        (["--views.global.size", "2"], "views.global: size=2: use 4 pixels or more"),
-        (["--optim.name", "adam"], "optim.name"),
+        (["--train.epochs", "many"], "error: train.epochs=many: use a number\n"),
+        (["--views.global.size", "2"], "views.global.size=2: use 4 pixels or more"),
+        (["--method.temperature", "0.0"], "error: method.temperature=0.0: use a positive number, e.g. 0.1\n"),
+        (["--train.steps", "many"], "error: train.steps=many: use None or INT\n"),
+        (["--views.global.scale", "0.3", "low"], "error: views.global.scale='0.3', 'low': use numbers\n"),
+        (["--train.global-batch-size"], "error: train.global_batch_size: a value is missing; it needs 1\n"),
+        (["--evaluate.path", "nowhere"], "error: evaluate.path="),
+        (["--optim.name", "adam"], "error: optim.name=adam: use one of 'larc', 'lars', "),
         (["--backbone.name", "resnet81"], "backbone.name=resnet81"),
         (["--train.global-batch-size", "100"], "use 96 or 104"),
         (["--method.queue-length", "100"], "method.queue_length=100: not a multiple of train.global_batch_size=128; use 128"),
@@ -107,16 +123,70 @@ def test_unknown_recipe_run_verb_and_option(tmp_path: Path, capsys: pytest.Captu
     assert "--all: no such option of runs" in mistake(["runs", "--all"], capsys)
 
 
-def test_help_imports_no_heavy_library() -> None:
+def ends_with(arguments: list[str]) -> int | str | None:
+    """The exit code of a call, returned or raised."""
+    try:
+        return manyviews.main(arguments)
+    except SystemExit as ended:
+        return ended.code
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+@pytest.mark.parametrize("verb", manyviews.parser().verbs)
+def test_every_verb_explains_itself(verb: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([verb, flag], [verb, "--runs-dir", "elsewhere", flag]):
+        assert ends_with(arguments) == 0
+        out, err = capsys.readouterr()
+        assert err == "" and out.startswith(f"usage: manyviews {verb} ")
+
+
+def test_help_and_lists_load_no_heavy_library() -> None:
     heavy = {"torch", "ray", "mlflow", "timm", "pandas"}
-    code = f"import sys, manyviews\n{{call}}\nloaded = {heavy} & set(sys.modules)\nassert not loaded, loaded"
-    calls = [
-        "manyviews.parser().format_help()",
-        *(f"manyviews.main([{verb!r}, '--help'])" for verb in ("pretrain", "evaluate", "figure", "runs")),
-    ]
-    for call in [*calls, "manyviews.main(['recipes'])"]:
-        done = subprocess.run([sys.executable, "-c", code.replace("{call}", call)], cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+    code = f"""
+import contextlib, sys, manyviews
+for arguments in {[[], ["recipes"], *([verb, "--help"] for verb in manyviews.parser().verbs)]}:
+    with contextlib.suppress(SystemExit):
+        assert manyviews.main(arguments) == 0
+assert not (loaded := {heavy} & set(sys.modules)), loaded"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["runs", "--runs-dir", "empty"], ""),
+        (["runs", "nothing"], "run=nothing: no such run"),
+        (["resume", "nothing"], "run=nothing: no such run"),
+        (["continue", "nothing", "--train.steps", "5"], "run=nothing: no such run"),
+        (["report", "nothing"], "sweep=nothing: no such sweep"),
+        (["pretrain", "swav-smal"], "recipe=swav-smal: unknown; did you mean swav-small"),
+        (["tune", "swav-smal"], "recipe=swav-smal: unknown; did you mean swav-small"),
+        ([*SMALL, "--data.path", "nowhere"], "data.path=nowhere: does not exist"),
+        ([*SMALL, "--evaluate.path=nowhere"], "evaluate.path=nowhere: does not exist"),
+        (["embed", "mine", "--to", "x", "--data.path", "nowhere"], "data.path=nowhere: does not exist"),
+        ([*SMALL, "--method.temperatur", "1"], "method.temperatur: no such key; did you mean method.temperature"),
+        ([*SMALL, "--views.local.cuont=1"], "views.local.cuont: no such key; did you mean views.local.count"),
+        ([*SMALL, "--method.msak-ratio", "1"], "method.msak_ratio: no such key"),
+        (["evaluate", "mine", "other"], "other: one word too many"),
+        (["figure", "scors", "mine"], "figure=scors: unknown"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_answered_before_torch_is_loaded(arguments: list[str], words: str, tmp_path: Path) -> None:
+    code = f"import sys, manyviews; code = manyviews.main({arguments}); assert 'torch' not in sys.modules; sys.exit(code)"
+    path = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=path, capture_output=True, text=True, check=False)
+    assert done.returncode == (2 if words else 0), done.stderr
+    assert done.stderr.startswith(f"error: {words}" if words else "")
+
+
+def test_settings_are_those_that_the_classes_have() -> None:
+    config = load_recipe("swav-small")
+    expected = {"method": vars(config.method), "views": vars(config.views["global"]), "backbone": vars(config.backbone)}
+    expected |= {group: vars(getattr(config, group)) for group in early.GROUPS}
+    assert early.declared("swav-small") == {group: list(names) for group, names in expected.items()}
+    assert set(early.declared()) == {field.name for field in dataclasses.fields(config)} - {"recipe"}
 
 
 def test_help_of_a_recipe_lists_every_setting_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,6 +197,78 @@ def test_help_of_a_recipe_lists_every_setting_with_its_default(capsys: pytest.Ca
     for flag in ("--method.num-prototypes", "--views.local.scale", "--optim.base-lr", "--train.deterministic", "--data.held-out"):
         assert flag in shown
     assert re.search(r"--method\.num-prototypes INT.*?\(default:\s+64\)", shown, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def completion_script() -> str:
+    said = {shell: io.StringIO() for shell in ("bash", "zsh")}
+    for shell, out in said.items():
+        with contextlib.redirect_stdout(out):
+            assert manyviews.main(["completion", shell]) == 0
+    assert said["zsh"].getvalue().endswith(said["bash"].getvalue())
+    return said["bash"].getvalue()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("manyviews pre", ["pretrain"]),
+        ("manyviews pretrain swav-sm", ["swav-small"]),
+        ("manyviews pretrain swav-small --method.temp", ["--method.temperature"]),
+        ("manyviews views byol --views.global.flip", ["--views.global.flip"]),
+        ("manyviews resume mi", ["mine"]),
+        ("manyviews embed --bf", ["--bf16"]),
+        ("manyviews figure sco", ["scores"]),
+        ("manyviews study byol", ["byol-target"]),
+        ("manyviews runs --method", []),
+    ],
+)
+def test_a_shell_completes_commands(line: str, expected: list[str], tmp_path: Path, completion_script: str) -> None:
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    words = line.split()
+    ask = f"COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _manyviews manyviews {words[-1]}; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    done = subprocess.run(["bash", "-c", completion_script + ask], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == expected
+
+
+def config_classes() -> list[type]:
+    """Every dataclass of settings."""
+    from methods.parts.contract import registered
+    from methods.parts.views import CropGroup
+    from pipeline.config import RunConfig
+
+    parts = [field.default_factory for field in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(field.default_factory)]
+    return [*parts, CropGroup, *dict.fromkeys(entry.config for entry in registered().values())]
+
+
+def own_comments(kind: type) -> dict[str, str]:
+    """The comment beside each setting of a class, or in the lines above it; by the setting's name."""
+    lines = inspect.getsource(kind).splitlines()
+    found = {}
+    for node in ast.parse("\n".join(lines)).body[0].body:  # type: ignore[attr-defined]
+        if isinstance(node, ast.AnnAssign):
+            before = itertools.takewhile(lambda line: line.strip().startswith("#"), reversed(lines[: node.lineno - 1]))
+            above = " ".join(line.strip().lstrip("#: ") for line in reversed(list(before)))
+            beside = lines[node.end_lineno - 1].partition("  # ")[2]
+            assert not (above and beside), f"{kind.__name__}.{ast.unparse(node.target)}: one comment, beside the setting or above it"
+            found[ast.unparse(node.target)] = beside or above
+    return found
+
+
+def shown_help(kind: type, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """The help of each setting of a class as a screen shows it, without its default; by the setting's name."""
+    with pytest.raises(SystemExit):
+        tyro.cli(kind, args=["--help"])
+    screen = "\n".join(line.strip("│╭╮╰╯─ ") for line in capsys.readouterr().out.splitlines())
+    shown = re.findall(r"(?m)^--([a-z0-9-]+)[^\n]*?(?:\n| {2,})(.*)\(default:", screen)
+    return {name.replace("-", "_"): text.strip() for name, text in shown}
+
+
+@pytest.mark.parametrize("kind", config_classes(), ids=lambda kind: kind.__name__)
+def test_the_help_of_a_setting_is_its_own_comment(kind: type, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "5000")
+    suppressed = {"first_epoch"}
+    assert shown_help(kind, capsys) == {name: text for name, text in own_comments(kind).items() if name not in suppressed}
 
 
 def test_lists_for_machines(tmp_path: Path) -> None:
@@ -152,6 +294,47 @@ def test_one_run_is_shown_in_words(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "manyviews resume mine --runs-dir" in shown["how"]
     assert "ended" not in shown and "share" not in str(shown), "what is not known or of no use is not shown"
     assert json.loads(said.read_text())[0]["group"] == facts["group"], "machines get everything"
+
+
+@pytest.mark.parametrize(
+    ("words", "on_path", "program"),
+    [
+        (["{bin}/manyviews"], True, "manyviews"),
+        (["{bin}/manyviews"], False, "'{bin}/manyviews'"),
+        (["python", "manyviews.py"], False, "python manyviews.py"),
+        (["python", "-m", "manyviews"], False, "python -m manyviews"),
+        (["python", "-m", "pytest"], False, "manyviews"),
+    ],
+)
+def test_commands_are_printed_as_this_one_was_given(
+    words: list[str], on_path: bool, program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "my bin"
+    folder.mkdir()
+    (folder / "manyviews").touch(mode=0o755)
+    given = [word.replace("{bin}", str(folder)) for word in words]
+    script = given[0] if len(given) == 1 else f"{given[-1].removesuffix('.py')}.py"
+    monkeypatch.setattr(sys, "argv", [script, "runs", "a"])
+    monkeypatch.setattr(sys, "orig_argv", [*(given if len(given) > 1 else ["python", *given]), "runs", "a"])
+    monkeypatch.setenv("PATH", str(folder) if on_path else "")
+    monkeypatch.chdir(tmp_path)
+    program = program.replace("{bin}", str(folder))
+    assert command("resume", "a b", runs_dir=tmp_path / "runs") == f"{program} resume 'a b'"
+    assert command("runs", runs_dir=Path("my runs")) == f"{program} runs --runs-dir 'my runs'"
+
+
+def test_a_server_is_an_address_and_a_database_a_command() -> None:
+    assert printing.browse("http://tracking:5000") == "http://tracking:5000"
+    assert printing.browse("sqlite:///my runs/mlflow.db").endswith("mlflow ui --backend-store-uri 'sqlite:///my runs/mlflow.db'")
+
+
+def test_only_a_run_that_is_not_finished_can_be_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = images(tmp_path / "images", 20)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    call = [*SMALL, "--data.path", str(folder), "--train.global-batch-size", "16", "--runs-dir", str(tmp_path / "runs"), "--run", "mine"]
+    for status, resumes in (("interrupted", True), ("finished", False)):
+        (tmp_path / "runs" / "mine" / "run.json").write_text(json.dumps({"status": status}))
+        assert (f"resume mine --runs-dir {tmp_path / 'runs'}" in mistake(call, capsys)) == resumes
 
 
 def test_views_draws_what_training_sees(tmp_path: Path) -> None:

@@ -86,6 +86,18 @@ def test_misspelt_keys_are_refused_with_the_nearest_name(key: str, near: str) ->
         override(load_recipe("swav-small"), {key: 1})
 
 
+def test_global_and_local_crops_are_known_to_every_recipe() -> None:
+    config = parse_settings(load_recipe("byol"), ["--views.global.size", "32", "--views.global.scale", "0.3", "1.0"], "x")
+    assert [(group.size, group.scale) for group in config.views.values()] == [(32, (0.3, 1.0))] * 2
+    sizes = {"views.global.size": 48, "views.local.size": 24, "views.local.count": 3}
+    crops = {name: (group.count, group.size) for name, group in override(load_recipe("msn-vits16"), sizes).views.items()}
+    assert crops == {"target": (1, 48), "random": (1, 48), "focal": (3, 24)}
+    with pytest.raises(ConfigError, match=r"views\.global\.count: no such key; did you mean .*views\.first\.count"):
+        override(load_recipe("byol"), {"views.global.count": 2})
+    with pytest.raises(ConfigError, match=r"views\.local\.size: no such key"):
+        override(load_recipe("byol"), {"views.local.size": 16})
+
+
 @pytest.mark.parametrize(
     ("words", "column_term"),
     [

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.parts.errors import ConfigError
+from pipeline.shell import program
 from tuning.results import Sweep
 
 # where a sweep was tracked and what it was called is no part of what it found
@@ -44,7 +45,7 @@ def best_recipe(sweep: Sweep) -> Best:
     except (ConfigError, KeyError) as error:
         trouble = f"this version reads the sweep's settings differently, so only the searched values are here ({error})"
     recipe = str(sweep.facts.get("recipe") or "RECIPE")
-    command = f"manyviews pretrain {shlex.quote(recipe)} {settings_line(changes)}"
+    command = f"{program()} pretrain {shlex.quote(recipe)} {settings_line(changes)}"
     return Best(command, _source(sweep, recipe, changes), text, trouble)
 
 

@@ -109,8 +109,7 @@ class Book(tune.Callback):
         of = self.sweep.trial(number)
         of.update(status=status, ended=time.time())
         if status == "stopped":
-            message = f"cut by the search; go on with: manyviews resume {self.sweep.name}/{of.path.name}"
-            of.run.update(status="interrupted", message=message)
+            of.run.update(status="interrupted", message="cut by the search")
         facts = of.facts()
         tracker = self.trackers.pop(number, None)
         if tracker is not None:

@@ -13,6 +13,7 @@ from methods.parts.contract import find as find_method
 from methods.parts.errors import ConfigError
 from pipeline.config import RunConfig
 from pipeline.export import registry
+from pipeline.run_folder import command
 from tuning.results import read_sweep
 from tuning.sweep import ENDED, Sweep
 
@@ -75,10 +76,10 @@ def conclude(sweep: Sweep, console: Console, status: str, model: str | None, uns
 
     if status != "interrupted":
         shutil.rmtree(sweep.path / "ray", ignore_errors=True)
-    where = "" if sweep.path.parent == Path("runs").resolve() else f" --runs-dir {sweep.path.parent}"
-    conclusion(console, sweep, where, model)
+    conclusion(console, sweep, model)
     if unsent:
         console.print(f"{unsent} entries have not reached MLflow; they are kept in the trials' folders", highlight=False)
     if status == "interrupted":
-        console.print(f"interrupted; go on with: manyviews resume {sweep.name}{where}", highlight=False, soft_wrap=True)
+        go_on = command("resume", sweep.name, runs_dir=sweep.path.parent)
+        console.print(f"interrupted; go on with: {go_on}", highlight=False, soft_wrap=True)
     return 0 if status == "finished" else 1

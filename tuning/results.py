@@ -14,7 +14,7 @@ from typing import Any
 
 from methods.parts.errors import ConfigError
 from pipeline.figures.charts import read_metrics
-from pipeline.run_folder import RunFolder
+from pipeline.run_folder import RunFolder, command
 
 SCORE_WORDS = {"knn": "kNN accuracy", "linear": "linear accuracy", "rankme": "RankMe"}
 STATUSES = ("finished", "stopped", "interrupted", "running", "waiting", "failed")
@@ -307,7 +307,7 @@ def read_sweep(folder: Path) -> Sweep:
         states = ", ".join(f"{sweep.count(s)} {s}" for s in STATUSES if sweep.count(s)) or "none started"
         error = next((f" (the first error: {t.error})" for t in trials if t.error), "")
         hopeless = trials and sweep.count("failed") == len(trials)
-        remedy = "mend the cause and search again" if hopeless else f"go on with: manyviews resume {sweep.name}"
+        remedy = "mend the cause and search again" if hopeless else f"go on with: {command('resume', sweep.name, runs_dir=folder.parent)}"
         raise ConfigError(f"sweep={sweep.name}: no trial has a score yet, {states}{error}; {remedy}")
     return sweep
 

@@ -130,7 +130,7 @@ class Optuna:
         try:
             import optuna
         except ImportError:
-            raise ConfigError("--search optuna: Optuna is not installed; pip install 'manyviews[tuning]', or use --search random") from None
+            raise ConfigError('--search optuna: Optuna is not installed; pip install -e ".[tuning]", or use --search random') from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.optuna, self.knobs = optuna, knobs
         # other seed with each life, or the second would begin by trying what the first has tried

@@ -96,8 +96,9 @@ def values_words(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key.rsplit('.', 1)[-1]} {value_word(value)}" for key, value in values.items())
 
 
-def conclusion(console: Console, sweep: Sweep, where: str, model: str | None) -> None:
+def conclusion(console: Console, sweep: Sweep, model: str | None) -> None:
     """The ranking, the best setting with its lead, and what can be done next."""
+    from pipeline.run_folder import command, where_option
     from tuning.best import best_recipe, score_words
     from tuning.results import read_sweep, show_values
 
@@ -118,10 +119,10 @@ def conclusion(console: Console, sweep: Sweep, where: str, model: str | None) ->
     say(f"      {read.verdict()}")
     if model:
         say(f"model: {model}, alias champion")
-    name = facts["name"]
+    name, runs = facts["name"], sweep.path.parent
     say(
         "\nnext\n"
-        f"  manyviews report {name}{where}   plots, a table and the best configuration as a page\n"
-        f"  manyviews evaluate {name}/trial-{read.best_trial.number:03d}{where}   the best trial on the test images\n"
-        f"  {best_recipe(read).command}{where}   train with the best setting"
+        f"  {command('report', name, runs_dir=runs)}   plots, a table and the best configuration as a page\n"
+        f"  {command('evaluate', f'{name}/trial-{read.best_trial.number:03d}', runs_dir=runs)}   the best trial on the test images\n"
+        f"  {best_recipe(read).command}{where_option(runs)}   train with the best setting"
     )

@@ -18,7 +18,7 @@ from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.sources.base import open_source
 from pipeline.machine import available_cores
 from pipeline.resolve import resolve
-from pipeline.run_folder import hold
+from pipeline.run_folder import command, hold
 from pipeline.tracking.run_tracker import Tracker
 from pipeline.train.launch import interruptible
 from tuning import draws
@@ -111,9 +111,8 @@ def resume(sweep: Sweep, console: Console) -> int:
         ConfigError: it is finished, or another process is at work on it.
     """
     if sweep.facts()["status"] == "finished":
-        raise ConfigError(
-            f"sweep={sweep.name}: it is finished; `manyviews report {sweep.name}` shows it, a new search needs another --name"
-        )
+        page = command("report", sweep.name, runs_dir=sweep.path.parent)
+        raise ConfigError(f"sweep={sweep.name}: it is finished; `{page}` shows it, a new search needs another --name")
     return fit(sweep, console)
 
 

@@ -10,11 +10,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.config import RunConfig, from_yaml, override, to_yaml
 from pipeline.run_folder import RunFolder, new_folder, write_atomic, write_json
 from pipeline.tracking.client import default_uri
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig  # importing it costs seconds (torch)
 
 ENDED = ("finished", "stopped", "failed")  # a trial that `resume` leaves alone
 SCORE_WORDS = {
@@ -65,6 +67,8 @@ class Sweep:
 
     def config(self) -> RunConfig:
         """The settings before the searched values."""
+        from pipeline.config import from_yaml
+
         return from_yaml((self.path / "config.yaml").read_text())
 
     def trials(self) -> list[Trial]:
@@ -83,6 +87,8 @@ class Sweep:
         config = self.config()
         if error is None:
             config = trial_config(config, facts, values, seed)
+            from pipeline.config import to_yaml
+
             write_atomic(trial.path / "config.yaml", to_yaml(config).encode())
         status = "failed" if error else "created"
         start = {
@@ -130,6 +136,8 @@ def create(runs_dir: Path, name: str | None, config: RunConfig, facts: dict[str,
     Raises:
         ConfigError: the name is taken or not a plain name, or the folder cannot be written.
     """
+    from pipeline.config import to_yaml
+
     sweep = Sweep(new_folder(runs_dir, name, f"tune-{config.recipe}", "name"))
     write_atomic(sweep.path / "config.yaml", to_yaml(config).encode())
     started = {"name": sweep.name, "kind": "sweep", "status": "created", "created": time.time(), "ended": None}
@@ -157,6 +165,8 @@ def trial_config(base: RunConfig, sweep: dict[str, Any], values: dict[str, Any],
     Raises:
         ConfigError: a value out of range.
     """
+    from pipeline.config import override
+
     every = sweep["measure_every"]
     common: dict[str, Any] = {
         "train.seed": seed,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.run_folder import command
 from tuning.best import Best
 from tuning.results import STATUSES, Knob, Setting, Sweep, Trial, show_value
 
@@ -25,7 +26,8 @@ def warnings(sweep: Sweep, run: Best | None = None) -> list[str]:
     """What a reader must know before the figures."""
     said = []
     if sweep.facts.get("status") != "finished":
-        go_on = "" if sweep.facts.get("status") == "running" else f"; go on with: manyviews resume {sweep.name}"
+        resume = command("resume", sweep.name, runs_dir=sweep.folder.parent)
+        go_on = "" if sweep.facts.get("status") == "running" else f"; go on with: {resume}"
         said.append(f"The search is {sweep.facts.get('status')}: these are the figures so far{go_on}.")
     if sweep.finals[0].status != "finished":
         said.append(

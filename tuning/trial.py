@@ -198,9 +198,7 @@ class InProcess(tune.Trainable):
 
     def leave(self) -> None:
         if self.life is not None:
-            name = self.life.folder.path
-            message = f"cut by the search; go on with: manyviews resume {name.parent.name}/{name.name}"
-            self.life.leave("interrupted", message)
+            self.life.leave("interrupted", "cut by the search")
             self.life = None
 
     def cleanup(self) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline.run_folder import command
+
 EXAMPLES = """examples:
   manyviews tune swav-small --space method.temperature=log:0.05:0.5 method.num_prototypes=choice:32,64,128
   manyviews tune coke-small --space method.constraint_ratio          the range that stands beside the setting
@@ -46,9 +48,10 @@ def add_options(add: argparse.ArgumentParser) -> None:
 
 def tune(options: Any, settings: list[str], recipe: str, write: Callable[[Any, Any], None], console: Any) -> int:
     from pipeline.cli.overrides import configured
-    from tuning import search
 
     config = configured(recipe, settings)
+    from tuning import search
+
     command = " ".join(["manyviews", *map(shlex.quote, getattr(options, "argv", sys.argv[1:]))])
     names = ("trials", "search", "scheduler", "score", "seeds", "seed", "grace", "points", "concurrent", "gpus")
     asked = search.Asked(tuple(options.space), **{name: getattr(options, name) for name in names}, command=command)
@@ -78,7 +81,8 @@ def report(options: Any, write: Callable[[Any, Any], None], console: Any) -> int
 
     found = sweep.find(options.sweep, Path(options.runs_dir))
     if found is None:
-        raise ConfigError(f"sweep={options.sweep}: no such sweep in {options.runs_dir}; `manyviews runs` lists what there is")
+        listing = command("runs", runs_dir=options.runs_dir)
+        raise ConfigError(f"sweep={options.sweep}: no such sweep in {options.runs_dir}; `{listing}` lists what there is")
     page = of_sweeps.report(found.path, to=options.to)
     console.print(of_sweeps.summary(found.path))
     console.print(f"report    {page}", highlight=False, soft_wrap=True)
@@ -88,7 +92,6 @@ def report(options: Any, write: Callable[[Any, Any], None], console: Any) -> int
 
 def study(options: Any, settings: list[str], write: Callable[[Any, Any], None], console: Any) -> int:
     from pipeline.cli.overrides import keys, parse_settings
-    from pipeline.config import flatten
     from pipeline.recipes import load_recipe
     from tuning import studies
 
@@ -97,14 +100,24 @@ def study(options: Any, settings: list[str], write: Callable[[Any, Any], None], 
             console.print(f"[bold]{found.name}[/bold]  {found.question} ({found.paper})", highlight=False, soft_wrap=True)
         return 0
     planned = studies.find_study(options.name)
-    parsed = flatten(parse_settings(load_recipe(planned.recipe), settings, f"manyviews study {planned.name}"))
-    asked = keys(settings)
+    from pipeline.config import flatten
+
+    config = load_recipe(planned.recipe)
+    parsed = flatten(parse_settings(config, settings, f"manyviews study {planned.name}"))
+    asked = keys(config, settings)
     lengths = {"train.steps", "train.epochs"}  # the one makes the other None
     given = {key: parsed[key] for key in asked | (lengths if asked & lengths else set())}
     page = studies.study(planned.name, runs_dir=_local(options), console=console, settings=given, seeds=options.seeds)
     console.print(f"study     {page}", highlight=False, soft_wrap=True)
     write(options, json.loads((page.parent / "study.json").read_text()))
     return 0
+
+
+def studies() -> list[str]:
+    """The names of the studies."""
+    from tuning.studies import STUDIES
+
+    return list(STUDIES)
 
 
 def summary(made: Any) -> dict[str, Any]:
@@ -139,10 +152,9 @@ def shown(reference: str, options: Any, write: Callable[[Any, Any], None], conso
     found = sweep.find(reference, Path(options.runs_dir))
     if found is None:
         return False
-    from pipeline.cli.printing import where_runs_lie
     from tuning.screen import conclusion
 
-    conclusion(console, found, where_runs_lie(options), None)
+    conclusion(console, found, None)
     write(options, summary(found))
     return True
 

@@ -21,9 +21,9 @@ class BackboneConfig:
     """A timm backbone without its classifier. `timm.list_models()` has the names."""
 
     name: str = "resnet50"
-    # ResNets: imagenet = 7x7 and max-pool, to 1/4 of the side; for small images 3x3: strided or pooled to 1/2, or full size
+    #: ResNets: imagenet = 7x7 and max-pool, to 1/4 of the side; for small images 3x3: strided or pooled to 1/2, or full size
     stem: Literal["imagenet", "strided", "pooled", "full"] = "imagenet"
-    # multiplies the channels of a ResNet's stem and stages (below 1 the stem is three 3x3 convs) or the width of a ViT
+    #: multiplies the channels of a ResNet's stem and stages (below 1 the stem is three 3x3 convs) or the width of a ViT
     width: float = 1.0
     selective_kernels: bool = False  # ResNets with bottlenecks: SimCLR v2's blocks, stem of three 3x3 convs and pooled shortcuts
     depth: tuple[int, ...] | None = None  # ResNets: blocks per stage; ViTs: one number of blocks; None = the model's own
@@ -31,7 +31,7 @@ class BackboneConfig:
     image_size: int | None = None  # ViTs: side the position table is made for; None = the model's own
     patch_size: int | None = None  # ViTs: None = the model's own
     heads: int | None = None  # ViTs: attention heads of each block; None = the model's own (MoCo v3's ViT-S: 12)
-    # ViTs: a table that is learned and, on another grid, resized as in timm, or as in DINO; or one that is fixed (MoCo v3)
+    #: ViTs: a table that is learned and, on another grid, resized as in timm, or as in DINO; or one that is fixed (MoCo v3)
     positions: Positions = "learned"
     registers: int = 0  # ViTs: tokens beside CLS that no patch stands for (arXiv:2309.16588)
     layer_scale: float | None = None  # ViTs: first value of the learned scale of each branch, e.g. 1e-5; None = without

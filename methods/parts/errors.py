@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class ConfigError(ValueError):
     """A setting, path or name that cannot work; the message is one sentence that says what to change."""
@@ -11,3 +14,13 @@ def require(condition: bool, key: str, value: object, remedy: str) -> None:
     """Raise `ConfigError("key=value: remedy")` unless `condition` holds."""
     if not condition:
         raise ConfigError(f"{key}={value}: {remedy}")
+
+
+def unknown_key(key: str, known: Iterable[str]) -> ConfigError:
+    """The error for a misspelt key, with the nearest names."""
+    known = list(known)
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    leaf = key.rsplit(".", 1)[-1]
+    near += [k for k in known if k.rsplit(".", 1)[-1] == leaf and k not in near]
+    hint = f"did you mean {' or '.join(near)}?" if near else "VERB RECIPE --help lists every key"
+    return ConfigError(f"{key}: no such key; {hint}")

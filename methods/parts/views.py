@@ -19,10 +19,10 @@ Range = tuple[float, float]
 class CropGroup:
     """Crops that share one recipe of augmentation, in the order crop, flip, jitter, grayscale, blur, solarize."""
 
-    # crops of this kind per image
+    #: crops of this kind per image
     count: int = searchable(2, SearchRange(scale="choice", choices=(2, 4, 6), reason="more small crops help, at a cost"))
     size: int = 224  # side of a finished crop, pixels
-    # area of the box as a fraction of the image's area
+    #: area of the box as a fraction of the image's area
     scale: tuple[float, float] = searchable(
         (0.08, 1.0), SearchRange(scale="choice", choices=((0.08, 1.0), (0.2, 1.0), (0.4, 1.0)), reason="small pictures want larger crops")
     )

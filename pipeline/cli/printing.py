@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from typing import TYPE_CHECKING, Any
+
+from pipeline.run_folder import command
+from pipeline.shell import installed
 
 if TYPE_CHECKING:
     from pipeline.evaluate.final import Scores
@@ -15,10 +19,10 @@ if TYPE_CHECKING:
 
 def conclude(outcome: Outcome, options: Any) -> int:
     """Say how a run ended and what can be done next."""
-    screen, name, where = console(), outcome.folder.name, where_runs_lie(options)
+    screen, name, runs = console(), outcome.folder.name, options.runs_dir
     write_json(options, outcome.to_dict())
     if outcome.status == "interrupted":
-        screen.print(f"{outcome.message}\ngo on with: manyviews resume {name}{where}", highlight=False, soft_wrap=True)
+        screen.print(f"{outcome.message}\ngo on with: {command('resume', name, runs_dir=runs)}", highlight=False, soft_wrap=True)
         return 1
     if outcome.status != "finished":
         print(f"error: {outcome.message}", file=sys.stderr)
@@ -32,15 +36,21 @@ def conclude(outcome: Outcome, options: Any) -> int:
     if outcome.model is not None:
         best = ", alias best" if outcome.model.alias_best else ""
         screen.print(f"model     {outcome.model.uri} (version {outcome.model.version}{best})", highlight=False, soft_wrap=True)
-    screen.print(
-        "\n[bold]next[/bold]\n"
-        f"  manyviews embed {name} --data.path YOUR_IMAGES --to features/{where}   features of your images, as Parquet\n"
-        f"  manyviews pretrain {outcome.recipe} --data.path YOUR_IMAGES   the same on your own images\n"
-        f"  mlflow ui --backend-store-uri {outcome.tracking_uri}   curves, pictures and models in the browser",
-        highlight=False,
-        soft_wrap=True,
-    )
+    embed = command("embed", name, "--data.path", "YOUR_IMAGES", "--to", "features/", runs_dir=runs)
+    again = command("pretrain", outcome.recipe, "--data.path", "YOUR_IMAGES", runs_dir=runs)
+    screen.print("\n[bold]next[/bold]")
+    for line in (
+        f"{embed}   features of your images, as Parquet",
+        f"{again}   the same on your own images",
+        f"{browse(outcome.tracking_uri)}   curves, pictures and models in the browser",
+    ):
+        screen.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
     return 0
+
+
+def browse(uri: str) -> str:
+    """How to look at a tracking store: the address of a server, or the command that shows a database."""
+    return uri if uri.startswith("http") else f"{installed('mlflow')} ui --backend-store-uri {shlex.quote(uri)}"
 
 
 def show_scores(scores: Scores) -> None:
@@ -128,7 +138,7 @@ def show_runs(states: list[dict[str, Any]], sweeps: list[dict[str, Any]], option
     if sweeps:
         rows: list[tuple[Any, ...]] = []
         for s in sweeps:
-            follows = f"manyviews {'report' if s['status'] == 'finished' else 'resume'} {s['name']}{where_runs_lie(options)}"
+            follows = command("report" if s["status"] == "finished" else "resume", s["name"], runs_dir=options.runs_dir)
             searched = ", ".join(key.rsplit(".", 1)[-1] for key in s["space"])
             best = f"{s['best_words']} {s['score']}" if s["best_score"] is not None else ""
             rows.append((s["name"], s["status"], f"{s['ended_trials']}/{s['trials']}", searched, best, follows))
@@ -142,12 +152,7 @@ def percent(fraction: float | None) -> str:
 def next_command(state: dict[str, Any], options: Any) -> str:
     """What a user does next with a run; nothing while it runs."""
     verb = {"finished": "evaluate", "interrupted": "resume", "failed": "resume", "created": "resume"}.get(state["status"])
-    return f"manyviews {verb} {state['name']}{where_runs_lie(options)}" if verb else ""
-
-
-def where_runs_lie(options: Any) -> str:
-    """The part of a command that says where runs lie, unless in the usual place."""
-    return "" if options.runs_given == "runs" else f" --runs-dir {options.runs_given}"
+    return command(verb, state["name"], runs_dir=options.runs_dir) if verb else ""
 
 
 def _status(state: dict[str, Any]) -> str:

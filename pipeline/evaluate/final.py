@@ -17,7 +17,7 @@ from methods.parts.errors import ConfigError
 from pipeline.config import RunConfig
 from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.loader import EvaluationImages, evaluation_images
-from pipeline.data.sources.base import open_source
+from pipeline.data.sources.base import open_test
 from pipeline.evaluate.features import calibrate_batchnorm, extract, raw_pixels
 from pipeline.evaluate.knn import centred, knn_accuracy
 
@@ -169,7 +169,7 @@ def final_data(config: RunConfig, dataset: ImageDataset) -> KNNData | None:
     path = config.evaluate.path or dataset.test_path
     if path is None:
         return KNNData.load(config, dataset, config.evaluate.knn_bank)
-    test = open_source(dataclasses.replace(config.data, path=path))
+    test = open_test(config.data, path)
     settings = config.evaluate
     data = KNNData.between(config, dataset, bank_ids, settings.knn_bank, test, np.arange(len(test)), settings.test_images, "test")
     if data is not None and bool((data.queries.labels < 0).all()):

@@ -20,7 +20,7 @@ from methods.parts.errors import ConfigError
 from pipeline.export.model_code import model_code
 from pipeline.export.weights import SPEC, WEIGHTS, ExportSpec, build_export, fill, load_export, read_export, wording
 from pipeline.export.write import export
-from pipeline.run_folder import list_runs, write_atomic
+from pipeline.run_folder import command, list_runs, write_atomic
 from pipeline.tracking.client import default_uri, experiment_id, mlflow_client
 
 __all__ = [
@@ -222,7 +222,8 @@ def resolve_model(reference: str, *, runs_dir: Path, uri: str | None = None) -> 
             return path.resolve()
         raise ConfigError(f"model={reference}: {path.with_suffix('.json').name} is missing beside it; it says how to build the backbone")
     if any((folder / "run.json").is_file() for folder in (runs_dir / reference, path)):
-        raise ConfigError(f"model={reference}: this run has no exported model yet; finish it with: manyviews resume {reference}")
+        finish = command("resume", reference, runs_dir=runs_dir)
+        raise ConfigError(f"model={reference}: this run has no exported model yet; finish it with: {finish}")
     finished = [run.name for run in list_runs(runs_dir) if (run.model / SPEC).is_file()]
     near = difflib.get_close_matches(reference, finished, n=3, cutoff=0.3) or finished[-3:]
     exist = f"finished runs: {', '.join(near)}" if near else "no run there has a model"

@@ -73,7 +73,7 @@ def _file_system(scheme: str, bucket: str, anonymous: bool, attempts: int, endpo
         try:
             from huggingface_hub import HfFileSystem
         except ImportError:
-            raise ConfigError('data.path=hf://...: needs huggingface_hub; pip install "manyviews[hf]"') from None
+            raise ConfigError('data.path=hf://...: needs huggingface_hub; pip install -e ".[hf]"') from None
         return fs.PyFileSystem(fs.FSSpecHandler(HfFileSystem()))
     if scheme == "gs":
         patience = datetime.timedelta(seconds=2 * attempts)  # Google's own default is 15 minutes

@@ -24,7 +24,8 @@ from pipeline.data.ray_data import default_tasks, start_ray
 from pipeline.evaluate.final import Scores
 from pipeline.export import registry
 from pipeline.machine import choose_device
-from pipeline.run_folder import RunFolder, create_run, write_atomic
+from pipeline.run_folder import RunFolder, command, create_run, write_atomic
+from pipeline.shell import program
 from pipeline.storage import mirror
 from pipeline.tracking.run_tracker import EndStatus, Tracker
 from pipeline.train.health import TrainingAborted
@@ -103,7 +104,8 @@ def continue_run(earlier: RunFolder, config: RunConfig, *, runs_dir: Path, run: 
 def resume(folder: RunFolder, *, runs_dir: Path, console: Console) -> Outcome:
     """Go on with a run: same plan, same config, from its last checkpoint (or from the start if it has none)."""
     if folder.state().get("status") == "finished":
-        raise ConfigError(f"run={folder.name}: it is finished; `manyviews continue {folder.name} --train.steps N` starts a new phase")
+        longer = command("continue", folder.name, "--train.steps", "N", runs_dir=runs_dir)
+        raise ConfigError(f"run={folder.name}: it is finished; `{longer}` starts a new phase")
     fresh = checkpoint.pointed_to(folder.checkpoints) is None
     config = from_yaml(folder.config_text())
     ready = prepare_resume(folder, given_weights(config, runs_dir) if fresh else None)
@@ -166,7 +168,8 @@ def _run(ready: Prepared, folder: RunFolder, console: Console, state: checkpoint
         with contextlib.suppress(OSError):
             mirror.push(folder.path, only="tracking.json")
         if unsent:
-            console.print(f"{unsent} entries have not reached MLflow; they are kept. Later: manyviews sync {folder.name}", soft_wrap=True)
+            later = command("sync", folder.name, runs_dir=folder.path.parent)
+            console.print(f"{unsent} entries have not reached MLflow; they are kept. Later: {later}", soft_wrap=True)
 
 
 def _train_and_evaluate(
@@ -243,7 +246,7 @@ def run_summary(ready: Prepared, folder: RunFolder, start: int) -> list[str]:
     for path, reason in dataset.skipped[:3]:
         say("", f"skipped {path}: {reason}")
     if len(dataset.skipped) > 3:
-        say("", f"... and {len(dataset.skipped) - 3} more files skipped; `manyviews doctor --data.path` lists them")
+        say("", f"... and {len(dataset.skipped) - 3} more files skipped; `{program()} doctor --data.path` lists them")
     for name, group in config.views.items():
         if group.count:
             say("views", f"{name}: {group.describe()}")

@@ -11,7 +11,7 @@ from methods.parts.contract import find
 from methods.parts.errors import ConfigError
 from pipeline.config import RunConfig, from_yaml
 from pipeline.export import registry
-from pipeline.run_folder import RunFolder, find_run
+from pipeline.run_folder import RunFolder, command, find_run
 from pipeline.tracking import run_tracker
 from pipeline.tracking.run_tracker import Tracker, default_uri
 
@@ -45,7 +45,8 @@ def register(folder: RunFolder, tracker: Tracker, console: Console) -> registry.
     try:
         return publish(folder, tracker.run_id(timeout=60.0))
     except ConfigError as error:
-        console.print(f"not registered: {error}; later: manyviews sync {folder.name}", highlight=False, soft_wrap=True)
+        later = command("sync", folder.name, runs_dir=folder.path.parent)
+        console.print(f"not registered: {error}; later: {later}", highlight=False, soft_wrap=True)
         return None
 
 

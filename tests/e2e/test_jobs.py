@@ -222,7 +222,7 @@ def test_workers_get_the_uploaded_code_and_nothing_of_the_submitting_machine(hea
 def test_a_job_stopped_in_the_middle_is_resumed_by_another(finished: tuple[Path, str, str]) -> None:
     runs, stopped, log = finished
     assert_readable(stopped)
-    assert "manyviews resume first" in stopped
+    assert " resume first" in stopped
     end = last_step(runs)
     assert 15 <= end < 4000 and f"from step {end - 5}" in log
     assert re.search(rf"^step {end}/{end} .* loss [\d.]+ \(ln K 2\.773\) .* eta 0:00$", log, re.M)

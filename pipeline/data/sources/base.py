@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,11 @@ NAMES = ("patches", "cifar10", "cifar100")  # `data.path` may be one of these, w
 def is_local_path(path: str) -> bool:
     """Is `data.path` a path on this machine, which workers need in its absolute form, and no URI or built-in name?"""
     return "://" not in path and path.partition(":")[0] not in (*NAMES, "stream")
+
+
+def nothing_at(path: str, key: str = "data.path") -> str:
+    """The message about a path that does not exist."""
+    return f"{key}={path}: does not exist; give a folder of images, Parquet or tar files, a URI, or patches"
 
 
 def absolute_source(path: str) -> str:
@@ -56,6 +62,18 @@ def open_source(data: DataConfig) -> ImageDataset:
         return _open_files(root, data)
 
 
+def open_test(data: DataConfig, path: str) -> ImageDataset:
+    """List the test images at `path` with the other settings of `data`, as `open_source` does.
+
+    Raises:
+        ConfigError: as `open_source`, about `evaluate.path`.
+    """
+    try:
+        return open_source(replace(data, path=path))
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("data.path=", "evaluate.path=", 1)) from None
+
+
 def _open_files(root: str, data: DataConfig) -> ImageDataset:
     """A file or folder of Parquet or tars, or a folder of images; `*` in the last part of the path chooses files."""
     kinds = {".parquet": open_parquet, ".tar": open_tars}
@@ -70,7 +88,7 @@ def _open_files(root: str, data: DataConfig) -> ImageDataset:
     if chosen:
         root = folder
     if not remote and not os.path.exists(root):
-        raise ConfigError(f"data.path={data.path}: does not exist; give a folder of images, Parquet or tar files, a URI, or patches")
+        raise ConfigError(nothing_at(data.path))
     tree = files.tree(root) if remote else None  # one listing of a bucket; a local folder is walked only for images
     top = files.children(root) if tree is None else [file for file in tree if "/" not in file.name]
     parts = sorted(f for f in top if not f.name.startswith((".", "_")) and (not chosen or fnmatch.fnmatch(f.name, last)))

@@ -1,0 +1,27 @@
+"""Names of programs in messages, as the shell that started this process takes them. Whole commands: `run_folder.command`."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+
+def program() -> str:
+    """Return how this program was started: `manyviews`, `.venv/bin/manyviews`, `python manyviews.py`, `python -m manyviews`."""
+    script = Path(sys.argv[0])
+    if script.name == "manyviews.py":
+        return shlex.join(sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1])
+    return _word(script, sys.argv[0]) if script.name == "manyviews" else "manyviews"
+
+
+def installed(name: str) -> str:
+    """Return the word for a script of this environment: its name where the shell finds it by that, else its path."""
+    script = Path(sys.executable).with_name(name)
+    return _word(script, str(script)) if script.exists() else name
+
+
+def _word(script: Path, path: str) -> str:
+    found = shutil.which(script.name)
+    return script.name if found and script.exists() and script.samefile(found) else shlex.quote(path)
