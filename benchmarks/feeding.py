@@ -1,4 +1,4 @@
-"""How fast one Ray Data execution feeds eight training workers, one lane each, against one worker with all lanes.
+"""How fast one Ray Data execution feeds eight training workers, one shard each, against one worker with all shards.
 
 The workers are plain actors whose step only sleeps; the tasks return ready pixels of SwAV's size (2 x 224 and 6 x 96, 467 kB an image),
 so that what is measured is the way from a task to the collated batch. First without sleep, for the rate; then eight workers at a part of
@@ -26,16 +26,16 @@ from pipeline.data.loader import TrainLoader
 from pipeline.data.ray_data import raise_priority, start_ray
 from pipeline.data.sampler import Sampler
 
-LANES, CHUNK, WINDOW = 8, 64, 128
+SHARDS, CHUNK, WINDOW = 8, 64, 128
 IMAGES = 100_000
 WAITED_S = 0.005  # a batch that is ready takes microseconds
 
 
 def _ready(item: dict[str, np.ndarray], plan: Sampler) -> dict[str, np.ndarray]:
     """What a task would cut, without cutting."""
-    epoch, group, lane = (int(item[key][0]) for key in ("epoch", "group", "lane"))
+    epoch, group, shard = (int(item[key][0]) for key in ("epoch", "group", "shard"))
     rows = plan.chunks(group) * plan.chunk
-    slot = plan.first_slot(group, lane) + np.arange(rows)
+    slot = plan.first_slot(group, shard) + np.arange(rows)
     columns = {"id": slot, "planned": slot, "slot": slot, "epoch": np.full(rows, epoch), "label": np.full(rows, -1)}
     columns["reason"] = np.full(rows, "", object)
     for name, views in LARGE.items():
@@ -91,7 +91,7 @@ class Worker:
 
 def fed(workers: int, steps: int, step_s: float, warm: int = 8) -> tuple[float, float]:
     """Images/s of all workers together, and the share of steps that waited."""
-    plan = Sampler(np.array([[0, IMAGES]]), np.arange(IMAGES), seed=0, global_batch=LANES * CHUNK, lanes=LANES, window=WINDOW)
+    plan = Sampler(np.array([[0, IMAGES]]), np.arange(IMAGES), seed=0, global_batch=SHARDS * CHUNK, num_shards=SHARDS, window=WINDOW)
     labels = np.full(IMAGES, -1)
     dataset = ImageDataset(labels=labels, class_names=[], fingerprint="", spans=np.array([[0, IMAGES]]))
     stream = ReadyPixels(dataset, plan, LARGE, 0, steps + warm)
@@ -112,7 +112,7 @@ def main() -> None:
     one, many = fed(1, options.steps, 0.0)[0], fed(options.workers, options.steps, 0.0)[0]
     for workers, rate in ((1, one), (options.workers, many)):
         print(f"{workers} worker{'s' * (workers > 1)}: {rate:,.0f} images/s, {rate * image / 1e6:,.0f} MB/s", flush=True)
-    step_s = LANES * CHUNK / (options.load * many)
+    step_s = SHARDS * CHUNK / (options.load * many)
     rate, waited = fed(options.workers, options.steps, step_s)
     print(f"{options.workers} workers against one: {many / one:.2f}")
     print(f"steps of {step_s:.2f} s: {rate:,.0f} images/s, {100 * waited:.0f} % of the steps waited")

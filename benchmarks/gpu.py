@@ -78,9 +78,9 @@ def make_images(folder: Path, count: int, sides: tuple[int, int]) -> None:
         os.link(folder / f"{i % DISTINCT:06d}.jpg", folder / f"{i:06d}.jpg")
 
 
-def configured(recipe: str, images: int, folder: Path, lanes: int = 8) -> RunConfig:
+def configured(recipe: str, images: int, folder: Path, num_shards: int = 8) -> RunConfig:
     """The recipe as one of its GPUs sees it: its network and views, `images` of its global batch."""
-    changes: dict[str, Any] = {"data.path": str(folder), "data.held_out": 0.0, "data.lanes": lanes, "train.epochs": 10_000}
+    changes: dict[str, Any] = {"data.path": str(folder), "data.held_out": 0.0, "data.num_shards": num_shards, "train.epochs": 10_000}
     changes |= {"train.global_batch_size": images, "train.accumulation_steps": 1, "train.workers": 0}
     return override(load_recipe(recipe), changes)
 
@@ -252,7 +252,7 @@ def main() -> None:
                 row["error"] = f"not begun: --minutes {options.minutes:g} were over"
                 continue
             images, small = RECIPES[recipe]
-            config = configured(small, 16, folder, lanes=2) if options.tiny else configured(recipe, images, folder)
+            config = configured(small, 16, folder, num_shards=2) if options.tiny else configured(recipe, images, folder)
             try:
                 row |= measure(config, Path(scratch) / recipe, device, options.seconds)
             except torch.OutOfMemoryError as error:

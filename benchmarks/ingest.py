@@ -35,9 +35,9 @@ BATCH, WINDOW = 64, 128
 def ours(dataset: ImageDataset, images: int, tasks: int) -> float:
     """Through Ray Data to this process, which copies every batch out.
 
-    The clock starts with the first batch: just then the first window of every lane is cut, and those images are not counted.
+    The clock starts with the first batch: just then the first window of every shard is cut, and those images are not counted.
     """
-    plan = Sampler(dataset.spans, dataset.training_ids(0), seed=0, global_batch=BATCH, lanes=4, window=WINDOW)
+    plan = Sampler(dataset.spans, dataset.training_ids(0), seed=0, global_batch=BATCH, num_shards=4, window=WINDOW)
     batches = TrainLoader(dataset, plan, LARGE, 0, images // BATCH + plan.chunks_per_window).batches(tasks=tasks)
     next(batches)
     begin = time.perf_counter()
@@ -47,7 +47,7 @@ def ours(dataset: ImageDataset, images: int, tasks: int) -> float:
 
 def first_batch(dataset: ImageDataset, tasks: int, times: int = 5) -> list[float]:
     """Seconds from the call to the first batch, the workers of the tasks warm."""
-    plan = Sampler(dataset.spans, dataset.training_ids(0), seed=0, global_batch=BATCH, lanes=4, window=WINDOW)
+    plan = Sampler(dataset.spans, dataset.training_ids(0), seed=0, global_batch=BATCH, num_shards=4, window=WINDOW)
     found = []
     for _ in range(times):
         begin = time.perf_counter()

@@ -16,7 +16,8 @@ dropped before the first block, so they cost nothing and there is no mask token;
 group is one pass of the encoder, and the head's batch norm sees one group at a time. Prototypes have a gradient through
 their normalisation, from the anchors only, are not decayed and not clipped.
 
-All schedules end at 1.25 times the run: it stops at 80 % of them (`horizon`, and `optim.horizon` for learning rate and weight decay).
+All schedules end at 1.25 times the run: it stops at 80 % of them (`schedule_stretch`, and `optim.schedule_stretch` for learning
+rate and weight decay).
 
 Departs:
     Every image has a mask of its own (the original draws one for all images of a worker: `shared_mask=True`).
@@ -87,10 +88,10 @@ class MSNConfig(MethodConfig):
     #: m_0; the shorter the run, the lower
     momentum: float = searchable(0.996, SearchRange(0.95, 0.999, "linear", reason="short runs need a faster target"))
     final_momentum: float = 1.0  # m at the end of the schedule; equal to momentum: constant
-    horizon: float = 1.25  # schedules of momentum and tau+ end at so many times the run
+    schedule_stretch: float = 1.25  # schedules of momentum and tau+ end at so many times the run
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "target_temperature", "horizon"):
+        for name in ("temperature", "target_temperature", "schedule_stretch"):
             require(getattr(self, name) > 0, f"method.{name}", getattr(self, name), "use a positive number")
         final = self.final_target_temperature
         require(final is None or final > 0, "method.final_target_temperature", final, "use a positive number, or leave it out")
@@ -215,8 +216,8 @@ class MSN(Method):
         return self.scheduled(progress, self.config.momentum, self.config.final_momentum)
 
     def scheduled(self, progress: Progress, start: float, end: float) -> float:
-        """On a straight line from `start` to `end`, which it has at `horizon` times the run."""
-        return start + (end - start) * min(1.0, progress.step / (progress.total_steps * self.config.horizon))
+        """On a straight line from `start` to `end`, which it has at `schedule_stretch` times the run."""
+        return start + (end - start) * min(1.0, progress.step / (progress.total_steps * self.config.schedule_stretch))
 
     @torch.no_grad()
     def diagnostics(self, codes: Tensor, log_p: Tensor, z_target: Tensor, progress: Progress) -> Metrics:

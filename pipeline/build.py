@@ -54,7 +54,7 @@ def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = 
         seed=config.train.seed,
         held_out=config.data.held_out,
         global_batch=config.train.global_batch_size,
-        lanes=config.data.lanes,
+        num_shards=config.data.num_shards,
         window=resolved.window,
         steps_per_epoch=resolved.facts.steps_per_epoch,
     )
@@ -66,7 +66,7 @@ def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = 
         config.train.seed,
         facts.total_steps,
         earlier=config.train.first_epoch * facts.steps_per_epoch,
-        finish=(data.mean, data.std) if data.finish == "tasks" else None,
+        finish=(data.mean, data.std) if data.augment_on == "workers" else None,
         buffer_bytes=data.buffer_bytes,
     )
     return Prepared(config, stream, resolved, build_method(config, facts, start_from))

@@ -15,7 +15,7 @@ import yaml
 
 from methods.parts.backbones import BackboneConfig
 from methods.parts.contract import MethodConfig, find, to_dict
-from methods.parts.errors import require
+from methods.parts.errors import RENAMED, require
 from methods.parts.errors import unknown_key as unknown_key
 from methods.parts.search_range import SearchRange, searchable
 from methods.parts.views import ViewsConfig
@@ -36,10 +36,10 @@ class DataConfig:
     max_bad_fraction: float = 0.01  # stop when a larger fraction of the images cannot be decoded
     mean: Triple = (0.485, 0.456, 0.406)  # normalisation, in [0, 1]
     std: Triple = (0.229, 0.224, 0.225)
-    lanes: int = 8  # V: each global batch is one chunk from each lane; worker counts that divide V see the same batches
-    window: int | None = None  # images cut by one Ray Data task; None = 512 small or 128 large ones
+    num_shards: int = 8  # V: each global batch is one chunk from each shard; worker counts that divide V see the same batches
+    images_per_task: int | None = None  # images cut by one Ray Data task; None = 512 small or 128 large ones
     #: where colour, blur and normalisation are done: on the training device, or by the Ray Data tasks, which then send four times the bytes
-    finish: Literal["device", "tasks"] = "device"
+    augment_on: Literal["device", "workers"] = "device"
     #: bytes of views in Ray's object stores, ready or in flight; None = as much as these hold: 30 % of the memory. Tasks begin while
     #: their views are less than half of it
     buffer_bytes: int | None = None
@@ -48,9 +48,14 @@ class DataConfig:
         require(bool(self.path), "data.path", self.path, "give a folder, Parquet or tar files, a URI, or patches")
         require(0 <= self.held_out < 1, "data.held_out", self.held_out, "use a fraction in [0, 1), e.g. 0.1")
         require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "use a fraction in [0, 1]")
-        require(self.lanes >= 1, "data.lanes", self.lanes, "use 1 or more; 8 lets 1, 2, 4 or 8 workers share a run")
+        require(self.num_shards >= 1, "data.num_shards", self.num_shards, "use 1 or more; 8 lets 1, 2, 4 or 8 workers share a run")
         require(all(s > 0 for s in self.std), "data.std", self.std, "use three positive numbers")
-        require(self.window is None or self.window >= 1, "data.window", self.window, "use 1 or more images, or leave it out")
+        require(
+            self.images_per_task is None or self.images_per_task >= 1,
+            "data.images_per_task",
+            self.images_per_task,
+            "use 1 or more images, or leave it out",
+        )
         enough = self.buffer_bytes is None or self.buffer_bytes >= 2**26
         require(enough, "data.buffer_bytes", self.buffer_bytes, "use 100000000 (100 MB) or more, or leave it out")
 
@@ -68,7 +73,7 @@ class OptimConfig:
     warmup_start_lr: float = 0.0  # scaled by lr_rule like base_lr
     final_lr: float = 0.0  # scaled likewise
     schedule: Literal["cosine", "steps"] = "cosine"
-    horizon: float = 1.0  # the cosines of rate and weight decay end at so many times the run (MSN: 1.25, so it stops at 80 %)
+    schedule_stretch: float = 1.0  # the cosines of rate and weight decay end at so many times the run (MSN: 1.25, so it stops at 80 %)
     milestones: tuple[float, ...] = (0.6, 0.8)  # schedule steps: at these fractions of the run the rate falls to a tenth
     weight_decay: float = searchable(1e-6, SearchRange(around=10, scale="log", reason="ten times less and more than the recipe's"))
     final_weight_decay: float | None = None  # a cosine from weight_decay to it over the whole run (DINO, MSN); None = constant
@@ -82,7 +87,7 @@ class OptimConfig:
         require(self.base_lr > 0, "optim.base_lr", self.base_lr, "use a positive number")
         require(self.zero_lr_epochs >= 0, "optim.zero_lr_epochs", self.zero_lr_epochs, "use 0 or more")
         require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "use 0 or more")
-        require(self.horizon >= 1, "optim.horizon", self.horizon, "use 1 or more, e.g. 1.25")
+        require(self.schedule_stretch >= 1, "optim.schedule_stretch", self.schedule_stretch, "use 1 or more, e.g. 1.25")
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "use 0 or more")
         final = self.final_weight_decay
         require(final is None or final >= 0, "optim.final_weight_decay", final, "use 0 or more, or leave it out")
@@ -102,7 +107,7 @@ class TrainConfig:
     epochs: float = 100  # passes over the training images
     steps: int | None = None  # optimizer steps; given, it overrides epochs
     steps_per_epoch: int | None = None  # unit of every length in epochs; None = one pass over the images; a stream: needs it
-    workers: int | str = 0  # 0 = in this process; N = so many under Ray Train; LOW:HIGH = as many as fit. They must divide data.lanes
+    workers: int | str = 0  # 0 = in this process; N = so many under Ray Train; LOW:HIGH = as many as fit. They must divide data.num_shards
     accelerator: Literal["auto", "gpu", "cpu"] = "auto"  # of each worker; auto: a GPU if the cluster has one now, gpu: wait for one
     seed: int = 0
     first_epoch: tyro.conf.Suppress[int] = 0  # passes that an earlier phase has behind it; `continue` sets it
@@ -296,6 +301,11 @@ def from_yaml(text: str) -> RunConfig:
         ConfigError: an unknown key or a method that is not installed.
     """
     tree = yaml.safe_load(text)
+    for old, new in RENAMED.items():
+        (section, key), (_, name) = old.split("."), new.split(".")
+        if key in tree.get(section, {}):
+            value = tree[section].pop(key)
+            tree[section][name] = "workers" if (old, value) == ("data.finish", "tasks") else value
     method = dict(tree.pop("method"))
     entry = find(method.pop("name"))
     config: RunConfig = _build(RunConfig, tree, "")

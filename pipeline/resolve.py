@@ -23,8 +23,8 @@ class Resolved:
     warmup_reaches_base: bool = True
     milestones: tuple[float, ...] | None = None  # None = cosine
     weight_decays: tuple[float, float] | None = None  # at the first step, and after the last; None = constant
-    horizon: float = 1.0  # of the cosines, in runs
-    chunk: int  # images of one lane in one global batch
+    schedule_stretch: float = 1.0  # of the cosines, in runs
+    chunk: int  # images of one shard in one global batch
     window: int  # images one task cuts: a whole number of chunks
     checkpoint_every: int
     knn_every: int
@@ -32,7 +32,7 @@ class Resolved:
     @property
     def cosine_steps(self) -> int:
         """Steps that the cosines would need to their ends, warm-up included."""
-        return int(self.horizon * self.facts.total_steps)
+        return int(self.schedule_stretch * self.facts.total_steps)
 
 
 def resolve(config: RunConfig, num_images: int | None, num_ids: int | None = None) -> Resolved:
@@ -42,33 +42,37 @@ def resolve(config: RunConfig, num_images: int | None, num_ids: int | None = Non
         num_ids: images of the whole source, those held out among them; None = nothing is held out.
 
     Raises:
-        ConfigError: a batch larger than the data, or one that the lanes cannot share; a length of the epoch that is
+        ConfigError: a batch larger than the data, or one that the shards cannot share; a length of the epoch that is
             needed and not given, or that the method cannot work with.
     """
-    batch, lanes = config.train.global_batch_size, config.data.lanes
+    batch, num_shards = config.train.global_batch_size, config.data.num_shards
     steps_per_epoch = _steps_per_epoch(config, num_images)
     if num_images is not None and batch > num_images:
-        remedy = f"use {max(lanes, num_images // lanes * lanes)} or fewer, or smaller data.lanes"
+        remedy = f"use {max(num_shards, num_images // num_shards * num_shards)} or fewer, or smaller data.num_shards"
         raise ConfigError(f"train.global_batch_size={batch}: larger than the {num_images} training images; {remedy}")
-    if batch % lanes:
-        low = batch // lanes * lanes
-        near = f"{low} or {low + lanes}" if low else str(lanes)
-        raise ConfigError(f"train.global_batch_size={batch}: not a multiple of data.lanes={lanes}; use {near}, or other lanes")
+    if batch % num_shards:
+        low = batch // num_shards * num_shards
+        near = f"{low} or {low + num_shards}" if low else str(num_shards)
+        raise ConfigError(
+            f"train.global_batch_size={batch}: not a multiple of data.num_shards={num_shards}; use {near}, or another number of shards"
+        )
     low, high = config.train.worker_range
-    if high and not any(low <= w <= high for w in divisors(lanes)):
-        near = ", ".join(str(w) for w in divisors(lanes))
-        raise ConfigError(f"train.workers={config.train.workers}: does not divide data.lanes={lanes}; use one of {near}, or other lanes")
-    chunk = batch // lanes
+    if high and not any(low <= w <= high for w in divisors(num_shards)):
+        near = ", ".join(str(w) for w in divisors(num_shards))
+        raise ConfigError(
+            f"train.workers={config.train.workers}: does not divide data.num_shards={num_shards}; use one of {near}, or others"
+        )
+    chunk = batch // num_shards
     require(
         chunk % config.train.accumulation_steps == 0,
         "train.accumulation_steps",
         config.train.accumulation_steps,
-        f"does not divide the {chunk} images that each of the {lanes} lanes gives to a batch",
+        f"does not divide the {chunk} images that each of the {num_shards} shards gives to a batch",
     )
     total = config.train.steps or max(1, round(config.train.epochs * steps_per_epoch))
     scale = {"none": 1.0, "linear": batch / 256, "sqrt": math.sqrt(batch / 256)}[config.optim.lr_rule]
     largest = max((g.size for g in config.views.values() if g.count), default=224)
-    wanted = config.data.window or (128 if largest > 64 else 512)
+    wanted = config.data.images_per_task or (128 if largest > 64 else 512)
     return Resolved(
         facts=RunFacts(
             global_batch_size=batch,
@@ -86,7 +90,7 @@ def resolve(config: RunConfig, num_images: int | None, num_ids: int | None = Non
         warmup_reaches_base=config.optim.warmup_reaches_base,
         milestones=config.optim.milestones if config.optim.schedule == "steps" else None,
         weight_decays=None if config.optim.final_weight_decay is None else (config.optim.weight_decay, config.optim.final_weight_decay),
-        horizon=config.optim.horizon,
+        schedule_stretch=config.optim.schedule_stretch,
         chunk=chunk,
         window=chunk * max(1, min(steps_per_epoch, round(wanted / chunk))),
         checkpoint_every=config.train.checkpoint_every or min(500, steps_per_epoch),

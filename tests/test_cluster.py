@@ -23,7 +23,7 @@ from pipeline.recipes import load_recipe
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 RAY = next(r for r in map(Requirement, PROJECT["project"]["dependencies"]) if r.name == "ray")
-LANES = DataConfig().lanes
+SHARDS = DataConfig().num_shards
 
 
 def find(checks: list[Check], name: str) -> Check:
@@ -75,7 +75,7 @@ def test_pools_and_their_roles(launcher: dict[str, Any]) -> None:
     for name in ("cpu", "gpu"):
         assert types[name]["min_workers"] == 0 < types[name]["max_workers"], "an idle cluster costs its head only"
     assert launcher["max_workers"] == sum(types[name]["max_workers"] for name in ("cpu", "gpu"))
-    assert types["gpu"]["max_workers"] * types["gpu"]["resources"]["GPU"] == LANES, "more workers than lanes cannot share a batch"
+    assert types["gpu"]["max_workers"] * types["gpu"]["resources"]["GPU"] == SHARDS, "more workers than shards cannot share a batch"
     assert launcher["idle_timeout_minutes"] <= 30
 
 
@@ -174,7 +174,7 @@ def test_the_ray_job_has_an_idle_head_and_two_scaled_groups(manifests: tuple[dic
         assert container["image"] == "REGISTRY/manyviews:" + PROJECT["project"]["version"]
         if name != "head":
             assert group["minReplicas"] == group["replicas"] == 0 < group["maxReplicas"]
-    assert groups["gpu"]["maxReplicas"] == LANES
+    assert groups["gpu"]["maxReplicas"] == SHARDS
     assert groups["gpu"]["template"]["spec"]["tolerations"]
 
 

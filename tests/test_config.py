@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import re
 
-from methods.parts.errors import ConfigError
+import pytest
+import yaml
+
+from methods.parts.errors import RENAMED, ConfigError
 from pipeline.cli.overrides import parse_settings
 from pipeline.config import flatten, from_yaml, override, to_yaml
 from pipeline.recipes import entries, load_recipe
@@ -26,7 +29,7 @@ def test_every_recipe_resolves_for_an_imagenet_sized_source(name: str) -> None:
     numbers = resolve(config, 1_281_167)
     assert numbers.facts.steps_per_epoch == 1_281_167 // config.train.global_batch_size
     assert numbers.window % numbers.chunk == 0
-    assert numbers.chunk * config.data.lanes == config.train.global_batch_size
+    assert numbers.chunk * config.data.num_shards == config.train.global_batch_size
 
 
 def test_recipes_are_listed_with_a_summary() -> None:
@@ -143,7 +146,7 @@ def test_a_batch_larger_than_the_data_names_a_size_that_works() -> None:
 
 
 def test_a_batch_that_lanes_cannot_share_names_its_neighbours() -> None:
-    with pytest.raises(ConfigError, match=r"train\.global_batch_size=100: not a multiple of data\.lanes=8; use 96 or 104"):
+    with pytest.raises(ConfigError, match=r"train\.global_batch_size=100: not a multiple of data\.num_shards=8; use 96 or 104"):
         resolve(override(load_recipe("swav-small"), {"train.global_batch_size": 100}), 1000)
 
 
@@ -158,3 +161,20 @@ def test_flat_names_are_unique_and_complete() -> None:
     assert flat["views.global.size"] == 224
     assert flat["method.num_prototypes"] == 300
     assert not any(isinstance(value, dict) for value in flat.values())
+
+
+def test_settings_that_had_other_names_are_read_in_old_files_and_refused_by_them() -> None:
+    config = override(load_recipe("msn-small"), {"data.num_shards": 4, "data.augment_on": "workers", "train.resource_timeout_s": 7.0})
+    old = (
+        to_yaml(config)
+        .replace("num_shards:", "lanes:")
+        .replace("images_per_task:", "window:")
+        .replace("augment_on: workers", "finish: tasks")
+    )
+    old = old.replace("zero_lr_epochs:", "idle_epochs:").replace("schedule_stretch:", "horizon:").replace("resource_timeout_s:", "wait_s:")
+    assert from_yaml(old) == config and set(RENAMED) <= {
+        f"{s}.{k}" for s, keys in yaml.safe_load(old).items() if isinstance(keys, dict) for k in keys
+    }
+    for key, new in RENAMED.items():
+        with pytest.raises(ConfigError, match=f"^{re.escape(key)}: is called {re.escape(new)} now$"):
+            override(config, {key: 1})

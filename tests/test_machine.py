@@ -92,7 +92,7 @@ def test_out_of_memory_names_no_setting_that_would_be_refused_or_is_on() -> None
     ("gpus", "here", "workers", "words"),
     [
         (8, True, 0, "uses one of 8 GPUs; --train.workers 8 trains on 8"),
-        (6, True, 0, "--train.workers 4 trains on 4"),  # divides the eight lanes
+        (6, True, 0, "--train.workers 4 trains on 4"),  # divides the eight shards
         (2, False, 0, "uses none of 2 GPUs; --train.workers 2"),  # a driver without a GPU
         (1, True, 0, ""),
         (0, False, 0, ""),
@@ -108,8 +108,8 @@ def test_gpus_left_idle_are_told(monkeypatch: pytest.MonkeyPatch, gpus: int, her
 
 def test_lanes_that_no_two_workers_can_share_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    (sentence,) = placement.placement_advice(override(load_recipe("moco-v2"), {"data.lanes": 1}), 4)
-    assert "data.lanes=1" in sentence and "--train.workers 4" in sentence
+    (sentence,) = placement.placement_advice(override(load_recipe("moco-v2"), {"data.num_shards": 1}), 4)
+    assert "data.num_shards=1" in sentence and "--train.workers 4" in sentence
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,8 @@ def test_advice_and_refusals() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"temperature": 0.0}, {"mask_ratio": 1.0}, {"mask_spread": 0.2}, {"me_max": -1.0}, {"num_prototypes": 1}, {"horizon": 0.0}]
+    "settings",
+    [{"temperature": 0.0}, {"mask_ratio": 1.0}, {"mask_spread": 0.2}, {"me_max": -1.0}, {"num_prototypes": 1}, {"schedule_stretch": 0.0}],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict) -> None:
     [(name, value)] = settings.items()

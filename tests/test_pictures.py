@@ -26,7 +26,7 @@ DATA = "patches:pixels=16,per_photo=6"
 
 def small(recipe: str = "swav-small", **changes: object) -> RunConfig:
     """A recipe with a network and images so small that a picture takes a second."""
-    tiny = {"data.path": DATA, "data.lanes": 2, "train.global_batch_size": 16, "train.steps": 2, "evaluate.size": 16}
+    tiny = {"data.path": DATA, "data.num_shards": 2, "train.global_batch_size": 16, "train.steps": 2, "evaluate.size": 16}
     return override(load_recipe(recipe), tiny | changes)
 
 

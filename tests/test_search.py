@@ -122,7 +122,7 @@ def test_optuna_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_values_that_only_work_together_are_not_refused_and_a_pair_that_cannot_is_a_failed_trial(tmp_path: Path) -> None:
     space = ("method.queue_length=choice:48,64", "train.global_batch_size=choice:32,48")  # 48 of 48, 64 of 32
-    found = trials(begin(tmp_path, space=space, search="grid", config=override(SWAV, {"data.lanes": 4})))
+    found = trials(begin(tmp_path, space=space, search="grid", config=override(SWAV, {"data.num_shards": 4})))
     states = {(t["values"]["method.queue_length"], t["values"]["train.global_batch_size"]): t for t in found}
     assert {pair: t["status"] for pair, t in states.items()} == {
         (48, 48): "waiting", (64, 32): "waiting", (48, 32): "failed", (64, 48): "failed"

@@ -78,7 +78,7 @@ class ToyConfig(MethodConfig):
 def config(**train: object) -> RunConfig:
     settings = {"global_batch_size": 8, "steps": 6, "log_every": 2, "checkpoint_every": 2, "precision": "float32"} | train
     return RunConfig(
-        data=DataConfig(lanes=4),
+        data=DataConfig(num_shards=4),
         views=VIEWS,
         method=ToyConfig(),
         optim=OptimConfig(name="sgd", base_lr=0.01, weight_decay=0),
@@ -195,7 +195,7 @@ def test_best_by_knn_is_kept_beside_last_and_every_nth(tmp_path: Path) -> None:
 def test_bad_images_are_counted_once_and_too_many_stop_the_run(tmp_path: Path) -> None:
     one, two = DecodeFailure(3, "a.jpg", "truncated"), DecodeFailure(4, "b.jpg", "empty")
     run = config()
-    run = RunConfig(**{**vars(run), "data": DataConfig(lanes=4, max_bad_fraction=0.05)})
+    run = RunConfig(**{**vars(run), "data": DataConfig(num_shards=4, max_bad_fraction=0.05)})
     made, _ = trainer(tmp_path, run)
     made.run(batches(range(6), {0: [one], 3: [one]}))
     assert [json.loads(line)["path"] for line in made.folder.bad_images.read().splitlines()] == ["a.jpg"]

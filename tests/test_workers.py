@@ -241,7 +241,7 @@ def test_worker_counts_must_divide_the_lanes() -> None:
         if good:
             resolve(changed, 5000)
         else:
-            with pytest.raises(ConfigError, match=r"does not divide data.lanes=8; use one of 1, 2, 4, 8"):
+            with pytest.raises(ConfigError, match=r"does not divide data.num_shards=8; use one of 1, 2, 4, 8"):
                 resolve(changed, 5000)
 
 

@@ -55,7 +55,7 @@ class Batch:
     `crops[group]` is `(B, V, size, size, 3)` uint8, or `(B, V, 3, size, size)` float32 where the tasks have finished it,
     and `tables[group]` `(B, V, len(COLUMNS))` float32. `ids` and `labels` `(B,)` int64 are those of the images shown: in a
     bad slot, those of its substitute (if its whole window is bad, zeros with the planned id). `step` counts from the start
-    of the run. The rows lie in order of lanes, or as `TrainLoader.batches` says for micro-batches.
+    of the run. The rows lie in order of shards, or as `TrainLoader.batches` says for micro-batches.
     """
 
     crops: dict[str, Tensor]
@@ -149,7 +149,7 @@ class TrainLoader:
             tasks: windows cut at the same time, for all ranks together; None = as many as the resources allow.
             share: takes a small value, and returns on every rank what rank 0 gave. All ranks call it before the same steps.
             micro_batches: the rows lie so that `Batch.split` into so many makes contiguous parts, and part i holds the rows i, i +
-                micro_batches, i + 2 * micro_batches ... of the order of lanes: each lane gives to each part.
+                micro_batches, i + 2 * micro_batches ... of the order of shards: each shard gives to each part.
             device: where crops, ids and labels are wanted; None = the CPU.
 
         Raises:
@@ -157,15 +157,15 @@ class TrainLoader:
         """
         import ray
 
-        if self.plan.lanes % world_size:
-            raise ValueError(f"{self.plan.lanes} lanes cannot be shared by {world_size} workers")
+        if self.plan.num_shards % world_size:
+            raise ValueError(f"{self.plan.num_shards} shards cannot be shared by {world_size} workers")
         if self.plan.chunk % micro_batches:
-            raise ValueError(f"{micro_batches} micro-batches cannot share the {self.plan.chunk} images of a lane")
+            raise ValueError(f"{micro_batches} micro-batches cannot share the {self.plan.chunk} images of a shard")
         parts = list(self.executions(start_step + self.earlier, self.total_steps + self.earlier))
         if not parts:
             return
         copies = DeviceCopies(device) if device is not None and device.type == "cuda" else None
-        slices = partial(self._slices, lanes=range(rank, self.plan.lanes, world_size), micro_batches=micro_batches, copies=copies)
+        slices = partial(self._slices, shards=range(rank, self.plan.num_shards, world_size), micro_batches=micro_batches, copies=copies)
         build = self._builder(parts[0][0], world_size, tasks) if rank == 0 else None
         building = in_background(partial(build, parts[0])) if build else None
         with contextlib.ExitStack() as stack:
@@ -192,7 +192,7 @@ class TrainLoader:
     def executions(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """Yield the first step and the one after the last of every execution that serves the steps `first` to `last - 1`."""
         plan, length = self.plan, self.execution_steps
-        if len(plan.groups_between(first, first + length)) * plan.lanes > FIRST_WINDOWS:
+        if len(plan.groups_between(first, first + length)) * plan.num_shards > FIRST_WINDOWS:
             length = min(length, FIRST_STEPS)  # the first batch waits for it
         while first < last:
             epoch, group = plan.groups_between(first + length - 1, first + length)[0]
@@ -206,11 +206,11 @@ class TrainLoader:
 
         plan = self.plan
         cut = self.task(ray.put((self.dataset.served(plan, first), plan)))
-        group_bytes = plan.lanes * block_bytes(self.views, plan.chunks_per_window * plan.chunk, finished=self.finish is not None)
+        group_bytes = plan.num_shards * block_bytes(self.views, plan.chunks_per_window * plan.chunk, finished=self.finish is not None)
         store = self.buffer_bytes or int(ray.cluster_resources().get("object_store_memory", 0))
 
         def build(part: tuple[int, int]) -> list[Any]:
-            items = [{"epoch": e, "group": g, "lane": lane} for e, g in plan.groups_between(*part) for lane in range(plan.lanes)]
+            items = [{"epoch": e, "group": g, "shard": shard} for e, g in plan.groups_between(*part) for shard in range(plan.num_shards)]
             return [ray.put(execution(cut, items, world_size, tasks=tasks, buffer_bytes=execution_bytes(store, group_bytes)))]
 
         return build
@@ -220,10 +220,10 @@ class TrainLoader:
         return partial(_cut_item, shared=shared, views=self.views, seed=self.seed, finish=self.finish)
 
     def _slices(
-        self, iterator: DataIterator, part: tuple[int, int], lanes: range, micro_batches: int, copies: DeviceCopies | None
+        self, iterator: DataIterator, part: tuple[int, int], shards: range, micro_batches: int, copies: DeviceCopies | None
     ) -> Generator[Arriving]:
-        with contextlib.closing(blocks(iterator, prefetch=len(lanes))) as found:
-            for batch in self.sliced(found, part, lanes, micro_batches, pin=copies is not None):
+        with contextlib.closing(blocks(iterator, prefetch=len(shards))) as found:
+            for batch in self.sliced(found, part, shards, micro_batches, pin=copies is not None):
                 if copies is None:
                     yield batch, None
                 else:
@@ -231,9 +231,9 @@ class TrainLoader:
                     yield batch.with_tensors(sent), arrived
 
     def sliced(
-        self, found: Iterator[dict[str, np.ndarray]], part: tuple[int, int], lanes: range, micro_batches: int = 1, pin: bool = False
+        self, found: Iterator[dict[str, np.ndarray]], part: tuple[int, int], shards: range, micro_batches: int = 1, pin: bool = False
     ) -> Generator[Batch]:
-        """Slice blocks, one for each of a rank's lanes in turn, into the batches of some steps.
+        """Slice blocks, one for each of a rank's shards in turn, into the batches of some steps.
 
         Raises:
             RuntimeError: a block is not the planned one.
@@ -241,7 +241,7 @@ class TrainLoader:
         plan = self.plan
         names = [name for name, group in self.views.items() if group.count]
         for epoch, group in plan.groups_between(*part):
-            held = [self._checked(next(found, None), epoch, group, lane) for lane in lanes]
+            held = [self._checked(next(found, None), epoch, group, shard) for shard in shards]
             for chunk in range(plan.chunks(group)):
                 step = plan.first_step(epoch, group) + chunk
                 if part[0] <= step < part[1]:
@@ -252,8 +252,8 @@ class TrainLoader:
         if next(found, None) is not None:  # only who asks for the end lets Ray's threads end too
             raise RuntimeError("the stream is out of order: it has more windows than planned; please report this")
 
-    def _checked(self, block: dict[str, np.ndarray] | None, epoch: int, group: int, lane: int) -> dict[str, np.ndarray]:
-        rows, first = self.plan.chunks(group) * self.plan.chunk, self.plan.first_slot(group, lane)
+    def _checked(self, block: dict[str, np.ndarray] | None, epoch: int, group: int, shard: int) -> dict[str, np.ndarray]:
+        rows, first = self.plan.chunks(group) * self.plan.chunk, self.plan.first_slot(group, shard)
         if block and len(block["slot"]) == rows and block["epoch"][0] == epoch and block["slot"][0] == first:
             return block
         got = f"epoch {block['epoch'][:1]}, slot {block['slot'][:1]}, {len(block['slot'])} rows" if block else "no more"
@@ -266,7 +266,7 @@ Arriving = tuple[Batch, "torch.cuda.Event | None"]
 def _collated(
     parts: list[dict[str, np.ndarray]], names: list[str], dataset: ImageDataset, epoch: int, step: int, micro_batches: int, pin: bool
 ) -> Batch:
-    """One batch from a chunk of every lane, copied out of shared memory, into pinned memory if a GPU is to fetch it from there."""
+    """One batch from a chunk of every shard, copied out of shared memory, into pinned memory if a GPU is to fetch it from there."""
 
     def column(key: str) -> np.ndarray:
         return _ordered([part[key] for part in parts], micro_batches)
@@ -292,7 +292,7 @@ def _collated(
 
 
 def _ordered(parts: list[np.ndarray], micro_batches: int, out: np.ndarray | None = None) -> np.ndarray:
-    """The rows of all lanes so that each micro-batch is one piece: row j of a lane belongs to micro-batch j mod `micro_batches`."""
+    """The rows of all shards so that each micro-batch is one piece: row j of a shard belongs to micro-batch j mod `micro_batches`."""
     rest = parts[0].shape[1:]
     by_micro_batch = [part.reshape(-1, micro_batches, *rest).swapaxes(0, 1) for part in parts]
     shape = (micro_batches, len(parts), len(parts[0]) // micro_batches, *rest)
@@ -316,13 +316,13 @@ def _cut_item(
 ) -> dict[str, np.ndarray]:
     """Cut one window: one item in, one block of `chunks * chunk` rows out."""
     dataset, plan = _get(shared)
-    epoch, group, lane = (int(item[key][0]) for key in ("epoch", "group", "lane"))
-    ids = plan.window(epoch, group, lane)
+    epoch, group, shard = (int(item[key][0]) for key in ("epoch", "group", "shard"))
+    ids = plan.window(epoch, group, shard)
     columns = cut_images(dataset.read(ids), epoch, views, seed, plan.chunk)
     if finish is not None:
         finish_columns(columns, views, finish)
     columns["epoch"] = np.full(len(ids), epoch)
-    columns["slot"] = plan.first_slot(group, lane) + np.arange(len(ids))
+    columns["slot"] = plan.first_slot(group, shard) + np.arange(len(ids))
     return columns
 
 

@@ -11,29 +11,31 @@ from pipeline.data.philox import ROW_ORDER, SPAN_ORDER, WINDOW_ORDER, permutatio
 
 
 class Sampler:
-    """Deals the training images of every epoch to lanes, lanes to windows, windows to chunks.
+    """Deals the training images of every epoch to shards, shards to windows, windows to chunks.
 
     Spans (row groups, files) are shuffled, rows shuffled inside their span, and the sequence without its tail is cut
-    into `lanes` contiguous parts, so a global batch draws from `lanes` distant places while a span is read about once.
-    A window is what one task cuts: `m` chunks of `chunk = global_batch / lanes` images of one lane, its rows shuffled
-    once more. Batch `s` of an epoch is chunk `s % m` of window `s // m` of every lane, in the order of lanes.
+    into `num_shards` contiguous parts, so a global batch draws from `num_shards` distant places while a span is read about once.
+    A window is what one task cuts: `m` chunks of `chunk = global_batch / num_shards` images of one shard, its rows shuffled
+    once more. Batch `s` of an epoch is chunk `s % m` of window `s // m` of every shard, in the order of shards.
     """
 
-    def __init__(self, spans: np.ndarray, ids: np.ndarray, *, seed: int, global_batch: int, lanes: int, window: int) -> None:
+    def __init__(self, spans: np.ndarray, ids: np.ndarray, *, seed: int, global_batch: int, num_shards: int, window: int) -> None:
         """
         Args:
             spans: `(G, 2)` int64, first id and number of rows of every natural unit of reading.
             ids: sorted training ids, int64; a subset of what the spans hold.
             global_batch: images per step.
-            lanes: parts of a global batch.
+            num_shards: parts of a global batch.
             window: images one task cuts, rounded down to whole chunks.
 
         Raises:
-            ConfigError: the lanes cannot share the batch, or there are fewer images than one batch.
+            ConfigError: the shards cannot share the batch, or there are fewer images than one batch.
         """
-        if global_batch % lanes:
-            low = global_batch // lanes * lanes or lanes
-            raise ConfigError(f"train.global_batch_size={global_batch}: not a multiple of data.lanes={lanes}; use {low} or {low + lanes}")
+        if global_batch % num_shards:
+            low = global_batch // num_shards * num_shards or num_shards
+            raise ConfigError(
+                f"train.global_batch_size={global_batch}: not a multiple of data.num_shards={num_shards}; use {low} or {low + num_shards}"
+            )
         if len(ids) < global_batch:
             raise ConfigError(f"train.global_batch_size={global_batch}: larger than the {len(ids)} training images; use fewer")
         self.ids = np.ascontiguousarray(ids, dtype=np.int64)
@@ -41,11 +43,11 @@ class Sampler:
         self.span_of = (np.searchsorted(starts, self.ids, side="right") - 1).astype(np.int32)
         self.num_spans = len(starts)
         self.seed = seed
-        self._cut(global_batch, lanes, window, len(self.ids) // global_batch)
+        self._cut(global_batch, num_shards, window, len(self.ids) // global_batch)
         self._forget()
 
-    def _cut(self, global_batch: int, lanes: int, window: int, steps_per_epoch: int) -> None:
-        self.global_batch, self.lanes, self.chunk = global_batch, lanes, global_batch // lanes
+    def _cut(self, global_batch: int, num_shards: int, window: int, steps_per_epoch: int) -> None:
+        self.global_batch, self.num_shards, self.chunk = global_batch, num_shards, global_batch // num_shards
         self.steps_per_epoch = steps_per_epoch
         self.chunks_per_window = max(1, min(window // self.chunk, steps_per_epoch))
         self.groups = -(-steps_per_epoch // self.chunks_per_window)
@@ -73,18 +75,18 @@ class Sampler:
         """Chunks in every window of this group; only the last group of an epoch has fewer than the others."""
         return min(self.chunks_per_window, self.steps_per_epoch - group * self.chunks_per_window)
 
-    def window(self, epoch: int, group: int, lane: int) -> np.ndarray:
+    def window(self, epoch: int, group: int, shard: int) -> np.ndarray:
         """The image ids of one window in order of its chunks, `(chunks(group) * chunk,)` int64."""
-        first = (lane * self.steps_per_epoch + group * self.chunks_per_window) * self.chunk
+        first = (shard * self.steps_per_epoch + group * self.chunks_per_window) * self.chunk
         rows: np.ndarray = self._order(epoch)[first : first + self.chunks(group) * self.chunk]
-        rows = rows[permutation(self.seed, epoch, len(rows), WINDOW_ORDER, first=group * self.lanes + lane)]
+        rows = rows[permutation(self.seed, epoch, len(rows), WINDOW_ORDER, first=group * self.num_shards + shard)]
         return rows
 
     def batch(self, epoch: int, step: int) -> np.ndarray:
         """The image ids of one global batch, `(global_batch,)` int64; `step` counts within the epoch."""
         group, chunk = divmod(step, self.chunks_per_window)
         cut = slice(chunk * self.chunk, (chunk + 1) * self.chunk)
-        return np.concatenate([self.window(epoch, group, lane)[cut] for lane in range(self.lanes)])
+        return np.concatenate([self.window(epoch, group, shard)[cut] for shard in range(self.num_shards)])
 
     # ---------------------------------------------------------------- steps of a whole run, epoch after epoch
 
@@ -101,6 +103,6 @@ class Sampler:
         """The step, counted from the start of the run, of a group's first chunk."""
         return epoch * self.steps_per_epoch + group * self.chunks_per_window
 
-    def first_slot(self, group: int, lane: int) -> int:
+    def first_slot(self, group: int, shard: int) -> int:
         """The place within its epoch of a window's first image."""
-        return (group * self.lanes + lane) * self.chunks_per_window * self.chunk
+        return (group * self.num_shards + shard) * self.chunks_per_window * self.chunk

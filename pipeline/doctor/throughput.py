@@ -62,7 +62,7 @@ def measure(config: RunConfig, rows: Sequence[Row], num_images: int | None) -> C
         cut_images(some[:1], 0, config.views, 0, 1)  # pays for imports
         begin = time.thread_time()  # CPU time: other work on this machine does not count
         columns = cut_images(some, 0, config.views, 0, 1)
-        if config.data.finish == "tasks":
+        if config.data.augment_on == "workers":
             finish_columns(columns, config.views, (config.data.mean, config.data.std))
         cut_s = (time.thread_time() - begin) / size
         torch.set_num_threads(threads)
@@ -145,16 +145,18 @@ def stream(config: RunConfig, num_images: int | None) -> Check:
     from pipeline.data.ray_data import object_store_bytes
 
     window = resolve(config, num_images).window
-    block = block_bytes(config.views, window, finished=config.data.finish == "tasks")
-    group, buffer = config.data.lanes * block, config.data.buffer_bytes or object_store_bytes()
+    block = block_bytes(config.views, window, finished=config.data.augment_on == "workers")
+    group, buffer = config.data.num_shards * block, config.data.buffer_bytes or object_store_bytes()
     workers = max(1, config.train.worker_range[1])
-    why = "data.window" if config.data.window else "so that a task's own cost of 24 ms hardly counts"
+    why = "data.images_per_task" if config.data.images_per_task else "so that a task's own cost of 24 ms hardly counts"
     found = (
         f"{window:,} images a task ({why}), {block / 1e6:.1f} MB; one task per CPU, each with one thread; {buffer / 1e6:,.0f} MB are for "
         f"views cut ahead (data.buffer_bytes); threads of training: {thread_count(config, workers)}"
     )
     few = 3 * group > buffer  # one group with the workers, two on the way
-    remedy = f"a window of each lane is {group / 1e6:,.0f} MB: use a smaller data.window, or a larger data.buffer_bytes" if few else ""
+    remedy = (
+        f"a window of each shard is {group / 1e6:,.0f} MB: use a smaller data.images_per_task, or a larger data.buffer_bytes" if few else ""
+    )
     return Check("stream", "warn" if few else "ok", found, remedy)
 
 

@@ -15,7 +15,7 @@ from pipeline.recipes import recipe
 def barlow_twins() -> RunConfig:
     """The paper's run: ResNet-50 at 2x224, batch 2048, LARS, 1000 epochs; published: 73.2 % linear on ImageNet."""
     return RunConfig(
-        data=DataConfig(path="imagenet/train", lanes=32),
+        data=DataConfig(path="imagenet/train", num_shards=32),
         views=BarlowTwins.default_views(),
         backbone=BackboneConfig(name="resnet50"),
         method=BarlowTwinsConfig(),

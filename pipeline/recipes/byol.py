@@ -15,7 +15,7 @@ from pipeline.recipes import recipe
 def byol() -> RunConfig:
     """The paper's run: ResNet-50 at 2x224, batch 4096, LARS, 1000 epochs; published: 74.3 % linear on ImageNet."""
     return RunConfig(
-        data=DataConfig(path="imagenet/train", lanes=64),
+        data=DataConfig(path="imagenet/train", num_shards=64),
         views=BYOL.default_views(),
         backbone=BackboneConfig(name="resnet50"),
         method=BYOLConfig(),

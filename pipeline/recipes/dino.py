@@ -54,7 +54,7 @@ def vitb16() -> RunConfig:
     views = rescaled(small.views, 0.25)
     return replace(
         small,
-        data=replace(small.data, lanes=32),
+        data=replace(small.data, num_shards=32),
         views=views | {"local": replace(views["local"], count=10)},
         backbone=replace(small.backbone, name="vit_base_patch16_224"),
         method=replace(small.method, unit_prototypes=True),  # type: ignore[call-arg]

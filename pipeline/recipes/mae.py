@@ -14,7 +14,7 @@ from pipeline.recipes import recipe
 def vitb16() -> RunConfig:
     """The paper's ViT-B/16: 75 % masked, batch 4096, 800 epochs; published: 83.6 % fine-tuned on ImageNet (1600 epochs)."""
     return RunConfig(
-        data=DataConfig(path="imagenet/train", lanes=64),
+        data=DataConfig(path="imagenet/train", num_shards=64),
         views=MAE.default_views(),
         backbone=BackboneConfig(name="vit_base_patch16_224", positions="sincos", xavier=True),
         method=MAEConfig(),

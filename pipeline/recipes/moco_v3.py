@@ -15,7 +15,7 @@ from pipeline.recipes import recipe
 def vitb16() -> RunConfig:
     """The paper's run: ViT-B/16 at 2x224, batch 4096, AdamW, 300 epochs; published: 76.7 % linear on ImageNet."""
     return RunConfig(
-        data=DataConfig(path="imagenet/train", lanes=64),
+        data=DataConfig(path="imagenet/train", num_shards=64),
         views=MoCoV3.default_views(),
         backbone=BackboneConfig(name="vit_base_patch16_224", positions="sincos", xavier=True),
         method=MoCoV3Config(),

@@ -15,7 +15,7 @@ from pipeline.recipes import recipe
 def vits16() -> RunConfig:
     """The paper's ViT-S/16 on 16 GPUs: 1 + 1x224 + 10x96, batch 1024, 800 epochs; published: linear 76.9 % on ImageNet (600 epochs)."""
     return RunConfig(
-        data=DataConfig(path="imagenet/train", lanes=16),
+        data=DataConfig(path="imagenet/train", num_shards=16),
         views=MSN.default_views(),
         backbone=BackboneConfig(name="vit_small_patch16_224"),
         method=MSNConfig(),
@@ -26,7 +26,7 @@ def vits16() -> RunConfig:
             warmup_start_lr=2e-4,
             warmup_reaches_base=False,
             final_lr=1e-6,
-            horizon=1.25,
+            schedule_stretch=1.25,
             weight_decay=0.04,
             final_weight_decay=0.4,
             clip_norm=3.0,
@@ -90,7 +90,7 @@ def cifar10_small() -> RunConfig:
         backbone=BackboneConfig(name="vit_tiny_patch16_224", width=0.5, depth=(4,), image_size=32, patch_size=8),
         # a target that slows down learns a little less in so few steps (final_momentum=1: 35.5 %, this: 36.4 % after 1,000, seed 0)
         method=MSNConfig(num_prototypes=128, projector_hidden=256, projection_dim=64, momentum=0.95, final_momentum=0.95),
-        optim=OptimConfig(name="adamw", base_lr=1e-3, warmup_epochs=0.5, weight_decay=0.04, clip_norm=3.0, horizon=1.25),
+        optim=OptimConfig(name="adamw", base_lr=1e-3, warmup_epochs=0.5, weight_decay=0.04, clip_norm=3.0, schedule_stretch=1.25),
         train=TrainConfig(global_batch_size=128, steps=900),
     )
 

@@ -14,7 +14,7 @@ from pipeline.recipes import recipe
 def nnclr() -> RunConfig:
     """The paper's run: ResNet-50 at 2x224, a support set of 98,304, batch 4096, 1000 epochs; published: 75.4 % linear on ImageNet."""
     return RunConfig(
-        data=DataConfig(path="imagenet/train", lanes=64),
+        data=DataConfig(path="imagenet/train", num_shards=64),
         views=NNCLR.default_views(),
         backbone=BackboneConfig(name="resnet50"),
         method=NNCLRConfig(),

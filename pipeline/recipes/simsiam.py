@@ -13,7 +13,7 @@ from pipeline.recipes import recipe
 def simsiam() -> RunConfig:
     """The paper's run: ResNet-50 at 2x224, batch 512, SGD, 100 epochs; published: 68.1 % linear on ImageNet."""
     return RunConfig(
-        data=DataConfig(path="imagenet/train", lanes=8),
+        data=DataConfig(path="imagenet/train", num_shards=8),
         views=SimSiam.default_views(),
         backbone=BackboneConfig(name="resnet50"),
         method=SimSiamConfig(),

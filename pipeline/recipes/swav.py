@@ -18,7 +18,7 @@ SWAV_STD = (0.228, 0.224, 0.225)
 def imagenet() -> RunConfig:
     """The paper's 4096-image batch on 64 GPUs: ResNet-50, 2x224 + 6x96, 3000 prototypes."""
     return RunConfig(
-        data=DataConfig(path="imagenet/train", std=SWAV_STD, lanes=64),
+        data=DataConfig(path="imagenet/train", std=SWAV_STD, num_shards=64),
         views=SwAV.default_views(),
         backbone=BackboneConfig(name="resnet50"),
         method=SwAVConfig(),
@@ -33,7 +33,7 @@ def batch256() -> RunConfig:
     large = imagenet()
     return replace(
         large,
-        data=replace(large.data, lanes=8),
+        data=replace(large.data, num_shards=8),
         method=SwAVConfig(queue_length=3840, queue_start_epoch=15),
         optim=replace(large.optim, base_lr=0.6, warmup_epochs=0, warmup_start_lr=0.0, final_lr=0.0006),
         train=replace(large.train, global_batch_size=256, epochs=200),
@@ -46,7 +46,7 @@ def swav() -> RunConfig:
     small = batch256()
     return replace(
         small,
-        data=replace(small.data, path="patches:pixels=128", lanes=4),
+        data=replace(small.data, path="patches:pixels=128", num_shards=4),
         method=SwAVConfig(num_prototypes=300, epsilon=0.03, queue_length=256, queue_start_epoch=1),
         optim=replace(small.optim, base_lr=0.15, warmup_epochs=1, final_lr=0.00015),
         train=replace(small.train, global_batch_size=64, epochs=100),

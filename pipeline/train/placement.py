@@ -29,14 +29,14 @@ def worker_resources(config: TrainConfig) -> Resources:
 
 def place_workers(
     config: TrainConfig,
-    lanes: int,
+    num_shards: int,
     *,
     say: Callable[[str], None],
     stop: Callable[[], bool] = lambda: False,
     probe: bool = False,
     without: Collection[str] = (),
 ) -> tuple[int, Resources] | None:
-    """Choose the largest number of workers in `train.workers` that divides the lanes and fits; wait for a cluster that grows.
+    """Choose the largest number of workers in `train.workers` that divides the shards and fits; wait for a cluster that grows.
 
     Args:
         stop: True ends the wait.
@@ -53,7 +53,7 @@ def place_workers(
     from ray.autoscaler.sdk import request_resources
 
     low, high = config.worker_range
-    choices = [w for w in divisors(lanes) if low <= w <= high]
+    choices = [w for w in divisors(num_shards) if low <= w <= high]
     deadline = time.monotonic() + (config.resource_timeout_s if joins_cluster() else 0.0)
     waiting = False
     while True:
@@ -145,10 +145,12 @@ def idle_gpus(config: RunConfig, gpus: int) -> str:
     own = int(torch.cuda.is_available())
     if gpus <= own:
         return ""
-    workers = max(n for n in range(1, gpus + 1) if config.data.lanes % n == 0)
+    workers = max(n for n in range(1, gpus + 1) if config.data.num_shards % n == 0)
     remedy = f"--train.workers {workers} trains on {workers}"
     if workers <= own:
-        remedy = f"data.lanes={config.data.lanes} is for one worker; with a multiple of {gpus} --train.workers {gpus} trains on all"
+        remedy = (
+            f"data.num_shards={config.data.num_shards} is for one worker; with a multiple of {gpus} --train.workers {gpus} trains on all"
+        )
     return f"train.workers=0 uses {'one' if own else 'none'} of {gpus} GPU{'s' * (gpus != 1)}; {remedy}"
 
 
@@ -156,13 +158,13 @@ def large_share(config: RunConfig) -> str:
     """Return what to do where one process gets more of the batch at once than a GPU holds, or nothing."""
     from methods.parts.contract import find
 
-    train, lanes = config.train, config.data.lanes
+    train, num_shards = config.train, config.data.num_shards
     workers = max(1, train.worker_range[1])
     crops = sum(group.count * group.size**2 for group in config.views.values()) / 224**2  # of an image
     images = train.global_batch_size / train.accumulation_steps
     if images / workers * crops <= CROPS_AT_ONCE:
         return ""
-    enough = min((n for n in range(1, lanes + 1) if lanes % n == 0 and images / n * crops <= CROPS_AT_ONCE), default=lanes)
+    enough = min((n for n in range(1, num_shards + 1) if num_shards % n == 0 and images / n * crops <= CROPS_AT_ONCE), default=num_shards)
     parts = ", more train.accumulation_steps," if find(config.method).method.accumulation == "exact" else ""
     return (
         f"each process gets {images / workers:,.0f} images at once, {images / workers * crops:,.0f} crops of 224 x 224 pixels, more than "

@@ -69,7 +69,7 @@ def train_with_workers(
         on_attempt(start)
         if start >= ready.resolved.facts.total_steps:  # only the evaluation is left
             return TrainResult(start, complete=True)
-        placed = place_workers(config, ready.config.data.lanes, say=screen.say, stop=stop, probe=bool(failures), without=leaving)
+        placed = place_workers(config, ready.config.data.num_shards, say=screen.say, stop=stop, probe=bool(failures), without=leaving)
         if placed is None:
             return TrainResult(start, complete=False)
         workers, resources = placed

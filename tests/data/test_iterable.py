@@ -55,7 +55,7 @@ def opened(file: Path, function: str) -> ImageDataset:
 
 
 def stream(dataset: ImageDataset) -> TrainLoader:
-    plan = dataset.plan(seed=0, held_out=0.1, global_batch=16, lanes=4, window=8, steps_per_epoch=3)
+    plan = dataset.plan(seed=0, held_out=0.1, global_batch=16, num_shards=4, window=8, steps_per_epoch=3)
     return TrainLoader(dataset, plan, load_recipe("swav-small").views, 0, 7, execution_steps=4)
 
 
@@ -76,9 +76,9 @@ def test_two_workers_and_a_resumed_run_see_the_same(ray_local: None, file: Path)
     whole, rest = (list(source.batches(start, tasks=2)) for start in (0, 4))
     halves, _ = collect_ranks(source, 2)
     for step, batch in enumerate(whole):
-        lanes = batch.crops["local"].reshape(4, 4, *batch.crops["local"].shape[1:])
+        num_shards = batch.crops["local"].reshape(4, 4, *batch.crops["local"].shape[1:])
         for rank in (0, 1):
-            assert (halves[rank][step].crops["local"] == lanes[rank::2].flatten(0, 1)).all()
+            assert (halves[rank][step].crops["local"] == num_shards[rank::2].flatten(0, 1)).all()
     for batch, again in zip(whole[4:], rest, strict=True):
         assert (batch.ids == again.ids).all() and (batch.crops["global"] == again.crops["global"]).all()
 

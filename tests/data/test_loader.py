@@ -47,8 +47,8 @@ def write(path: Path, count: int, bad: tuple[int, ...] = (), size: int = 12) -> 
     return open_source(DataConfig(path=str(path)))
 
 
-def make_plan(dataset: ImageDataset, window: int = 32, lanes: int = 4, batch: int = 32) -> Sampler:
-    return Sampler(dataset.spans, dataset.training_ids(0), seed=3, global_batch=batch, lanes=lanes, window=window)
+def make_plan(dataset: ImageDataset, window: int = 32, num_shards: int = 4, batch: int = 32) -> Sampler:
+    return Sampler(dataset.spans, dataset.training_ids(0), seed=3, global_batch=batch, num_shards=num_shards, window=window)
 
 
 def collect(
@@ -132,22 +132,22 @@ def test_any_number_of_ranks_shares_the_global_batch(ray_local: None, tmp_path: 
         parts, times = collect_ranks(TrainLoader(dataset, plan, VIEWS, 3, 20, execution_steps=steps), ranks, start)
         assert times == executions
         for batch, *of_ranks in zip(whole[start:], *parts, strict=True):
-            lanes = batch.crops["global"].unflatten(0, (4, 8))
+            num_shards = batch.crops["global"].unflatten(0, (4, 8))
             for rank, part in enumerate(of_ranks):
-                assert (part.crops["global"] == lanes[rank::ranks].flatten(0, 1)).all()
+                assert (part.crops["global"] == num_shards[rank::ranks].flatten(0, 1)).all()
             assert {slot.id for slot in batch.bad} == {slot.id for part in of_ranks for slot in part.bad}
     assert any(batch.bad for batch in whole)
 
 
 def test_executions_are_few_and_end_with_groups() -> None:
     # 4 chunks, 39 groups of 156 steps
-    plan = Sampler(np.array([[0, 10_000]]), np.arange(10_000), seed=0, global_batch=64, lanes=8, window=32)
+    plan = Sampler(np.array([[0, 10_000]]), np.arange(10_000), seed=0, global_batch=64, num_shards=8, window=32)
     parts = list(TrainLoader(None, plan, VIEWS, 0, 0).executions(101, 5_000))  # type: ignore[arg-type]
     assert parts[0][0] == 101 and parts[-1][1] == 5_000 and all(one[1] == next[0] for one, next in itertools.pairwise(parts))
     assert all(end % 156 % 4 == 0 for _, end in parts[:-1])
     lengths = [end - first for first, end in parts]
     assert 100 <= lengths[0] < 104 and all(1000 <= length < 1004 for length in lengths[1:-1]), "the first batch waits for the first one"
-    few = Sampler(np.array([[0, 10_000]]), np.arange(10_000), seed=0, global_batch=64, lanes=8, window=512)
+    few = Sampler(np.array([[0, 10_000]]), np.arange(10_000), seed=0, global_batch=64, num_shards=8, window=512)
     assert len(list(TrainLoader(None, few, VIEWS, 0, 0).executions(0, 1_000))) == 1  # type: ignore[arg-type]
 
 
@@ -216,9 +216,9 @@ def test_a_wrong_block_is_refused(tmp_path: Path) -> None:
     dataset = write(tmp_path, 200)
     plan = make_plan(dataset)
     blocks = []
-    for (epoch, group), lane in itertools.product(plan.groups_between(0, 4), range(plan.lanes)):
-        block = cut_images(dataset.read(plan.window(epoch, group, lane)), epoch, VIEWS, 3, plan.chunk)
-        slots = plan.first_slot(group, lane) + np.arange(len(block["id"]))
+    for (epoch, group), shard in itertools.product(plan.groups_between(0, 4), range(plan.num_shards)):
+        block = cut_images(dataset.read(plan.window(epoch, group, shard)), epoch, VIEWS, 3, plan.chunk)
+        slots = plan.first_slot(group, shard) + np.arange(len(block["id"]))
         blocks.append(block | {"epoch": np.full(len(slots), epoch), "slot": slots})
     sliced = TrainLoader(dataset, plan, VIEWS, 3, 4).sliced
     assert len(list(sliced(iter(blocks), (0, 4), range(4)))) == 4
@@ -229,9 +229,9 @@ def test_a_wrong_block_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_trainer_only_waits_while_two_batches_are_ready(ray_local: None, tmp_path: Path) -> None:
-    """One lane for each of two workers: no executor in this process, next to no time of it, and the loop does not wait."""
+    """One shard for each of two workers: no executor in this process, next to no time of it, and the loop does not wait."""
     dataset = write(tmp_path, 200)
-    plan = make_plan(dataset, window=16, lanes=2)  # a window is one chunk
+    plan = make_plan(dataset, window=16, num_shards=2)  # a window is one chunk
     shared, source = Shared(2), TrainLoader(dataset, plan, VIEWS, 3, 100)  # one execution
     streams = [source.batches(rank=rank, world_size=2, tasks=1, share=shared.by(rank)) for rank in range(2)]
     with ThreadPoolExecutor(2) as pool:

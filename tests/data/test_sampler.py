@@ -1,4 +1,4 @@
-"""Lanes, windows and chunks: every image once an epoch, and batches that depend on (seed, epoch, step) only."""
+"""Shards, windows and chunks: every image once an epoch, and batches that depend on (seed, epoch, step) only."""
 
 import pickle
 
@@ -12,8 +12,8 @@ SPANS = np.array([[0, 300], [300, 100], [400, 250], [650, 363]])  # 1013 rows
 IDS = np.setdiff1d(np.arange(1013), np.arange(5, 1013, 17))
 
 
-def plan(window: int = 64, seed: int = 0, lanes: int = 4, batch: int = 32) -> Sampler:
-    return Sampler(SPANS, IDS, seed=seed, global_batch=batch, lanes=lanes, window=window)
+def plan(window: int = 64, seed: int = 0, num_shards: int = 4, batch: int = 32) -> Sampler:
+    return Sampler(SPANS, IDS, seed=seed, global_batch=batch, num_shards=num_shards, window=window)
 
 
 def epoch_batches(p: Sampler, epoch: int) -> np.ndarray:
@@ -31,10 +31,10 @@ def test_every_training_image_once_but_the_tail(window: int) -> None:
 def test_windows_are_the_batches() -> None:
     p = plan(64)
     assert [p.chunks(g) for g in range(p.groups)] == [8, 8, 8, 5]
-    rows = [[p.window(1, g, lane) for lane in range(4)] for g in range(p.groups)]
+    rows = [[p.window(1, g, shard) for shard in range(4)] for g in range(p.groups)]
     for step in range(p.steps_per_epoch):
         group, chunk = divmod(step, 8)
-        expected = np.concatenate([rows[group][lane][chunk * 8 : chunk * 8 + 8] for lane in range(4)])
+        expected = np.concatenate([rows[group][shard][chunk * 8 : chunk * 8 + 8] for shard in range(4)])
         assert (p.batch(1, step) == expected).all()
 
 
@@ -55,15 +55,15 @@ def test_the_images_of_a_lane_do_not_depend_on_the_window() -> None:
 
 def test_a_span_is_read_by_few_windows() -> None:
     spans = np.stack([np.arange(0, 100_000, 1000), np.full(100, 1000)], axis=1)
-    p = Sampler(spans, np.arange(100_000), seed=0, global_batch=400, lanes=4, window=500)
-    touched = [len(set(p.window(0, g, lane) // 1000)) for g in range(p.groups) for lane in range(4)]
+    p = Sampler(spans, np.arange(100_000), seed=0, global_batch=400, num_shards=4, window=500)
+    touched = [len(set(p.window(0, g, shard) // 1000)) for g in range(p.groups) for shard in range(4)]
     assert np.mean(touched) < 2
 
 
 def test_single_row_spans_shuffle_perfectly() -> None:
     count = 20_000
     spans = np.stack([np.arange(count), np.ones(count, int)], axis=1)
-    p = Sampler(spans, np.arange(count), seed=0, global_batch=100, lanes=4, window=500)
+    p = Sampler(spans, np.arange(count), seed=0, global_batch=100, num_shards=4, window=500)
     assert abs(np.corrcoef(epoch_batches(p, 0).ravel(), np.arange(count))[0, 1]) < 0.03
     assert epoch_batches(p, 0).mean(axis=1).std() < 1.3 * count / 12**0.5 / 10  # batches are well mixed
 
@@ -72,7 +72,9 @@ def test_large_and_quick() -> None:
     import time
 
     count = 1_300_000
-    p = Sampler(np.stack([np.arange(count), np.ones(count, int)], axis=1), np.arange(count), seed=0, global_batch=1024, lanes=8, window=128)
+    p = Sampler(
+        np.stack([np.arange(count), np.ones(count, int)], axis=1), np.arange(count), seed=0, global_batch=1024, num_shards=8, window=128
+    )
     p.window(0, 0, 0)
     start = time.process_time()
     for group in range(50):

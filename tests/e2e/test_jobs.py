@@ -256,10 +256,10 @@ def test_a_search_as_a_job_whose_trials_are_groups_of_two_workers(head: Head, tm
 
 
 def test_a_wrong_setting_fails_the_job_with_one_sentence(head: Head) -> None:
-    status, log = head.finish(head.submit("python manyviews.py pretrain swav-small --data.lanse 4"))
+    status, log = head.finish(head.submit("python manyviews.py pretrain swav-small --data.num_shrads 4"))
     assert status == "FAILED"
     assert_readable(log)
-    assert "data.lanse" in log and "data.lanes" in log
+    assert "data.num_shrads" in log and "data.num_shards" in log
 
 
 def test_a_stopped_head_leaves_no_process_behind(head: Head) -> None:

@@ -110,7 +110,7 @@ def test_more_workers_than_fit_are_refused_with_a_remedy(ray_with_room: None, tm
         "pretrain",
         "swav-small",
         "--data.path=patches:per_photo=100",
-        "--data.lanes=64",
+        "--data.num_shards=64",
         "--train.workers=64",
         f"--runs-dir={tmp_path}",
         code=2,

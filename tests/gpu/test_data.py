@@ -47,7 +47,7 @@ def test_colour_on_the_device_is_that_of_the_cpu(recipe: str, device: torch.devi
 
 
 def stream_of(folder: Path) -> TrainLoader:
-    return prepare(configured("simclr-small", 32, folder, lanes=2)).stream
+    return prepare(configured("simclr-small", 32, folder, num_shards=2)).stream
 
 
 def test_batches_arrive_on_the_device_with_the_pixels_of_the_cpu(ray_local: None, folder: Path, device: torch.device) -> None:

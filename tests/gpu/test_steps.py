@@ -27,7 +27,12 @@ from pipeline.train.progress import NullReporter
 from pipeline.train.work import train
 
 BATCH = 16
-DATA = {"data.path": "patches:per_photo=6", "data.held_out": 0.0, "data.lanes": 2, "train.global_batch_size": BATCH}  # 7 steps an epoch
+DATA = {
+    "data.path": "patches:per_photo=6",
+    "data.held_out": 0.0,
+    "data.num_shards": 2,
+    "train.global_batch_size": BATCH,
+}  # 7 steps an epoch
 small = sorted((entry.name for entry in entries() if entry.name.endswith("-small")), key=len, reverse=True)
 RECIPES = {find(load_recipe(recipe).method).name: recipe for recipe in small}  # the shortest name of each method stays
 
@@ -132,7 +137,7 @@ def test_a_resumed_run_has_the_same_loss_curve(method: str, device: torch.device
 
 def test_a_full_device_ends_training_with_a_sentence(ray_local: None, cuda: torch.device, tmp_path: Path) -> None:
     make_images(tmp_path / "images", 128, (64, 48))
-    ready = prepare(override(configured("swav", 64, tmp_path / "images", lanes=1), {"train.epochs": 2}))
+    ready = prepare(override(configured("swav", 64, tmp_path / "images", num_shards=1), {"train.epochs": 2}))
     _, total = torch.cuda.mem_get_info()
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**30) / total)  # weights fit, the step does not
     quiet = {"screen": NullReporter(64), "report": lambda step, metrics: None, "stop": lambda: False}

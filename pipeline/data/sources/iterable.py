@@ -50,8 +50,8 @@ class Unbounded(ImageDataset):
     def path(self, id: int) -> str:
         return f"{self.source}, image {id}"
 
-    def plan(self, *, seed: int, held_out: float, global_batch: int, lanes: int, window: int, steps_per_epoch: int) -> Sampler:
-        return SequentialSampler(global_batch, lanes, window, steps_per_epoch)
+    def plan(self, *, seed: int, held_out: float, global_batch: int, num_shards: int, window: int, steps_per_epoch: int) -> Sampler:
+        return SequentialSampler(global_batch, num_shards, window, steps_per_epoch)
 
     def served(self, plan: Sampler, first_step: int) -> Unbounded:
         """This source with the one reader of the run, which ends when nobody holds what is returned."""
@@ -75,15 +75,15 @@ class Unbounded(ImageDataset):
 
 
 class SequentialSampler(Sampler):
-    """Deals images in their order of arrival: batch s is the images s * global_batch and on, a chunk to each lane in turn."""
+    """Deals images in their order of arrival: batch s is the images s * global_batch and on, a chunk to each shard in turn."""
 
-    def __init__(self, global_batch: int, lanes: int, window: int, steps_per_epoch: int) -> None:
-        self._cut(global_batch, lanes, window, steps_per_epoch)
+    def __init__(self, global_batch: int, num_shards: int, window: int, steps_per_epoch: int) -> None:
+        self._cut(global_batch, num_shards, window, steps_per_epoch)
 
-    def window(self, epoch: int, group: int, lane: int) -> np.ndarray:
+    def window(self, epoch: int, group: int, shard: int) -> np.ndarray:
         first = epoch * self.steps_per_epoch + group * self.chunks_per_window
         steps = np.arange(first, first + self.chunks(group), dtype=np.int64)
-        return (steps[:, None] * self.global_batch + lane * self.chunk + np.arange(self.chunk)).reshape(-1)
+        return (steps[:, None] * self.global_batch + shard * self.chunk + np.arange(self.chunk)).reshape(-1)
 
 
 class Reader:
