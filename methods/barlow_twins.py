@@ -21,44 +21,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.parts.backbones import num_features
-from methods.parts.contract import (
-    Masks,
-    Method,
-    MethodConfig,
-    Metrics,
-    ParamGroup,
-    Progress,
-    RunFacts,
-    SearchRange,
-    StepOutput,
-    register,
-    searchable,
-)
-from methods.parts.distributed import gather_with_gradient, own_columns, world_size
-from methods.parts.errors import require
-from methods.parts.groups import param_groups_weight_decay
-from methods.parts.heads import mlp
-from methods.parts.numerics import autocast_disabled, cosines, embedding_std, l2_normalize, upcast_half
-from methods.parts.views import CropGroup, Views, ViewsConfig
+from methods.parts import (
+    CropGroup, Masks, Method, MethodConfig, Metrics, ParamGroup, Progress, RunFacts, SearchRange, StepOutput, Views, ViewsConfig, at_least,
+    autocast_disabled, cosines, embedding_std, gather_with_gradient, l2_normalize, mlp, num_features, own_columns,
+    param_groups_weight_decay, positive, register, upcast_half, world_size,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class BarlowTwinsConfig(MethodConfig):
     #: lambda in eq. (1)
-    redundancy_weight: float = searchable(0.005, SearchRange(0.001, 0.05, "log", reason="smaller for more dimensions"))
-    projector_layers: int = 3
-    projector_hidden: int = 8192
+    redundancy_weight: float = at_least(0, 0.005, SearchRange(0.001, 0.05, "log", reason="smaller for more dimensions"))
+    projector_layers: int = at_least(1, 3)
+    projector_hidden: int = at_least(1, 8192)
     #: D; the wider the better
-    projection_dim: int = searchable(8192, SearchRange(scale="choice", choices=(512, 2048, 8192), reason="wide helps, at a cost of D^2"))
-    vector_lr_scale: float = 0.024  # biases and norms: 0.0048 / 0.2
-
-    def __post_init__(self) -> None:
-        require(self.redundancy_weight >= 0, "method.redundancy_weight", self.redundancy_weight, "use 0 or more, e.g. 0.005")
-        require(self.projector_layers >= 1, "method.projector_layers", self.projector_layers, "use 1 or more, e.g. 3")
-        require(self.projector_hidden >= 1, "method.projector_hidden", self.projector_hidden, "use 1 or more")
-        require(self.projection_dim >= 2, "method.projection_dim", self.projection_dim, "use 2 or more")
-        require(self.vector_lr_scale > 0, "method.vector_lr_scale", self.vector_lr_scale, "use a positive number, e.g. 0.024")
+    projection_dim: int = at_least(2, 8192, SearchRange(scale="choice", choices=(512, 2048, 8192), reason="wide helps, at a cost of D^2"))
+    vector_lr_scale: float = positive(0.024)  # biases and norms: 0.0048 / 0.2
 
 
 @register("barlow-twins", BarlowTwinsConfig)
@@ -109,9 +87,6 @@ class BarlowTwins(Method):
 
     def param_groups(self) -> list[ParamGroup]:
         return param_groups_weight_decay(self.backbone, self.projector, vector_lr_scale=self.config.vector_lr_scale)
-
-    def evaluation_backbone(self) -> nn.Module:
-        return self.backbone
 
     def chance_loss(self) -> tuple[float, str]:
         return float(self.config.projection_dim), "D"

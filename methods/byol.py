@@ -30,52 +30,28 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from methods.parts import ema
-from methods.parts.backbones import num_features
-from methods.parts.contract import (
-    Masks,
-    Method,
-    MethodConfig,
-    Metrics,
-    Outputs,
-    ParamGroup,
-    Progress,
-    RunFacts,
-    SearchRange,
-    StepOutput,
-    register,
-    searchable,
-)
-from methods.parts.errors import require
-from methods.parts.groups import param_groups_weight_decay
-from methods.parts.heads import mlp
-from methods.parts.numerics import autocast_disabled, cosines, embedding_std, l2_normalize, upcast_half
-from methods.parts.schedules import cosine
-from methods.parts.views import CropGroup, Views, ViewsConfig
+from methods.parts import (
+    CropGroup, Masks, MethodConfig, Metrics, MomentumTeacher, Outputs, ParamGroup, Progress, RunFacts, SearchRange, StepOutput, Views,
+    ViewsConfig, at_least, autocast_disabled, cosines, ema, embedding_std, fraction, l2_normalize, mlp, num_features,
+    param_groups_weight_decay, register, upcast_half,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class BYOLConfig(MethodConfig):
     #: tau_base; the shorter the run, the lower
-    momentum: float = searchable(0.996, SearchRange(0.9, 0.999, "linear", reason="short runs need a faster target"))
-    final_momentum: float = 1.0  # tau at the last step; equal to momentum: constant
-    projector_hidden: int = searchable(4096, SearchRange(scale="choice", choices=(512, 1024, 4096), reason="wide heads help, at a cost"))
-    projection_dim: int = 256  # D
-    predictor_hidden: int = 4096
+    momentum: float = fraction(0.996, SearchRange(0.9, 0.999, "linear", reason="short runs need a faster target"))
+    final_momentum: float = fraction(1.0)  # tau at the last step; equal to momentum: constant
+    projector_hidden: int = at_least(1, 4096, SearchRange(scale="choice", choices=(512, 1024, 4096), reason="wide heads help, at a cost"))
+    projection_dim: int = at_least(2, 256)  # D
+    predictor_hidden: int = at_least(1, 4096)
     predictor: bool = True  # False: the online projection itself is compared, which collapses
     independent_target_init: bool = False  # the target starts from other random weights
     train_online: bool = True  # False: nothing learns, batch norm is calibrated
 
-    def __post_init__(self) -> None:
-        require(0 <= self.momentum <= 1, "method.momentum", self.momentum, "use a number from 0 to 1, e.g. 0.996")
-        require(0 <= self.final_momentum <= 1, "method.final_momentum", self.final_momentum, "use a number from 0 to 1, e.g. 1")
-        require(self.projector_hidden >= 1, "method.projector_hidden", self.projector_hidden, "use 1 or more")
-        require(self.projection_dim >= 2, "method.projection_dim", self.projection_dim, "use 2 or more")
-        require(self.predictor_hidden >= 1, "method.predictor_hidden", self.predictor_hidden, "use 1 or more")
-
 
 @register("byol", BYOLConfig)
-class BYOL(Method):
+class BYOL(MomentumTeacher):
     config: BYOLConfig
     paper = "Grill et al. 2020, arXiv:2006.07733"
 
@@ -112,11 +88,7 @@ class BYOL(Method):
         return StepOutput(loss=loss if self.config.train_online else None, metrics=metrics)
 
     def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
-        ema.update(self.target, self.online(), self.momentum(progress))
-
-    def momentum(self, progress: Progress) -> float:
-        """tau_k."""
-        return cosine(progress.step, progress.total_steps, self.config.momentum, self.config.final_momentum)
+        self.follow(self.target, self.online(), progress)  # eq. (1), with the new theta
 
     def online(self) -> nn.Sequential:
         """Backbone and projector as one network: what the target is an average of."""
@@ -127,7 +99,7 @@ class BYOL(Method):
         """Meters of one direction. All `(B, D)`."""
         positive, negative = cosines(p, y)
         return {
-            "embedding_std": embedding_std(l2_normalize(upcast_half(z))),
+            "embedding_std": embedding_std(l2_normalize(z)),
             "positive_cosine": positive,
             "negative_cosine": negative,
             "momentum": self.momentum(progress),
@@ -136,16 +108,11 @@ class BYOL(Method):
     def param_groups(self) -> list[ParamGroup]:
         return param_groups_weight_decay(self.backbone, self.projector, self.predictor)
 
-    def evaluation_backbone(self) -> nn.Module:
-        return self.backbone
-
     def chance_loss(self) -> tuple[float, str] | None:
         return (4.0, "cosine 0") if self.config.train_online else None
 
     def hints(self) -> str:
-        c = self.config
-        lower = f"method.momentum={1 - (1 - c.momentum) * 3:g}, " if 0.7 < c.momentum < 1 else ""
-        return f"try {lower}a lower optim.base_lr or a longer warm-up, method.predictor=True, or a larger train.global_batch_size"
+        return f"try {self.faster()}a lower optim.base_lr or a longer warm-up, method.predictor=True, or a larger train.global_batch_size"
 
 
 def distance(p: Tensor, y: Tensor) -> Tensor:

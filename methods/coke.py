@@ -36,28 +36,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.parts.backbones import num_features
-from methods.parts.contract import (
-    Masks,
-    Method,
-    MethodConfig,
-    Metrics,
-    Outputs,
-    ParamGroup,
-    Progress,
-    RunFacts,
-    SearchRange,
-    StepOutput,
-    register,
-    searchable,
-)
-from methods.parts.distributed import all_gather_rows
-from methods.parts.errors import ConfigError, require
-from methods.parts.groups import param_groups_weight_decay
-from methods.parts.heads import mlp
-from methods.parts.memory_bank import MemoryBank, first_places
-from methods.parts.numerics import autocast_disabled, count_of_each, embedding_std, l2_normalize, upcast_half
-from methods.parts.views import CropGroup, Views, ViewsConfig
+from methods.parts import (
+    ConfigError, CropGroup, Masks, MemoryBank, Method, MethodConfig, Metrics, Outputs, ParamGroup, Progress, RunFacts, SearchRange,
+    StepOutput, Views, ViewsConfig, all_gather_rows, at_least, autocast_disabled, count_of_each, embedding_std, first_places, fraction,
+    l2_normalize, mlp, num_features, param_groups_weight_decay, positive, register, require,
+)  # fmt: skip
 
 AVERAGES = ("averaged_labels", "averaged_weights")  # the tables of stage 2
 
@@ -67,37 +50,29 @@ class CoKeConfig(MethodConfig):
     #: K of each head; several are better than one, and better when they differ
     num_clusters: tuple[int, ...] = (3000, 4000, 5000)
     #: r': least size of a cluster as a fraction of N / K; 0 = plain online k-means, 1 = balanced
-    constraint_ratio: float = searchable(0.4, SearchRange(0.0, 1.0, "linear", reason="low: empty clusters; high: restless labels"))
+    constraint_ratio: float = fraction(0.4, SearchRange(0.0, 1.0, "linear", reason="low: empty clusters; high: restless labels"))
     #: eta, the paper's is 20 for K >= 3000. None = K min(3 / steps_per_epoch, 0.05): an empty cluster's dual rises by 3 r' in an
     #: epoch, beside cosines in [-1, 1], and by 0.05 r' at most in a step, or whole batches would fall into one cluster in turn
-    dual_learning_rate: float | None = None
+    dual_learning_rate: float | None = positive(None)
     #: tau; 0.05 with two views
-    temperature: float = searchable(0.1, SearchRange(0.03, 0.3, "log", reason="sharpness of the predictions"))
-    predictor_weight: float = 1.0  # beta: 1 = predictions only, 0 = projections only and no predictor
-    label_weight: float = 0.2  # alpha, with two or more crops
-    projector_layers: int = 3
-    projector_hidden: int = 2048
-    projection_dim: int = 128  # D
-    predictor_hidden: int = 2048
+    temperature: float = positive(0.1, SearchRange(0.03, 0.3, "log", reason="sharpness of the predictions"))
+    predictor_weight: float = fraction(1.0)  # beta: 1 = predictions only, 0 = projections only and no predictor
+    label_weight: float = fraction(0.2)  # alpha, with two or more crops
+    projector_layers: int = at_least(1, 3)
+    projector_hidden: int = at_least(1, 2048)
+    projection_dim: int = at_least(2, 128)  # D
+    predictor_hidden: int = at_least(1, 2048)
     train_first_epoch: bool = False  # backward in epoch 0 too, with the labels just found; False = it only assigns
     labels_from: Literal["previous", "current"] = "previous"  # epoch of the labels in the loss
     centers_from: Literal["previous", "current"] = "previous"  # epoch of the centres in the loss
-    averaging_start_epoch: int | None = None  # first epoch of stage 2 (the paper's long run: 801 of 1001); None = no stage 2
-    averaging_labels: int = 5  # labels kept for an image in stage 2
+    averaging_start_epoch: int | None = at_least(1, None)  # first epoch of stage 2 (the paper's long run: 801 of 1001); None = no stage 2
+    averaging_labels: int = at_least(1, 5)  # labels kept for an image in stage 2
     shard_tables: bool = False  # each worker keeps the labels of its share of the images: beyond some 100 million
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         enough = bool(self.num_clusters) and min(self.num_clusters) >= 2
         require(enough, "method.num_clusters", self.num_clusters, "give one or more numbers of 2 or more, e.g. 3000 4000 5000")
-        eta = self.dual_learning_rate
-        require(eta is None or eta > 0, "method.dual_learning_rate", eta, "use a positive number, or leave it out")
-        require(self.temperature > 0, "method.temperature", self.temperature, "use a positive number, e.g. 0.1")
-        for name in ("constraint_ratio", "predictor_weight", "label_weight"):
-            require(0 <= getattr(self, name) <= 1, f"method.{name}", getattr(self, name), "use a number from 0 to 1")
-        require(self.projection_dim >= 2, "method.projection_dim", self.projection_dim, "use 2 or more")
-        for name in ("projector_layers", "projector_hidden", "predictor_hidden", "averaging_start_epoch", "averaging_labels"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"method.{name}", value, "use 1 or more")
 
 
 @register("coke", CoKeConfig)
@@ -116,8 +91,7 @@ class CoKe(Method):
             raise ConfigError("data.path: has no end, but coke keeps labels of every image; use a folder, Parquet or tars")
         self.config, self.backbone = config, backbone
         d, heads = config.projection_dim, len(config.num_clusters)
-        linears = mlp(num_features(backbone), config.projector_hidden, d, config.projector_layers)
-        self.projector = nn.Sequential(*linears, nn.BatchNorm1d(d))
+        self.projector = mlp(num_features(backbone), config.projector_hidden, d, config.projector_layers, final_norm="affine")
         self.predictor = mlp(d, config.predictor_hidden, d) if config.predictor_weight else None
         steps, eta = facts.steps_per_epoch, config.dual_learning_rate
         self.clusters = nn.ModuleList(
@@ -151,7 +125,10 @@ class CoKe(Method):
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         first = self.first(progress)
-        x, y = self.project(views)  # each V times (B, D)
+        # one backbone pass per resolution, one pass of each head over all crops
+        z = self.projector(views.map_crops(self.backbone))
+        x = views.split(l2_normalize(z))  # V times (B, D)
+        y = x if self.predictor is None else views.split(l2_normalize(self.predictor(z)))  # likewise
         with autocast_disabled(x[0]):
             large = [v for name, positions in views.groups.items() if name != "local" for v in positions]
             require(bool(large), "views.global.count", 0, "coke clusters the crops outside the group local; use 1 or 2")
@@ -193,13 +170,6 @@ class CoKe(Method):
             clusters.end_epoch(self.share(progress))
         self.begun.fill_(True)
         self.has_labels = True
-
-    def project(self, views: Views) -> tuple[list[Tensor], list[Tensor]]:
-        """Unit projections and predictions of every crop: one backbone pass per resolution, one pass of each head over all crops."""
-        p = self.projector(views.map_crops(self.backbone))
-        x, batch = l2_normalize(upcast_half(p)), len(views.image_ids)
-        y = x if self.predictor is None else l2_normalize(upcast_half(self.predictor(p)))  # of the projections before their normalisation
-        return list(x.split(batch)), list(y.split(batch))
 
     def loss(self, clusters: OnlineClusters, x: list[Tensor], y: list[Tensor], label: Tensor, large: list[int]) -> Tensor:
         """One head's loss. `label`: `(B,)`, -1 unknown, or its distribution `(B, K)`; `large`: which crops take part in clustering."""
@@ -262,12 +232,9 @@ class CoKe(Method):
     def param_groups(self) -> list[ParamGroup]:
         return param_groups_weight_decay(self.backbone, self.projector, *([self.predictor] if self.predictor is not None else []))
 
-    def evaluation_backbone(self) -> nn.Module:
-        return self.backbone
-
     def cluster_scores(self, images: Tensor) -> Tensor:
         """f c' of the first head, without its duals: nearness, not balance."""
-        x = l2_normalize(upcast_half(self.projector(self.backbone(images))))
+        x = l2_normalize(self.projector(self.backbone(images)))
         with autocast_disabled(x):
             return F.linear(x, self.heads()[0].previous)
 

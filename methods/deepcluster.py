@@ -29,26 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.parts.backbones import num_features
-from methods.parts.contract import (
-    Masks,
-    Method,
-    MethodConfig,
-    Metrics,
-    Outputs,
-    Progress,
-    RunFacts,
-    SearchRange,
-    StepOutput,
-    register,
-    searchable,
-)
-from methods.parts.distributed import all_gather_rows, all_reduce_sum, rank, world_size
-from methods.parts.errors import require
-from methods.parts.heads import mlp
-from methods.parts.memory_bank import MemoryBank, first_places
-from methods.parts.numerics import autocast_disabled, chunk_rows, count_of_each, embedding_std, l2_normalize, upcast_half
-from methods.parts.views import CropGroup, Views, ViewsConfig
+from methods.parts import (
+    CropGroup, Masks, MemoryBank, Method, MethodConfig, Metrics, Outputs, Progress, RunFacts, SearchRange, StepOutput, Views, ViewsConfig,
+    all_gather_rows, all_reduce_sum, at_least, autocast_disabled, chunk_rows, count_of_each, embedding_std, first_places, l2_normalize, mlp,
+    num_features, positive, rank, register, require, world_size,
+)  # fmt: skip
 
 CROPS = 2  # global crops that are memorised
 UNKNOWN = -1  # the label of an image that was not seen yet
@@ -57,23 +42,14 @@ UNKNOWN = -1  # the label of an image that was not seen yet
 @dataclass(frozen=True, kw_only=True)
 class DeepClusterConfig(MethodConfig):
     #: tau
-    temperature: float = searchable(0.1, SearchRange(0.05, 0.5, "log", reason="sharpness of the predictions"))
+    temperature: float = positive(0.1, SearchRange(0.05, 0.5, "log", reason="sharpness of the predictions"))
     #: K; several times the number of kinds of things in the images
-    num_prototypes: int = searchable(3000, SearchRange(scale="choice", choices=(100, 300, 1000, 3000), reason="flat once large enough"))
-    heads: int = 3  # H, independent clusterings of the same projections
-    kmeans_iterations: int = 10
-    projector_layers: int = 2
-    projector_hidden: int = 2048
-    projection_dim: int = 128  # D
-
-    def __post_init__(self) -> None:
-        require(self.temperature > 0, "method.temperature", self.temperature, "use a positive number, e.g. 0.1")
-        require(self.num_prototypes >= 2, "method.num_prototypes", self.num_prototypes, "use 2 or more")
-        require(self.heads >= 1, "method.heads", self.heads, "use 1 or more, e.g. 3")
-        require(self.kmeans_iterations >= 1, "method.kmeans_iterations", self.kmeans_iterations, "use 1 or more, e.g. 10")
-        require(self.projector_layers >= 1, "method.projector_layers", self.projector_layers, "use 1 or more")
-        require(self.projector_hidden >= 1, "method.projector_hidden", self.projector_hidden, "use 1 or more")
-        require(self.projection_dim >= 2, "method.projection_dim", self.projection_dim, "use 2 or more")
+    num_prototypes: int = at_least(2, 3000, SearchRange(scale="choice", choices=(100, 300, 1000, 3000), reason="flat once large enough"))
+    heads: int = at_least(1, 3)  # H, independent clusterings of the same projections
+    kmeans_iterations: int = at_least(1, 10)
+    projector_layers: int = at_least(1, 2)
+    projector_hidden: int = at_least(1, 2048)
+    projection_dim: int = at_least(2, 128)  # D
 
 
 @register("deepcluster-v2", DeepClusterConfig)
@@ -127,7 +103,8 @@ class DeepCluster(Method):
         return progress.epoch > 0
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
-        z = self.project(views)  # (V, B, D)
+        # one backbone pass per resolution, one pass of the projector over all crops
+        z = l2_normalize(self.projector(views.map_crops(self.backbone))).unflatten(0, (-1, len(views.image_ids)))  # (V, B, D)
         unit = z[views.groups["global"]].detach().transpose(0, 1)  # (B, 2, D)
         outputs = {"ids": views.image_ids, "z": unit}
         with autocast_disabled(z):
@@ -148,17 +125,9 @@ class DeepCluster(Method):
         unit = all_gather_rows(torch.cat([o["z"] for o in outputs]))
         self.memory.write(ids, unit[first_places(ids)])  # a repeated image is memorised as where it comes first
 
-    def project(self, views: Views) -> Tensor:
-        """Unit projections of every crop `(V, B, D)`: one backbone pass per resolution, one pass of the projector over all crops."""
-        z = l2_normalize(upcast_half(self.projector(views.map_crops(self.backbone))))
-        return z.view(-1, len(views.image_ids), z.shape[1])
-
-    def evaluation_backbone(self) -> nn.Module:
-        return self.backbone
-
     def cluster_scores(self, images: Tensor) -> Tensor:
         """Cosines with the first head's centroids."""
-        z = l2_normalize(upcast_half(self.projector(self.backbone(images))))
+        z = l2_normalize(self.projector(self.backbone(images)))
         with autocast_disabled(z):
             return z @ self.prototypes[0].T
 

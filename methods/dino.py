@@ -34,71 +34,38 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from methods.parts import ema
-from methods.parts.assignment import sinkhorn
-from methods.parts.backbones import num_features
-from methods.parts.centering import Center
-from methods.parts.contract import (
-    Masks,
-    Method,
-    MethodConfig,
-    Metrics,
-    Outputs,
-    ParamGroup,
-    Progress,
-    RunFacts,
-    SearchRange,
-    StepOutput,
-    register,
-    searchable,
-)
-from methods.parts.dino_head import DINOHead
-from methods.parts.errors import ConfigError, require
-from methods.parts.groups import param_groups_weight_decay
-from methods.parts.numerics import autocast_disabled, embedding_std, entropy, l2_normalize, upcast_half, used_share
-from methods.parts.schedules import cosine, linear_by_epoch
-from methods.parts.soft_targets import cross_entropy_sum
-from methods.parts.views import CropGroup, Views, ViewsConfig
-from methods.parts.vit import without_drop_path
+from methods.parts import (
+    Center, ConfigError, CropGroup, DINOHead, Masks, MethodConfig, Metrics, MomentumTeacher, Outputs, ParamGroup, Progress, RunFacts,
+    SearchRange, StepOutput, Views, ViewsConfig, at_least, autocast_disabled, cross_entropy_sum, ema, embedding_std, entropy, fraction,
+    l2_normalize, linear_by_epoch, num_features, param_groups_weight_decay, positive, register, sinkhorn, used_share,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class DINOConfig(MethodConfig):
-    temperature: float = 0.1  # tau_s
+    temperature: float = positive(0.1)  # tau_s
     #: tau_t; 0.07 for long runs, with a rise from 0.04 over 30 epochs
-    teacher_temperature: float = searchable(0.04, SearchRange(0.02, 0.07, "log", reason="the loss sticks at ln K when it is too high"))
-    warmup_teacher_temperature: float = 0.04  # tau_t in epoch 0; it rises to teacher_temperature on a straight line, epoch by epoch
-    warmup_teacher_temperature_epochs: int = 0  # 0: teacher_temperature from the start
+    teacher_temperature: float = positive(0.04, SearchRange(0.02, 0.07, "log", reason="the loss sticks at ln K when it is too high"))
+    warmup_teacher_temperature: float = positive(0.04)  # tau_t in epoch 0; it rises to teacher_temperature on a straight line by epoch
+    warmup_teacher_temperature_epochs: int = at_least(0, 0)  # 0: teacher_temperature from the start
     #: m at the first step; 0.9995 for long runs with batches of 256 or fewer
-    momentum: float = searchable(0.996, SearchRange(0.97, 0.9995, "linear", reason="short runs need a faster teacher"))
-    final_momentum: float = 1.0  # m at the last step; equal to momentum: constant
-    center_momentum: float = searchable(0.9, SearchRange(scale="choice", choices=(0.9, 0.99), reason="slower for small batches"))
+    momentum: float = fraction(0.996, SearchRange(0.97, 0.9995, "linear", reason="short runs need a faster teacher"))
+    final_momentum: float = fraction(1.0)  # m at the last step; equal to momentum: constant
+    center_momentum: float = fraction(0.9, SearchRange(scale="choice", choices=(0.9, 0.99), reason="slower for small batches"))
     teacher_targets: Literal["centering", "sinkhorn"] = "centering"  # sinkhorn wants a global batch of 256, or of half the prototypes
-    sinkhorn_iterations: int = 3
+    sinkhorn_iterations: int = at_least(1, 3)
     #: K; the original's out_dim
-    num_prototypes: int = searchable(65536, SearchRange(scale="choice", choices=(512, 1024, 4096, 65536), reason="more for more data"))
+    num_prototypes: int = at_least(2, 65536, SearchRange(scale="choice", choices=(512, 1024, 4096, 65536), reason="more for more data"))
     unit_prototypes: bool = True  # the original's norm_last_layer; False is better for ViT-S, less stable for larger ones
-    freeze_prototypes_epochs: float = 1.0  # prototypes wait for so long, weight decay too; longer where the loss does not fall
-    projector_layers: int = 3
-    projector_hidden: int = 2048
-    projection_dim: int = 256  # the bottleneck
+    freeze_prototypes_epochs: float = at_least(0, 1.0)  # prototypes wait for so long, weight decay too; longer where the loss does not fall
+    projector_layers: int = at_least(1, 3)
+    projector_hidden: int = at_least(1, 2048)
+    projection_dim: int = at_least(2, 256)  # the bottleneck
     projector_batch_norm: bool = False  # for ResNets
-
-    def __post_init__(self) -> None:
-        for name in ("temperature", "teacher_temperature", "warmup_teacher_temperature"):
-            require(getattr(self, name) > 0, f"method.{name}", getattr(self, name), "use a positive number, e.g. 0.04")
-        for name in ("momentum", "final_momentum", "center_momentum"):
-            require(0 <= getattr(self, name) <= 1, f"method.{name}", getattr(self, name), "use a number from 0 to 1")
-        for name in ("sinkhorn_iterations", "projector_layers", "projector_hidden"):
-            require(getattr(self, name) >= 1, f"method.{name}", getattr(self, name), "use 1 or more")
-        for name in ("num_prototypes", "projection_dim"):
-            require(getattr(self, name) >= 2, f"method.{name}", getattr(self, name), "use 2 or more")
-        for name in ("warmup_teacher_temperature_epochs", "freeze_prototypes_epochs"):
-            require(getattr(self, name) >= 0, f"method.{name}", getattr(self, name), "use 0 or more")
 
 
 @register("dino", DINOConfig)
-class DINO(Method):
+class DINO(MomentumTeacher):
     config: DINOConfig
     paper = "Caron et al. 2021, arXiv:2104.14294"
     accumulation_remedy = "method.teacher_targets=centering works with micro-batches"
@@ -116,7 +83,7 @@ class DINO(Method):
             batch_norm=config.projector_batch_norm,
             unit_prototypes=config.unit_prototypes,
         )
-        self.teacher = without_drop_path(ema.frozen_copy(self.student()))
+        self.teacher = ema.teacher_of(self.student())
         centers = config.teacher_targets == "centering"
         self.center = Center(config.num_prototypes, config.center_momentum) if centers else None  # Sinkhorn has none
         self.frozen_steps = round(config.freeze_prototypes_epochs * facts.steps_per_epoch)
@@ -143,18 +110,18 @@ class DINO(Method):
         s = self.head(views.map_crops(self.backbone))  # (V B, K), crop by crop
         with autocast_disabled(s):
             q = self.targets(t, progress)
-            codes = dict(zip(large, q.split(batch), strict=True))
+            codes = dict(zip(large, views.split(q), strict=True))
             others = [[q_g for g, q_g in codes.items() if g != v] for v in range(len(s) // batch)]
             pairs = sum(map(len, others))  # G (V - 1)
             if not pairs:
                 raise ConfigError(f"views: {len(others)} crop, {len(codes)} of them global; use 2 or more crops, at least 1 global")
-            terms = [cross_entropy_sum(qs, s_v, self.config.temperature) for qs, s_v in zip(others, s.split(batch), strict=True) if qs]
+            terms = [cross_entropy_sum(qs, s_v, self.config.temperature) for qs, s_v in zip(others, views.split(s), strict=True) if qs]
             loss = torch.stack(terms).sum() / pairs
             metrics = self.diagnostics(q, h[:batch], loss.detach(), progress) if progress.reports else {}
             return StepOutput(loss=loss, metrics=metrics, outputs={"mean": t.mean(dim=0)})
 
     def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
-        ema.update(self.teacher, self.student(), self.momentum(progress))
+        self.follow(self.teacher, self.student(), progress)
         if self.center is not None:
             self.center.update([part["mean"] for part in outputs])
 
@@ -170,10 +137,6 @@ class DINO(Method):
         c = self.config
         epochs, start = c.warmup_teacher_temperature_epochs, c.warmup_teacher_temperature
         return linear_by_epoch(progress.epoch, epochs=epochs, start=start, end=c.teacher_temperature)
-
-    def momentum(self, progress: Progress) -> float:
-        """m."""
-        return cosine(progress.step, progress.total_steps, self.config.momentum, self.config.final_momentum)
 
     def student(self) -> nn.Sequential:
         """Backbone and head as one network: what the teacher is an average of."""
@@ -191,7 +154,7 @@ class DINO(Method):
             "teacher_mean_entropy": entropy(q.mean(dim=0)) / math.log(k),
             "kl": loss - own,  # mean of KL(q_g || p_v) over the pairs: every q_g stands in V - 1 of them
             "prototypes_used": used_share(q),
-            "embedding_std": embedding_std(l2_normalize(upcast_half(h))),
+            "embedding_std": embedding_std(l2_normalize(h)),
             "teacher_temperature": self.teacher_temperature(progress),
             "momentum": self.momentum(progress),
         }

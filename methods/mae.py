@@ -25,41 +25,25 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from methods.parts.contract import (
-    Masks,
-    Method,
-    MethodConfig,
-    Metrics,
-    ParamGroup,
-    Progress,
-    RunFacts,
-    SearchRange,
-    StepOutput,
-    register,
-    searchable,
-)
-from methods.parts.counter_random import draw_seed
-from methods.parts.errors import require
-from methods.parts.groups import param_groups_weight_decay
-from methods.parts.masking import masked_of, num_kept, num_patches, random_keep
-from methods.parts.numerics import autocast_disabled, embedding_std, l2_normalize, upcast_half
-from methods.parts.views import CropGroup, Views, ViewsConfig
-from methods.parts.vit import require_vit, sincos_table, xavier_linears
+from methods.parts import (
+    CropGroup, Masks, Method, MethodConfig, Metrics, ParamGroup, Progress, RunFacts, SearchRange, StepOutput, Views, ViewsConfig, at_least,
+    autocast_disabled, below_one, draw_seed, embedding_std, l2_normalize, masked_of, num_kept, num_patches, param_groups_weight_decay,
+    random_keep, register, require, require_vit, sincos_table, upcast_half, xavier_linears,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class MAEConfig(MethodConfig):
     #: share of the patches that the encoder does not see
-    mask_ratio: float = searchable(0.75, SearchRange(0.4, 0.9, "linear", reason="40 to 80 % in the paper; linear probes want 0.75"))
+    mask_ratio: float = below_one(0.75, SearchRange(0.4, 0.9, "linear", reason="40 to 80 % in the paper; linear probes want 0.75"))
     normalize_patches: bool = True  # predict pixels less their patch's mean, over its standard deviation; False: as they are
     decoder_width: int = 512
-    decoder_depth: int = searchable(8, SearchRange(scale="choice", choices=(1, 2, 4, 8), reason="1 does for fine-tuning"))
-    decoder_heads: int = 16
+    decoder_depth: int = at_least(1, 8, SearchRange(scale="choice", choices=(1, 2, 4, 8), reason="1 does for fine-tuning"))
+    decoder_heads: int = at_least(1, 16)
 
     def __post_init__(self) -> None:
-        require(0 < self.mask_ratio < 1, "method.mask_ratio", self.mask_ratio, "use a fraction between 0 and 1, e.g. 0.75")
-        for name in ("decoder_depth", "decoder_heads"):
-            require(getattr(self, name) >= 1, f"method.{name}", getattr(self, name), "use 1 or more")
+        super().__post_init__()
+        require(self.mask_ratio > 0, "method.mask_ratio", self.mask_ratio, "use a fraction between 0 and 1, e.g. 0.75")
         heads, width = self.decoder_heads, self.decoder_width
         whole = width >= 4 and width % 4 == 0 and width % heads == 0
         require(whole, "method.decoder_width", width, f"use a multiple of 4 and of method.decoder_heads={heads}")
@@ -141,9 +125,6 @@ class MAE(Method):
     def param_groups(self) -> list[ParamGroup]:
         """Biases, norms and the mask token do not decay."""
         return param_groups_weight_decay(self.backbone, self.decoder)
-
-    def evaluation_backbone(self) -> nn.Module:
-        return self.backbone
 
     def chance_loss(self) -> tuple[float, str] | None:
         """Every pixel at its patch's mean."""

@@ -28,55 +28,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from methods.parts import ema
-from methods.parts.backbones import num_features
-from methods.parts.contract import (
-    Masks,
-    Method,
-    MethodConfig,
-    Outputs,
-    Progress,
-    RunFacts,
-    SearchRange,
-    StepOutput,
-    register,
-    searchable,
-)
-from methods.parts.contrast import info_nce_with_queue
-from methods.parts.distributed import rank, world_size
-from methods.parts.errors import ConfigError, require
-from methods.parts.norms import convert_split_batchnorm, has_batch_norm
-from methods.parts.numerics import autocast_disabled, embedding_std, l2_normalize, to_device, upcast_half
-from methods.parts.queue import FeatureQueue
-from methods.parts.views import CropGroup, Views, ViewsConfig
+from methods.parts import (
+    ConfigError, CropGroup, FeatureQueue, Masks, Method, MethodConfig, Outputs, Progress, RunFacts, SearchRange, StepOutput, Views,
+    ViewsConfig, at_least, autocast_disabled, convert_split_batchnorm, ema, embedding_std, fraction, has_batch_norm, info_nce_with_queue,
+    l2_normalize, mlp, num_features, positive, rank, register, to_device, world_size,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoCoConfig(MethodConfig):
     #: tau; v1: 0.07
-    temperature: float = searchable(0.2, SearchRange(0.05, 0.5, "log", reason="best near 0.07 with one linear layer, 0.2 with two"))
+    temperature: float = positive(0.2, SearchRange(0.05, 0.5, "log", reason="best near 0.07 with one linear layer, 0.2 with two"))
     #: m in eq. (2): how slowly the key network follows
-    momentum: float = searchable(0.999, SearchRange(scale="choice", choices=(0.9, 0.99, 0.996, 0.999), reason="short runs take less"))
+    momentum: float = fraction(0.999, SearchRange(scale="choice", choices=(0.9, 0.99, 0.996, 0.999), reason="short runs take less"))
     #: K, over all workers
-    queue_length: int = searchable(65536, SearchRange(scale="choice", choices=(1024, 4096, 16384, 65536), reason="at most the images"))
-    projector_layers: int = 2  # v1: 1
-    projector_hidden: int | None = None  # None = the width of the features
-    projection_dim: int = 128  # D
-    bn_groups: int = 8  # batch norm sees the global batch in so many parts; 1 = as a whole, which may tell which key is a query's own
-
-    def __post_init__(self) -> None:
-        require(self.temperature > 0, "method.temperature", self.temperature, "use a positive number, e.g. 0.2")
-        require(0 <= self.momentum <= 1, "method.momentum", self.momentum, "use a number in [0, 1], e.g. 0.999")
-        require(self.queue_length >= 1, "method.queue_length", self.queue_length, "use 1 or more, e.g. 65536")
-        require(self.projector_layers >= 1, "method.projector_layers", self.projector_layers, "use 1 or more")
-        require(
-            self.projector_hidden is None or self.projector_hidden >= 1,
-            "method.projector_hidden",
-            self.projector_hidden,
-            "use 1 or more, or leave it out",
-        )
-        require(self.projection_dim >= 2, "method.projection_dim", self.projection_dim, "use 2 or more")
-        require(self.bn_groups >= 1, "method.bn_groups", self.bn_groups, "use 1 or more, e.g. 8")
+    queue_length: int = at_least(1, 65536, SearchRange(scale="choice", choices=(1024, 4096, 16384, 65536), reason="at most the images"))
+    projector_layers: int = at_least(1, 2)  # v1: 1
+    projector_hidden: int | None = at_least(1, None)  # None = the width of the features
+    projection_dim: int = at_least(2, 128)  # D
+    bn_groups: int = at_least(1, 8)  # parts of the batch that batch norm sees by themselves; 1 = the whole, which may give keys away
 
 
 @register("moco", MoCoConfig)
@@ -95,7 +65,7 @@ class MoCo(Method):
             )
         self.config = config
         width = num_features(backbone)
-        projector = head(width, config.projector_hidden or width, config.projection_dim, config.projector_layers)
+        projector = mlp(width, config.projector_hidden or width, config.projection_dim, config.projector_layers, norm=False)
         network = nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
         self.sync_batchnorm = groups == 1
         self.query = network if self.sync_batchnorm else convert_split_batchnorm(network, groups)
@@ -112,7 +82,7 @@ class MoCo(Method):
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         x1, x2 = views.pair()
-        q = l2_normalize(upcast_half(self.query(x1)))  # (n, D)
+        q = l2_normalize(self.query(x1))  # (n, D)
         k = self.keys(x2, progress)  # (n, D)
         with autocast_disabled(q):
             positive = (q * k).sum(dim=1, keepdim=True) / self.config.temperature  # (n, 1)
@@ -127,10 +97,10 @@ class MoCo(Method):
     def keys(self, images: Tensor, progress: Progress) -> Tensor:
         """Unit keys of the own images, `(n, 3, H, W) -> (n, D)`, normalised in random company (v1 sec. 3.3)."""
         if not self.has_batch_norm or self.sync_batchnorm:
-            return l2_normalize(upcast_half(self.key(images)))
+            return l2_normalize(self.key(images))
         order = torch.randperm(len(images) * world_size(), generator=progress.generator)  # the same on every worker
         k = self.key(permuted(images, order))
-        return l2_normalize(upcast_half(permuted(k, order.argsort())))
+        return l2_normalize(permuted(k, order.argsort()))
 
     def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
         self.queue.push(torch.cat([part["k"] for part in outputs]))
@@ -176,11 +146,3 @@ def permuted(value: Tensor, order: Tensor) -> Tensor:
         dist.all_to_all_single(received, sent, own.bincount(minlength=world_size()).tolist(), wanted)
     result = received[to_device(own.argsort(stable=True).argsort(), value.device)]  # they came holder by holder
     return result.permute(0, 3, 1, 2) if channels_last else result
-
-
-def head(in_features: int, hidden_features: int, out_features: int, layers: int) -> nn.Sequential:
-    """Linear layers with ReLU between them and no norm: `(B, in) -> (B, out)`."""
-    blocks: list[nn.Module] = []
-    for i in range(layers - 1):
-        blocks += [nn.Linear(hidden_features if i else in_features, hidden_features), nn.ReLU(inplace=True)]
-    return nn.Sequential(*blocks, nn.Linear(hidden_features if layers > 1 else in_features, out_features))

@@ -29,59 +29,35 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from methods.parts import ema
-from methods.parts.backbones import num_features
-from methods.parts.contract import (
-    Masks,
-    Method,
-    MethodConfig,
-    ParamGroup,
-    Progress,
-    RunFacts,
-    SearchRange,
-    StepOutput,
-    register,
-    searchable,
-)
-from methods.parts.contrast import contrast_meters, info_nce
-from methods.parts.distributed import all_gather_rows, rank
-from methods.parts.errors import require
-from methods.parts.heads import mlp
-from methods.parts.numerics import autocast_disabled, embedding_std, l2_normalize, upcast_half
-from methods.parts.schedules import cosine
-from methods.parts.views import CropGroup, Views, ViewsConfig
-from methods.parts.vit import freeze_patch_projection, without_drop_path
+from methods.parts import (
+    CropGroup, Masks, MethodConfig, MomentumTeacher, ParamGroup, Progress, RunFacts, SearchRange, StepOutput, Views, ViewsConfig,
+    all_gather_rows, at_least, autocast_disabled, contrast_meters, ema, embedding_std, fraction, freeze_patch_projection, info_nce,
+    l2_normalize, mlp, num_features, positive, rank, register,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoCoV3Config(MethodConfig):
     #: tau; ResNet: 1
-    temperature: float = searchable(0.2, SearchRange(0.1, 1.0, "log", reason="0.2 for ViTs, 1 for ResNets"))
+    temperature: float = positive(0.2, SearchRange(0.1, 1.0, "log", reason="0.2 for ViTs, 1 for ResNets"))
     #: m_0; the shorter the run, the lower
-    momentum: float = searchable(0.99, SearchRange(0.9, 0.999, "linear", reason="short runs need faster keys; 0.996 for 1000 epochs"))
-    final_momentum: float = 1.0  # m at the last step; equal to momentum: constant
-    projector_layers: int = 3  # ResNet: 2
-    projector_hidden: int = searchable(4096, SearchRange(scale="choice", choices=(512, 1024, 4096), reason="wide heads help, at a cost"))
-    projection_dim: int = 256  # D
-    predictor_layers: int = 2
+    momentum: float = fraction(0.99, SearchRange(0.9, 0.999, "linear", reason="short runs need faster keys; 0.996 for 1000 epochs"))
+    final_momentum: float = fraction(1.0)  # m at the last step; equal to momentum: constant
+    projector_layers: int = at_least(1, 3)  # ResNet: 2
+    projector_hidden: int = at_least(1, 4096, SearchRange(scale="choice", choices=(512, 1024, 4096), reason="wide heads help, at a cost"))
+    projection_dim: int = at_least(2, 256)  # D
+    predictor_layers: int = at_least(1, 2)
     predictor_norm: bool = True  # batch norm at the end of the predictor; ResNet: False
     freeze_patches: bool = True  # a ViT's patch projection keeps its random weights
 
-    def __post_init__(self) -> None:
-        require(self.temperature > 0, "method.temperature", self.temperature, "use a positive number, e.g. 0.2")
-        require(0 <= self.momentum <= 1, "method.momentum", self.momentum, "use a number in [0, 1], e.g. 0.99")
-        require(0 <= self.final_momentum <= 1, "method.final_momentum", self.final_momentum, "use a number in [0, 1], e.g. 1")
-        for name in ("projector_layers", "projector_hidden", "predictor_layers"):
-            require(getattr(self, name) >= 1, f"method.{name}", getattr(self, name), "use 1 or more")
-        require(self.projection_dim >= 2, "method.projection_dim", self.projection_dim, "use 2 or more")
-
 
 @register("moco-v3", MoCoV3Config)
-class MoCoV3(Method):
+class MoCoV3(MomentumTeacher):
     config: MoCoV3Config
     paper = "Chen, Xie and He 2021, arXiv:2104.02057"
     accumulation = "refuse"
@@ -94,10 +70,11 @@ class MoCoV3(Method):
         d, hidden = config.projection_dim, config.projector_hidden
         if config.freeze_patches:
             freeze_patch_projection(backbone)
-        projector = mlp(num_features(backbone), hidden, d, config.projector_layers, hidden_bias=False, bias=False, final_norm=True)
+        unbiased = partial(mlp, hidden_bias=False, bias=False)
+        projector = unbiased(num_features(backbone), hidden, d, config.projector_layers, final_norm="plain")
         self.query = nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
-        self.key = without_drop_path(ema.frozen_copy(self.query))
-        self.predictor = mlp(d, hidden, d, config.predictor_layers, hidden_bias=False, bias=False, final_norm=config.predictor_norm)
+        self.key = ema.teacher_of(self.query)
+        self.predictor = unbiased(d, hidden, d, config.predictor_layers, final_norm="plain" if config.predictor_norm else None)
 
     @classmethod
     def default_views(cls) -> ViewsConfig:
@@ -106,15 +83,15 @@ class MoCoV3(Method):
         return {"first": first, "second": replace(first, blur=0.1, solarize=0.2)}
 
     def before_step(self, progress: Progress) -> None:
-        ema.update(self.key, self.query, self.momentum(progress))
+        self.follow(self.key, self.query, progress)  # before the keys are made
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         pair = views.pair()
         # one pass for each view: batch norm sees one of them at a time
         z = [self.query(x) for x in pair]  # each (n, D)
-        q = [l2_normalize(upcast_half(self.predictor(z_v))) for z_v in z]
+        q = [l2_normalize(self.predictor(z_v)) for z_v in z]
         with torch.no_grad():
-            k = [l2_normalize(upcast_half(self.key(x))) for x in pair]
+            k = [l2_normalize(self.key(x)) for x in pair]
         with autocast_disabled(q[0]):
             logits, positives = self.logits(q[0], k[1])
             mirrored, _ = self.logits(q[1], k[0])
@@ -123,17 +100,13 @@ class MoCoV3(Method):
             if not progress.reports:
                 return StepOutput(loss=loss)
             metrics = contrast_meters(logits, positives, tau)
-        metrics |= {"embedding_std": embedding_std(l2_normalize(upcast_half(z[0].detach()))), "momentum": self.momentum(progress)}
+        metrics |= {"embedding_std": embedding_std(l2_normalize(z[0].detach())), "momentum": self.momentum(progress)}
         return StepOutput(loss=loss, metrics=metrics)
 
     def logits(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Own queries against the keys of all workers: cosines / tau `(n, N)`, and the column of each one's key `(n,)`."""
         positives = torch.arange(len(q), device=q.device) + rank() * len(q)
         return q @ all_gather_rows(k).T / self.config.temperature, positives
-
-    def momentum(self, progress: Progress) -> float:
-        """m_t."""
-        return cosine(progress.step, progress.total_steps, self.config.momentum, self.config.final_momentum)
 
     def param_groups(self) -> list[ParamGroup]:
         """All that is trained in one group: AdamW decays vectors too; LARS leaves them out by their shape."""
@@ -146,8 +119,7 @@ class MoCoV3(Method):
         return 4 * self.config.temperature * math.log(self.global_batch_size), "4 tau ln N"
 
     def hints(self) -> str:
-        faster = f"method.momentum={1 - (1 - self.config.momentum) * 3:g}, " if 0.7 < self.config.momentum < 1 else ""
-        return f"try a lower optim.base_lr or a longer warm-up, {faster}or a larger train.global_batch_size"
+        return f"try a lower optim.base_lr or a longer warm-up, {self.faster()}or a larger train.global_batch_size"
 
     def config_warnings(self, facts: RunFacts) -> Iterable[str]:
         if facts.total_steps < 2000 and self.config.momentum > 0.995:

@@ -35,75 +35,44 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from methods.parts import ema
-from methods.parts.assignment import sinkhorn
-from methods.parts.contract import (
-    Masks,
-    Method,
-    MethodConfig,
-    Metrics,
-    Outputs,
-    ParamGroup,
-    Progress,
-    RunFacts,
-    SearchRange,
-    StepOutput,
-    register,
-    searchable,
-)
-from methods.parts.counter_random import draw_seed
-from methods.parts.distributed import gather_with_gradient
-from methods.parts.errors import ConfigError, require
-from methods.parts.groups import param_groups_weight_decay
-from methods.parts.heads import mlp
-from methods.parts.masking import num_kept, num_patches, random_keep
-from methods.parts.numerics import autocast_disabled, embedding_std, entropy, l2_normalize, upcast_half, used_share
-from methods.parts.views import CropGroup, Views, ViewsConfig
-from methods.parts.vit import ViT, require_vit, without_drop_path
+from methods.parts import (
+    ConfigError, CropGroup, Masks, MethodConfig, Metrics, MomentumTeacher, Outputs, ParamGroup, Progress, RunFacts, SearchRange, StepOutput,
+    ViT, Views, ViewsConfig, at_least, autocast_disabled, below_one, draw_seed, ema, embedding_std, entropy, fraction, gather_with_gradient,
+    l2_normalize, mlp, num_kept, num_patches, param_groups_weight_decay, positive, random_keep, register, require, require_vit, sinkhorn,
+    trunc_normal_linears, upcast_half, used_share,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class MSNConfig(MethodConfig):
     #: tau
-    temperature: float = searchable(0.1, SearchRange(0.05, 0.2, "log", reason="sharpness of the predictions"))
+    temperature: float = positive(0.1, SearchRange(0.05, 0.2, "log", reason="sharpness of the predictions"))
     #: tau+; the original writes it as a power 1/T of softmax(cos / tau), T = tau+ / tau = 0.25
-    target_temperature: float = searchable(0.025, SearchRange(0.01, 0.05, "log", reason="without sharpening the targets collapse"))
-    final_target_temperature: float | None = None  # tau+ rises or falls to it on a straight line; None = constant
+    target_temperature: float = positive(0.025, SearchRange(0.01, 0.05, "log", reason="without sharpening the targets collapse"))
+    final_target_temperature: float | None = positive(None)  # tau+ rises or falls to it on a straight line; None = constant
     sinkhorn: bool = True  # balance the targets over the prototypes; without it, give me_max a weight of 5
-    sinkhorn_iterations: int = 3
+    sinkhorn_iterations: int = at_least(1, 3)
     #: lambda
-    me_max: float = searchable(1.0, SearchRange(0.5, 10.0, "log", reason="1 with Sinkhorn, 5 without"))
+    me_max: float = at_least(0, 1.0, SearchRange(0.5, 10.0, "log", reason="1 with Sinkhorn, 5 without"))
     #: K
-    num_prototypes: int = searchable(1024, SearchRange(scale="choice", choices=(64, 128, 256, 1024, 2048), reason="few hurt, many do not"))
+    num_prototypes: int = at_least(2, 1024, SearchRange(scale="choice", choices=(64, 128, 256, 1024, 2048), reason="few hurt, many do not"))
     train_prototypes: bool = True
-    label_smoothing: float = 0.0  # s: each prototype stands for the class (1 - s) own + s / K of all
-    projector_layers: int = 3
-    projector_hidden: int = 2048
-    projection_dim: int = 256
+    label_smoothing: float = below_one(0.0)  # s: each prototype stands for the class (1 - s) own + s / K of all
+    projector_layers: int = at_least(1, 3)
+    projector_hidden: int = at_least(1, 2048)
+    projection_dim: int = at_least(2, 256)
     #: mean share of its patches that a masked crop loses; the larger the ViT, the more
-    mask_ratio: float = searchable(0.15, SearchRange(0.0, 0.7, "linear", reason="0.15 for ViT-S, 0.3 for ViT-B, 0.7 for ViT-L"))
+    mask_ratio: float = below_one(0.15, SearchRange(0.0, 0.7, "linear", reason="0.15 for ViT-S, 0.3 for ViT-B, 0.7 for ViT-L"))
     mask_spread: float = 0.0  # the share is uniform in mask_ratio +- mask_spread, one for all crops of a step
-    mask_probability: float = 1.0  # of a step having masks at all
+    mask_probability: float = fraction(1.0)  # of a step having masks at all
     shared_mask: bool = False  # one mask for all images of a crop
     #: m_0; the shorter the run, the lower
-    momentum: float = searchable(0.996, SearchRange(0.95, 0.999, "linear", reason="short runs need a faster target"))
-    final_momentum: float = 1.0  # m at the end of the schedule; equal to momentum: constant
-    schedule_stretch: float = 1.25  # schedules of momentum and tau+ end at so many times the run
+    momentum: float = fraction(0.996, SearchRange(0.95, 0.999, "linear", reason="short runs need a faster target"))
+    final_momentum: float = fraction(1.0)  # m at the end of the schedule; equal to momentum: constant
+    schedule_stretch: float = positive(1.25)  # schedules of momentum and tau+ end at so many times the run
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "target_temperature", "schedule_stretch"):
-            require(getattr(self, name) > 0, f"method.{name}", getattr(self, name), "use a positive number")
-        final = self.final_target_temperature
-        require(final is None or final > 0, "method.final_target_temperature", final, "use a positive number, or leave it out")
-        require(self.me_max >= 0, "method.me_max", self.me_max, "use 0 or more, e.g. 1")
-        for name in ("sinkhorn_iterations", "projector_layers", "projector_hidden"):
-            require(getattr(self, name) >= 1, f"method.{name}", getattr(self, name), "use 1 or more")
-        for name in ("num_prototypes", "projection_dim"):
-            require(getattr(self, name) >= 2, f"method.{name}", getattr(self, name), "use 2 or more")
-        for name in ("momentum", "final_momentum", "mask_probability"):
-            require(0 <= getattr(self, name) <= 1, f"method.{name}", getattr(self, name), "use a number from 0 to 1")
-        require(0 <= self.label_smoothing < 1, "method.label_smoothing", self.label_smoothing, "use a fraction in [0, 1)")
-        require(0 <= self.mask_ratio < 1, "method.mask_ratio", self.mask_ratio, "use a fraction in [0, 1), e.g. 0.15")
+        super().__post_init__()
         most = min(self.mask_ratio, 1 - self.mask_ratio)
         require(0 <= self.mask_spread <= most, "method.mask_spread", self.mask_spread, f"use 0 to {most:g} with this mask_ratio")
 
@@ -121,7 +90,7 @@ class Encoder(nn.Module):
 
 
 @register("msn", MSNConfig)
-class MSN(Method):
+class MSN(MomentumTeacher):
     config: MSNConfig
     paper = "Assran et al. 2022, arXiv:2204.07141"
     accumulation = "refuse"
@@ -133,12 +102,9 @@ class MSN(Method):
         vit = require_vit(backbone, "MSN")
         d = config.projection_dim
         head = mlp(vit.embed_dim, config.projector_hidden, d, config.projector_layers, activation=nn.GELU)
-        for module in head:
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        trunc_normal_linears(head)
         self.anchor = Encoder(vit, head)
-        self.target = without_drop_path(ema.frozen_copy(self.anchor))
+        self.target = ema.teacher_of(self.anchor)
         rows = torch.empty(config.num_prototypes, d).uniform_(-(d**-0.5), d**-0.5)
         self.prototypes = nn.Parameter(rows, requires_grad=config.train_prototypes)
 
@@ -185,7 +151,7 @@ class MSN(Method):
             return StepOutput(loss=loss, metrics=metrics)
 
     def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
-        ema.update(self.target, self.anchor, self.momentum(progress))
+        self.follow(self.target, self.anchor, progress)
 
     def log_predictions(self, z: Tensor) -> Tensor:
         """ln p of projections of any length: `(n, D) -> (n, K)`."""

@@ -25,28 +25,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from methods.parts.backbones import num_features
-from methods.parts.contract import (
-    Masks,
-    Method,
-    MethodConfig,
-    Outputs,
-    ParamGroup,
-    Progress,
-    RunFacts,
-    SearchRange,
-    StepOutput,
-    register,
-    searchable,
-)
-from methods.parts.contrast import contrast_meters, info_nce
-from methods.parts.distributed import all_gather_rows, gather_with_gradient, rank
-from methods.parts.errors import require
-from methods.parts.groups import param_groups_weight_decay
-from methods.parts.heads import mlp
-from methods.parts.numerics import autocast_disabled, embedding_std, l2_normalize, upcast_half
-from methods.parts.queue import FeatureQueue
-from methods.parts.views import CropGroup, Views, ViewsConfig
+from methods.parts import (
+    CropGroup, FeatureQueue, Masks, Method, MethodConfig, Outputs, ParamGroup, Progress, RunFacts, SearchRange, StepOutput, Views,
+    ViewsConfig, all_gather_rows, at_least, autocast_disabled, contrast_meters, embedding_std, gather_with_gradient, info_nce, l2_normalize,
+    mlp, num_features, param_groups_weight_decay, positive, rank, register,
+)  # fmt: skip
 
 LOOKUP_ROWS = 1024  # so many rows look for their neighbours at a time: 400 MB of cosines with 98,304 rows in the set
 
@@ -54,25 +37,18 @@ LOOKUP_ROWS = 1024  # so many rows look for their neighbours at a time: 400 MB o
 @dataclass(frozen=True, kw_only=True)
 class NNCLRConfig(MethodConfig):
     #: tau in eq. (3)
-    temperature: float = searchable(0.1, SearchRange(0.05, 0.5, "log", reason="0.2 on small images"))
+    temperature: float = positive(0.1, SearchRange(0.05, 0.5, "log", reason="0.2 on small images"))
     #: K, over all workers
-    support_set_size: int = searchable(
-        98304, SearchRange(scale="choice", choices=(1024, 4096, 16384, 65536, 98304), reason="larger is better, up to the images")
+    support_set_size: int = at_least(
+        1, 98304, SearchRange(scale="choice", choices=(1024, 4096, 16384, 65536, 98304), reason="larger is better, up to the images")
     )
-    projector_hidden: int = 2048
-    projection_dim: int = 256  # D
+    projector_hidden: int = at_least(1, 2048)
+    projection_dim: int = at_least(2, 256)  # D
     projector_last_norm: bool = True  # batch norm behind the projector's last layer
-    predictor_hidden: int = 4096
+    predictor_hidden: int = at_least(1, 4096)
     column_term: bool = False  # add the transposed softmax: predictions against the neighbours of all images
     own_kind_negatives: bool = False  # an anchor's candidates are also the other images' rows of its own kind, as in SimCLR
     warmup_with_views: bool = False  # until the support set is full, the positive is the other view, as in SimCLR
-
-    def __post_init__(self) -> None:
-        require(self.temperature > 0, "method.temperature", self.temperature, "use a positive number, e.g. 0.1")
-        require(self.support_set_size >= 1, "method.support_set_size", self.support_set_size, "use 1 or more, e.g. 98304")
-        require(self.projector_hidden >= 1, "method.projector_hidden", self.projector_hidden, "use 1 or more")
-        require(self.projection_dim >= 2, "method.projection_dim", self.projection_dim, "use 2 or more")
-        require(self.predictor_hidden >= 1, "method.predictor_hidden", self.predictor_hidden, "use 1 or more")
 
 
 @register("nnclr", NNCLRConfig)
@@ -89,9 +65,8 @@ class NNCLR(Method):
         self.config = config
         self.global_batch_size = facts.global_batch_size
         self.backbone = backbone
-        self.projector = mlp(num_features(backbone), config.projector_hidden, config.projection_dim, layers=3)
-        if config.projector_last_norm:
-            self.projector.append(nn.BatchNorm1d(config.projection_dim))
+        widths = (num_features(backbone), config.projector_hidden, config.projection_dim)
+        self.projector = mlp(*widths, layers=3, final_norm="affine" if config.projector_last_norm else None)
         self.predictor = mlp(config.projection_dim, config.predictor_hidden, config.projection_dim)
         self.support_set = FeatureQueue(config.support_set_size, config.projection_dim)
         self.register_buffer("labels", torch.full((config.support_set_size,), -1, dtype=torch.int64))
@@ -106,9 +81,9 @@ class NNCLR(Method):
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         z1, z2 = (self.projector(self.backbone(x)) for x in views.pair())  # (n, D) each
-        p1, p2 = (l2_normalize(upcast_half(self.predictor(z))) for z in (z1, z2))
+        p1, p2 = (l2_normalize(self.predictor(z)) for z in (z1, z2))
         with autocast_disabled(p1):
-            u1, u2 = (l2_normalize(upcast_half(z.detach())) for z in (z1, z2))
+            u1, u2 = (l2_normalize(z.detach()) for z in (z1, z2))
             (nn1, labels1), (nn2, _) = self.neighbours(u1), self.neighbours(u2)
             logits, positives = self.logits(nn1, p2)
             loss = 0.5 * info_nce(logits, positives) + 0.5 * info_nce(*self.logits(nn2, p1))
@@ -160,9 +135,6 @@ class NNCLR(Method):
 
     def param_groups(self) -> list[ParamGroup]:
         return param_groups_weight_decay(self)
-
-    def evaluation_backbone(self) -> nn.Module:
-        return self.backbone
 
     def chance_loss(self) -> tuple[float, str]:
         more, terms = self.config.own_kind_negatives, 2 if self.config.column_term else 1

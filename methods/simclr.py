@@ -21,58 +21,27 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from methods.parts import ema
-from methods.parts.backbones import num_features
-from methods.parts.contract import (
-    Masks,
-    Method,
-    MethodConfig,
-    Outputs,
-    ParamGroup,
-    Progress,
-    RunFacts,
-    SearchRange,
-    StepOutput,
-    register,
-    searchable,
-)
-from methods.parts.contrast import contrast_meters, info_nce, info_nce_with_queue
-from methods.parts.distributed import gather_with_gradient, rank
-from methods.parts.errors import require
-from methods.parts.groups import param_groups_weight_decay
-from methods.parts.numerics import autocast_disabled, embedding_std, l2_normalize, upcast_half
-from methods.parts.queue import FeatureQueue
-from methods.parts.views import CropGroup, Views, ViewsConfig
+from methods.parts import (
+    CropGroup, FeatureQueue, Masks, Method, MethodConfig, Outputs, ParamGroup, Progress, RunFacts, SearchRange, StepOutput, Views,
+    ViewsConfig, at_least, autocast_disabled, contrast_meters, ema, embedding_std, fraction, gather_with_gradient, info_nce,
+    info_nce_with_queue, l2_normalize, mlp, num_features, param_groups_weight_decay, positive, rank, register, require, upcast_half,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimCLRConfig(MethodConfig):
     #: tau
-    temperature: float = searchable(0.1, SearchRange(0.05, 1.0, "log", reason="small: hard negatives count more; large batches take less"))
-    projector_layers: int = 2  # v2: 3
-    projector_hidden: int | None = None  # None = the width of the features
-    projection_dim: int = 128  # D
+    temperature: float = positive(0.1, SearchRange(0.05, 1.0, "log", reason="small: hard negatives count more; large batches take less"))
+    projector_layers: int = at_least(1, 2)  # v2: 3
+    projector_hidden: int | None = at_least(1, None)  # None = the width of the features
+    projection_dim: int = at_least(2, 128)  # D
     #: K rows over all workers; 0 = v1
-    memory_size: int = searchable(0, SearchRange(scale="choice", choices=(0, 4096, 16384, 65536), reason="negatives beyond the batch"))
-    memory_momentum: float = 0.999  # m: how slowly the network of the memory follows
-
-    def __post_init__(self) -> None:
-        require(self.temperature > 0, "method.temperature", self.temperature, "use a positive number, e.g. 0.1")
-        require(self.projector_layers >= 1, "method.projector_layers", self.projector_layers, "use 1 or more")
-        require(
-            self.projector_hidden is None or self.projector_hidden >= 1,
-            "method.projector_hidden",
-            self.projector_hidden,
-            "use 1 or more, or leave it out",
-        )
-        require(self.projection_dim >= 2, "method.projection_dim", self.projection_dim, "use 2 or more")
-        require(self.memory_size >= 0, "method.memory_size", self.memory_size, "use 0 for no memory, or e.g. 65536")
-        require(0 <= self.memory_momentum <= 1, "method.memory_momentum", self.memory_momentum, "use a number in [0, 1], e.g. 0.999")
+    memory_size: int = at_least(0, 0, SearchRange(scale="choice", choices=(0, 4096, 16384, 65536), reason="negatives beyond the batch"))
+    memory_momentum: float = fraction(0.999)  # m: how slowly the network of the memory follows
 
 
 @register("simclr", SimCLRConfig)
@@ -105,7 +74,7 @@ class SimCLR(Method):
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         x1, x2 = views.pair()
         (both,) = views.by_resolution()
-        z = l2_normalize(upcast_half(self.network(both)))  # (2n, D): batch norm sees both views
+        z = l2_normalize(self.network(both))  # (2n, D): batch norm sees both views
         with autocast_disabled(z):
             logits, partners = self.logits(z)
             if self.config.memory_size:
@@ -179,15 +148,6 @@ class SimCLR(Method):
 
 
 def head(in_features: int, hidden_features: int, out_features: int, layers: int) -> nn.Sequential:
-    """Layers of Linear, batch norm and ReLU; the last without ReLU, its norm without shift: `(B, in) -> (B, out)`."""
-    widths = [in_features] + [hidden_features] * (layers - 1) + [out_features]
-    blocks = []
-    for narrow, wide in pairwise(widths):
-        linear = nn.Linear(narrow, wide, bias=False)
-        nn.init.normal_(linear.weight, std=0.01)
-        blocks.append(nn.Sequential(linear, nn.BatchNorm1d(wide), nn.ReLU(inplace=True)))
-    last = blocks[-1]
-    norm = nn.BatchNorm1d(out_features)
-    norm.bias = None  # type: ignore[assignment]
-    blocks[-1] = nn.Sequential(last[0], norm)
-    return nn.Sequential(*blocks)
+    """Layers of Linear, batch norm and ReLU; the last without ReLU, its norm without shift: `(B, in) -> (B, out)`, a layer an item."""
+    flat = mlp(in_features, hidden_features, out_features, layers, hidden_bias=False, bias=False, final_norm="scale", std=0.01)
+    return nn.Sequential(*(nn.Sequential(*flat[i : i + 3]) for i in range(0, len(flat), 3)))

@@ -17,40 +17,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from methods.parts.backbones import num_features
-from methods.parts.contract import (
-    Masks,
-    Method,
-    MethodConfig,
-    Metrics,
-    ParamGroup,
-    Progress,
-    RunFacts,
-    SearchRange,
-    StepOutput,
-    register,
-    searchable,
-)
-from methods.parts.errors import require
-from methods.parts.heads import mlp
-from methods.parts.numerics import autocast_disabled, cosines, embedding_std, l2_normalize, upcast_half
-from methods.parts.views import CropGroup, Views, ViewsConfig
+from methods.parts import (
+    CropGroup, Masks, Method, MethodConfig, Metrics, ParamGroup, Progress, RunFacts, SearchRange, StepOutput, Views, ViewsConfig, at_least,
+    autocast_disabled, cosines, embedding_std, l2_normalize, mlp, num_features, register, upcast_half,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimSiamConfig(MethodConfig):
-    projector_layers: int = 3  # 2 for CIFAR-10
-    projector_hidden: int = 2048
-    projection_dim: int = searchable(2048, SearchRange(scale="choice", choices=(128, 512, 2048), reason="small networks need less"))  # D
+    projector_layers: int = at_least(1, 3)  # 2 for CIFAR-10
+    projector_hidden: int = at_least(1, 2048)
+    projection_dim: int = at_least(2, 2048, SearchRange(scale="choice", choices=(128, 512, 2048), reason="small networks need less"))  # D
     #: a bottleneck of D / 4
-    predictor_hidden: int = searchable(512, SearchRange(scale="choice", choices=(64, 128, 512), reason="a bottleneck is steadier"))
+    predictor_hidden: int = at_least(1, 512, SearchRange(scale="choice", choices=(64, 128, 512), reason="a bottleneck is steadier"))
     constant_predictor_lr: bool = True  # the predictor should follow the newest projections to the end
-
-    def __post_init__(self) -> None:
-        require(self.projector_layers >= 1, "method.projector_layers", self.projector_layers, "use 1 or more, e.g. 3")
-        require(self.projector_hidden >= 1, "method.projector_hidden", self.projector_hidden, "use 1 or more")
-        require(self.projection_dim >= 2, "method.projection_dim", self.projection_dim, "use 2 or more")
-        require(self.predictor_hidden >= 1, "method.predictor_hidden", self.predictor_hidden, "use 1 or more")
 
 
 @register("simsiam", SimSiamConfig)
@@ -64,8 +44,8 @@ class SimSiam(Method):
         self.backbone = backbone
         d = config.projection_dim
         # no bias before a batch norm; the last batch norm has neither scale nor shift
-        linears = mlp(num_features(backbone), config.projector_hidden, d, config.projector_layers, hidden_bias=False, bias=False)
-        self.projector = nn.Sequential(*linears, nn.BatchNorm1d(d, affine=False))
+        widths = (num_features(backbone), config.projector_hidden, d)
+        self.projector = mlp(*widths, config.projector_layers, hidden_bias=False, bias=False, final_norm="plain")
         self.predictor = mlp(d, config.predictor_hidden, d, hidden_bias=False)
 
     @classmethod
@@ -94,9 +74,6 @@ class SimSiam(Method):
             ParamGroup(params=[*self.backbone.parameters(), *self.projector.parameters()], name="network"),
             ParamGroup(params=list(self.predictor.parameters()), name="predictor", lr_constant=self.config.constant_predictor_lr),
         ]
-
-    def evaluation_backbone(self) -> nn.Module:
-        return self.backbone
 
     def hints(self) -> str:
         return "try a lower optim.base_lr, a warm-up, a larger train.global_batch_size, or a narrower method.predictor_hidden"

@@ -21,60 +21,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from methods.parts.assignment import sinkhorn
-from methods.parts.backbones import num_features
-from methods.parts.contract import (
-    Masks,
-    Method,
-    MethodConfig,
-    Metrics,
-    Outputs,
-    ParamGroup,
-    Progress,
-    RunFacts,
-    SearchRange,
-    StepOutput,
-    register,
-    searchable,
-)
-from methods.parts.distributed import all_reduce_sum
-from methods.parts.errors import ConfigError, require
-from methods.parts.heads import mlp
-from methods.parts.numerics import autocast_disabled, count_of_each, embedding_std, entropy, l2_normalize, upcast_half, used_share
-from methods.parts.queue import FeatureQueue
-from methods.parts.soft_targets import cross_entropy_sum
-from methods.parts.views import CropGroup, Views, ViewsConfig
+from methods.parts import (
+    ConfigError, CropGroup, FeatureQueue, Masks, Method, MethodConfig, Metrics, Outputs, ParamGroup, Progress, RunFacts, SearchRange,
+    StepOutput, Views, ViewsConfig, all_reduce_sum, at_least, autocast_disabled, count_of_each, cross_entropy_sum, embedding_std, entropy,
+    l2_normalize, mlp, num_features, positive, register, sinkhorn, used_share,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class SwAVConfig(MethodConfig):
     #: tau in eq. (2)
-    temperature: float = searchable(0.1, SearchRange(0.05, 0.5, "log", reason="sharpness of the predictions"))
+    temperature: float = positive(0.1, SearchRange(0.05, 0.5, "log", reason="sharpness of the predictions"))
     #: entropy weight in eq. (3); 0.03 or less if the loss sticks at ln K
-    epsilon: float = searchable(0.05, SearchRange(0.01, 0.1, "log", reason="small: sharper codes; large: the loss sticks at ln K"))
-    sinkhorn_iterations: int = 3
+    epsilon: float = positive(0.05, SearchRange(0.01, 0.1, "log", reason="small: sharper codes; large: the loss sticks at ln K"))
+    sinkhorn_iterations: int = at_least(1, 3)
     #: K; about ten times the number of kinds of things in the images
-    num_prototypes: int = searchable(3000, SearchRange(scale="choice", choices=(100, 300, 1000, 3000), reason="flat once large enough"))
-    projector_layers: int = 2
-    projector_hidden: int = 2048
-    projection_dim: int = 128  # D
+    num_prototypes: int = at_least(2, 3000, SearchRange(scale="choice", choices=(100, 300, 1000, 3000), reason="flat once large enough"))
+    projector_layers: int = at_least(1, 2)
+    projector_hidden: int = at_least(1, 2048)
+    projection_dim: int = at_least(2, 128)  # D
     #: rows per global crop, over all workers; 0 = no queue
-    queue_length: int = searchable(0, SearchRange(scale="choice", choices=(0, 256, 1024, 3840), reason="a multiple of the batch"))
-    queue_start_epoch: float = 15  # epochs before the queue begins to fill
-    freeze_prototypes_epochs: float = 1.0  # prototypes get no gradient for so long; more than the run has: never
+    queue_length: int = at_least(0, 0, SearchRange(scale="choice", choices=(0, 256, 1024, 3840), reason="a multiple of the batch"))
+    queue_start_epoch: float = at_least(0, 15)  # epochs before the queue begins to fill
+    freeze_prototypes_epochs: float = at_least(0, 1.0)  # prototypes get no gradient for so long; more than the run has: never
     hard_codes: bool = False  # codes rounded to their largest entry; worse in the paper, a remedy where soft codes stay uniform
-
-    def __post_init__(self) -> None:
-        require(self.temperature > 0, "method.temperature", self.temperature, "use a positive number, e.g. 0.1")
-        require(self.epsilon > 0, "method.epsilon", self.epsilon, "use a positive number, e.g. 0.05")
-        require(self.sinkhorn_iterations >= 1, "method.sinkhorn_iterations", self.sinkhorn_iterations, "use 1 or more, e.g. 3")
-        require(self.num_prototypes >= 2, "method.num_prototypes", self.num_prototypes, "use 2 or more")
-        require(self.projector_layers >= 1, "method.projector_layers", self.projector_layers, "use 1 or more")
-        require(self.projector_hidden >= 1, "method.projector_hidden", self.projector_hidden, "use 1 or more")
-        require(self.projection_dim >= 2, "method.projection_dim", self.projection_dim, "use 2 or more")
-        require(self.queue_length >= 0, "method.queue_length", self.queue_length, "use 0 for no queue, or a multiple of the batch")
-        require(self.queue_start_epoch >= 0, "method.queue_start_epoch", self.queue_start_epoch, "use 0 or more")
-        require(self.freeze_prototypes_epochs >= 0, "method.freeze_prototypes_epochs", self.freeze_prototypes_epochs, "use 0 or more")
 
 
 @register("swav", SwAVConfig)
@@ -116,7 +86,8 @@ class SwAV(Method):
             self.prototypes.weight.copy_(l2_normalize(self.prototypes.weight))  # rows of C: unit norm
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
-        z = self.project(views)  # V times (B, D)
+        # one backbone pass per resolution, one pass of the projector over all crops
+        z = views.split(l2_normalize(self.projector(views.map_crops(self.backbone))))  # V times (B, D)
         with autocast_disabled(z[0]):
             scores = [self.prototypes(z_v) for z_v in z]  # V times (B, K)
             global_crops = views.groups["global"]
@@ -137,11 +108,6 @@ class SwAV(Method):
     def crop_queues(self) -> list[FeatureQueue]:
         """One for each global crop; none without a queue."""
         return list(self.queues)  # type: ignore[arg-type]
-
-    def project(self, views: Views) -> list[Tensor]:
-        """Unit projections of every crop: one backbone pass per resolution, one pass of the projector over all crops."""
-        z = l2_normalize(upcast_half(self.projector(views.map_crops(self.backbone))))
-        return list(z.split(len(views.image_ids)))
 
     @torch.no_grad()
     def codes(self, crop: int, scores: Tensor) -> Tensor:
@@ -189,12 +155,9 @@ class SwAV(Method):
             ParamGroup(params=prototypes, name="prototypes", frozen_steps=self.frozen_steps),
         ]
 
-    def evaluation_backbone(self) -> nn.Module:
-        return self.backbone
-
     def cluster_scores(self, images: Tensor) -> Tensor:
         """Cosines z C^T with the prototypes."""
-        z = l2_normalize(upcast_half(self.projector(self.backbone(images))))
+        z = l2_normalize(self.projector(self.backbone(images)))
         with autocast_disabled(z):
             return z @ l2_normalize(self.prototypes.weight).T  # the optimizer has just moved them off the sphere
 

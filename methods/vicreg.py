@@ -23,49 +23,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.parts.backbones import num_features
-from methods.parts.contract import (
-    Masks,
-    Method,
-    MethodConfig,
-    Metrics,
-    ParamGroup,
-    Progress,
-    RunFacts,
-    SearchRange,
-    StepOutput,
-    register,
-    searchable,
-)
-from methods.parts.distributed import gather_with_gradient, own_columns, world_size
-from methods.parts.errors import require
-from methods.parts.groups import param_groups_weight_decay
-from methods.parts.heads import mlp
-from methods.parts.numerics import autocast_disabled, cosines, embedding_std, l2_normalize, upcast_half
-from methods.parts.views import CropGroup, Views, ViewsConfig
+from methods.parts import (
+    CropGroup, Masks, Method, MethodConfig, Metrics, ParamGroup, Progress, RunFacts, SearchRange, StepOutput, Views, ViewsConfig, at_least,
+    autocast_disabled, cosines, embedding_std, gather_with_gradient, l2_normalize, mlp, num_features, own_columns,
+    param_groups_weight_decay, positive, register, upcast_half, world_size,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class VICRegConfig(MethodConfig):
     #: lambda in eq. (6); it and mu must be equal or near for a stable run
-    invariance_weight: float = searchable(25.0, SearchRange(1, 50, "log", reason="near the weight of the variance"))
-    variance_weight: float = searchable(25.0, SearchRange(1, 50, "log", reason="small: collapse"))  # mu
-    covariance_weight: float = searchable(1.0, SearchRange(0.1, 10, "log", reason="large: noise instead of what views share"))  # nu
-    target_std: float = 1.0  # gamma in eq. (1)
-    variance_epsilon: float = 1e-4  # eps in eq. (2)
-    projector_layers: int = 3
-    projector_hidden: int = 8192
+    invariance_weight: float = at_least(0, 25.0, SearchRange(1, 50, "log", reason="near the weight of the variance"))
+    variance_weight: float = at_least(0, 25.0, SearchRange(1, 50, "log", reason="small: collapse"))  # mu
+    covariance_weight: float = at_least(0, 1.0, SearchRange(0.1, 10, "log", reason="large: noise instead of what views share"))  # nu
+    target_std: float = positive(1.0)  # gamma in eq. (1)
+    variance_epsilon: float = positive(1e-4)  # eps in eq. (2)
+    projector_layers: int = at_least(1, 3)
+    projector_hidden: int = at_least(1, 8192)
     #: D; the wider the better
-    projection_dim: int = searchable(8192, SearchRange(scale="choice", choices=(512, 2048, 8192), reason="wide helps, at a cost of D^2"))
-
-    def __post_init__(self) -> None:
-        for name in ("invariance_weight", "variance_weight", "covariance_weight"):
-            require(getattr(self, name) >= 0, f"method.{name}", getattr(self, name), "use 0 or more")
-        require(self.target_std > 0, "method.target_std", self.target_std, "use a positive number, e.g. 1")
-        require(self.variance_epsilon > 0, "method.variance_epsilon", self.variance_epsilon, "use a positive number, e.g. 1e-4")
-        require(self.projector_layers >= 1, "method.projector_layers", self.projector_layers, "use 1 or more, e.g. 3")
-        require(self.projector_hidden >= 1, "method.projector_hidden", self.projector_hidden, "use 1 or more")
-        require(self.projection_dim >= 2, "method.projection_dim", self.projection_dim, "use 2 or more")
+    projection_dim: int = at_least(2, 8192, SearchRange(scale="choice", choices=(512, 2048, 8192), reason="wide helps, at a cost of D^2"))
 
 
 @register("vicreg", VICRegConfig)
@@ -129,9 +105,6 @@ class VICReg(Method):
 
     def param_groups(self) -> list[ParamGroup]:
         return param_groups_weight_decay(self.backbone, self.projector)
-
-    def evaluation_backbone(self) -> nn.Module:
-        return self.backbone
 
     def hints(self) -> str:
         c = self.config

@@ -17,7 +17,7 @@ from methods.parts.backbones import BackboneConfig
 from methods.parts.contract import MethodConfig, find, to_dict
 from methods.parts.errors import RENAMED, require
 from methods.parts.errors import unknown_key as unknown_key
-from methods.parts.search_range import SearchRange, searchable
+from methods.parts.fields import SearchRange, at_least, below_one, check_limits, fraction, positive
 from methods.parts.views import ViewsConfig
 
 Triple = tuple[float, float, float]
@@ -32,32 +32,22 @@ class DataConfig:
     path: str = "patches"
     image_column: str = "image"  # Parquet: the column of encoded bytes
     label_column: str = "label"  # Parquet: the column of labels; absent is fine
-    held_out: float = 0.1  # fraction of labelled images kept from training for the online kNN, at most 5,000; 0 without labels
-    max_bad_fraction: float = 0.01  # stop when a larger fraction of the images cannot be decoded
+    held_out: float = below_one(0.1)  # fraction of labelled images kept from training for the online kNN, at most 5,000; 0 without labels
+    max_bad_fraction: float = fraction(0.01)  # stop when a larger fraction of the images cannot be decoded
     mean: Triple = (0.485, 0.456, 0.406)  # normalisation, in [0, 1]
     std: Triple = (0.229, 0.224, 0.225)
-    num_shards: int = 8  # V: each global batch is one chunk from each shard; worker counts that divide V see the same batches
-    images_per_task: int | None = None  # images cut by one Ray Data task; None = 512 small or 128 large ones
+    num_shards: int = at_least(1, 8)  # V: each global batch is one chunk from each shard; worker counts that divide V see the same batches
+    images_per_task: int | None = at_least(1, None)  # images cut by one Ray Data task; None = 512 small or 128 large ones
     #: where colour, blur and normalisation are done: on the training device, or by the Ray Data tasks, which then send four times the bytes
     augment_on: Literal["device", "workers"] = "device"
     #: bytes of views in Ray's object stores, ready or in flight; None = as much as these hold: 30 % of the memory. Tasks begin while
     #: their views are less than half of it
-    buffer_bytes: int | None = None
+    buffer_bytes: int | None = at_least(2**26, None)
 
     def __post_init__(self) -> None:
+        check_limits(self, "data.")
         require(bool(self.path), "data.path", self.path, "give a folder, Parquet or tar files, a URI, or patches")
-        require(0 <= self.held_out < 1, "data.held_out", self.held_out, "use a fraction in [0, 1), e.g. 0.1")
-        require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "use a fraction in [0, 1]")
-        require(self.num_shards >= 1, "data.num_shards", self.num_shards, "use 1 or more; 8 lets 1, 2, 4 or 8 workers share a run")
         require(all(s > 0 for s in self.std), "data.std", self.std, "use three positive numbers")
-        require(
-            self.images_per_task is None or self.images_per_task >= 1,
-            "data.images_per_task",
-            self.images_per_task,
-            "use 1 or more images, or leave it out",
-        )
-        enough = self.buffer_bytes is None or self.buffer_bytes >= 2**26
-        require(enough, "data.buffer_bytes", self.buffer_bytes, "use 100000000 (100 MB) or more, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,36 +55,30 @@ class OptimConfig:
     """Optimizer and its schedules. Learning rates are per step: linear warm-up, then cosine, or steps."""
 
     name: Literal["larc", "lars", "lars-classic", "sgd", "adamw"] = "larc"
-    base_lr: float = searchable(0.6, SearchRange(around=4, scale="log", reason="four times less and more than the recipe's"))
+    base_lr: float = positive(0.6, SearchRange(around=4, scale="log", reason="four times less and more than the recipe's"))
     lr_rule: Literal["none", "linear", "sqrt"] = "none"  # none: base_lr is the rate; else times (batch / 256) or its root
-    zero_lr_epochs: float = 0.0  # the rate is 0 for so long before the warm-up begins (CoKe: 1)
-    warmup_epochs: float = searchable(0.0, SearchRange(scale="choice", choices=(0, 0.5, 1, 5, 10), reason="longer for larger rates"))
+    zero_lr_epochs: float = at_least(0, 0.0)  # the rate is 0 for so long before the warm-up begins (CoKe: 1)
+    warmup_epochs: float = at_least(0, 0.0, SearchRange(scale="choice", choices=(0, 0.5, 1, 5, 10), reason="longer for larger rates"))
     warmup_reaches_base: bool = True  # the last step of the warm-up has the base rate; False: the step after it (CoKe)
     warmup_start_lr: float = 0.0  # scaled by lr_rule like base_lr
     final_lr: float = 0.0  # scaled likewise
     schedule: Literal["cosine", "steps"] = "cosine"
-    schedule_stretch: float = 1.0  # the cosines of rate and weight decay end at so many times the run (MSN: 1.25, so it stops at 80 %)
+    schedule_stretch: float = at_least(
+        1, 1.0
+    )  # the cosines of rate and weight decay end at so many times the run (MSN: 1.25, so it stops at 80 %)
     milestones: tuple[float, ...] = (0.6, 0.8)  # schedule steps: at these fractions of the run the rate falls to a tenth
-    weight_decay: float = searchable(1e-6, SearchRange(around=10, scale="log", reason="ten times less and more than the recipe's"))
-    final_weight_decay: float | None = None  # a cosine from weight_decay to it over the whole run (DINO, MSN); None = constant
-    momentum: float = 0.9  # SGD, LARC, both LARS
+    weight_decay: float = at_least(0, 1e-6, SearchRange(around=10, scale="log", reason="ten times less and more than the recipe's"))
+    final_weight_decay: float | None = at_least(0, None)  # a cosine from weight_decay to it over the whole run (DINO, MSN); None = constant
+    momentum: float = below_one(0.9)  # SGD, LARC, both LARS
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW
     trust_coefficient: float = 0.001  # LARC, both LARS
-    clip_norm: float | None = None  # largest norm of the gradient; None = no clipping
+    clip_norm: float | None = positive(None)  # largest norm of the gradient; None = no clipping
     clip_scope: Literal["joint", "tensor"] = "joint"  # the norm of all gradients together, or of each parameter tensor by itself (DINO)
 
     def __post_init__(self) -> None:
-        require(self.base_lr > 0, "optim.base_lr", self.base_lr, "use a positive number")
-        require(self.zero_lr_epochs >= 0, "optim.zero_lr_epochs", self.zero_lr_epochs, "use 0 or more")
-        require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "use 0 or more")
-        require(self.schedule_stretch >= 1, "optim.schedule_stretch", self.schedule_stretch, "use 1 or more, e.g. 1.25")
-        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "use 0 or more")
-        final = self.final_weight_decay
-        require(final is None or final >= 0, "optim.final_weight_decay", final, "use 0 or more, or leave it out")
-        require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "use a number in [0, 1)")
+        check_limits(self, "optim.")
         rising = all(0 < a < 1 for a in self.milestones) and list(self.milestones) == sorted(self.milestones)
         require(rising, "optim.milestones", self.milestones, "use rising fractions of the run, e.g. 0.6 0.8")
-        require(self.clip_norm is None or self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "use a positive number, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,42 +86,32 @@ class TrainConfig:
     """How long, how large, how exact."""
 
     #: images per optimizer step over all workers
-    global_batch_size: int = searchable(256, SearchRange(scale="choice", choices=(64, 128, 256, 512), reason="rate by optim.lr_rule"))
-    accumulation_steps: int = 1  # micro-batches per optimizer step
-    epochs: float = 100  # passes over the training images
-    steps: int | None = None  # optimizer steps; given, it overrides epochs
-    steps_per_epoch: int | None = None  # unit of every length in epochs; None = one pass over the images; a stream: needs it
+    global_batch_size: int = at_least(2, 256, SearchRange(scale="choice", choices=(64, 128, 256, 512), reason="rate by optim.lr_rule"))
+    accumulation_steps: int = at_least(1, 1)  # micro-batches per optimizer step
+    epochs: float = positive(100)  # passes over the training images
+    steps: int | None = at_least(1, None)  # optimizer steps; given, it overrides epochs
+    steps_per_epoch: int | None = at_least(1, None)  # unit of every length in epochs; None = one pass over the images; a stream: needs it
     workers: int | str = 0  # 0 = in this process; N = so many under Ray Train; LOW:HIGH = as many as fit. They must divide data.num_shards
     accelerator: Literal["auto", "gpu", "cpu"] = "auto"  # of each worker; auto: a GPU if the cluster has one now, gpu: wait for one
     seed: int = 0
     first_epoch: tyro.conf.Suppress[int] = 0  # passes that an earlier phase has behind it; `continue` sets it
     #: bf16: autocast; auto: bf16 where the hardware multiplies it natively, else float32. float32 is IEEE everywhere, TF32 is never used
     precision: Literal["auto", "float32", "bf16"] = "auto"
-    threads: int | None = None  # torch threads of a worker; None = its share of the machine's cores, alone all but one
+    threads: int | None = at_least(1, None)  # torch threads of a worker; None = its share of the machine's cores, alone all but one
     gradient_checkpointing: bool = False  # ViTs: blocks keep their inputs only and are computed again in the backward pass
     compile: bool = False  # ViTs: torch.compile of the blocks; needs a C++ compiler, pays off in long runs on a GPU
     deterministic: bool = False  # on CPUs: bit-identical after a resume; pins the thread count
-    checkpoint_every: int | None = None  # steps; None = once an epoch, at least every 500 steps
-    keep_every: int | None = None  # also keep the checkpoint of every n-th step
-    log_every: int = 10  # steps between points in MLflow
-    max_restarts: int = 3  # losses of workers in a row without a new checkpoint, then the run gives up
-    resource_timeout_s: float = 900.0  # how long to wait for a cluster to grow, s
-    progress_timeout_s: float = 1800.0  # without a step for so long, the run gives up, s
+    checkpoint_every: int | None = at_least(1, None)  # steps; None = once an epoch, at least every 500 steps
+    keep_every: int | None = at_least(1, None)  # also keep the checkpoint of every n-th step
+    log_every: int = at_least(1, 10)  # steps between points in MLflow
+    max_restarts: int = at_least(0, 3)  # losses of workers in a row without a new checkpoint, then the run gives up
+    resource_timeout_s: float = at_least(0, 900.0)  # how long to wait for a cluster to grow, s
+    progress_timeout_s: float = positive(1800.0)  # without a step for so long, the run gives up, s
 
     def __post_init__(self) -> None:
-        require(self.global_batch_size >= 2, "train.global_batch_size", self.global_batch_size, "use 2 or more images")
-        require(self.accumulation_steps >= 1, "train.accumulation_steps", self.accumulation_steps, "use 1 or more")
-        require(self.epochs > 0, "train.epochs", self.epochs, "use a positive number")
-        require(self.steps is None or self.steps >= 1, "train.steps", self.steps, "use 1 or more, or leave it out")
+        check_limits(self, "train.")
         low, high = self.worker_range
         require(0 <= low <= high and (low > 0 or high == 0), "train.workers", self.workers, "use 0, a number, or a range such as 2:8")
-        require(self.max_restarts >= 0, "train.max_restarts", self.max_restarts, "use 0 or more")
-        require(self.resource_timeout_s >= 0, "train.resource_timeout_s", self.resource_timeout_s, "use 0 or more seconds")
-        require(self.progress_timeout_s > 0, "train.progress_timeout_s", self.progress_timeout_s, "use a positive number of seconds")
-        require(self.log_every >= 1, "train.log_every", self.log_every, "use 1 or more")
-        for name in ("threads", "steps_per_epoch", "checkpoint_every", "keep_every"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"train.{name}", value, "use 1 or more, or leave it out")
 
     @property
     def worker_range(self) -> tuple[int, int]:
@@ -152,30 +126,23 @@ class EvaluateConfig:
     """Online and final kNN. Choosing looks at held-out training images only; the test split is read once, at the end."""
 
     path: str | None = None  # test images; None = the source's own test split, else the held-out images
-    knn_every: int | None = None  # steps between online kNN figures; None = about ten in a run
+    knn_every: int | None = at_least(1, None)  # steps between online kNN figures; None = about ten in a run
     #: what a search ranks runs by, measured like the online kNN: top-1 by kNN or by a linear probe, or without labels RankMe
     score: Literal["knn", "linear", "rankme"] | None = None
-    knn_k: int = 20
-    knn_temperature: float = 0.07
-    knn_bank: int = 10_000  # at most this many labelled training images vote in the final kNN
-    online_bank: int = 4_000  # and in the online kNN
-    knn_queries: int = 2_000  # at most this many held-out images are asked
-    test_images: int = 10_000  # at most this many images of the test split are asked
+    knn_k: int = at_least(1, 20)
+    knn_temperature: float = positive(0.07)
+    knn_bank: int = at_least(1, 10_000)  # at most this many labelled training images vote in the final kNN
+    online_bank: int = at_least(1, 4_000)  # and in the online kNN
+    knn_queries: int = at_least(1, 2_000)  # at most this many held-out images are asked
+    test_images: int = at_least(1, 10_000)  # at most this many images of the test split are asked
     lowshot_images: tuple[int, ...] = (1, 2, 5)  # images of each class that a low-shot classifier learns from
-    lowshot_draws: int = 5  # random choices of them
+    lowshot_draws: int = at_least(1, 5)  # random choices of them
     size: int | None = None  # side of an evaluated image, pixels; None = that of the largest crop
 
     def __post_init__(self) -> None:
-        require(self.knn_k >= 1, "evaluate.knn_k", self.knn_k, "use 1 or more")
-        require(self.knn_temperature > 0, "evaluate.knn_temperature", self.knn_temperature, "use a positive number")
-        require(self.knn_every is None or self.knn_every >= 1, "evaluate.knn_every", self.knn_every, "use 1 or more, or leave it out")
-        require(self.knn_bank >= 1, "evaluate.knn_bank", self.knn_bank, "use 1 or more images")
-        require(self.online_bank >= 1, "evaluate.online_bank", self.online_bank, "use 1 or more images")
-        require(self.test_images >= 1, "evaluate.test_images", self.test_images, "use 1 or more images")
-        require(self.knn_queries >= 1, "evaluate.knn_queries", self.knn_queries, "use 1 or more images")
+        check_limits(self, "evaluate.")
         few = self.lowshot_images
         require(bool(few) and min(few) >= 1, "evaluate.lowshot_images", few, "use numbers of 1 or more, e.g. 1 2 5")
-        require(self.lowshot_draws >= 1, "evaluate.lowshot_draws", self.lowshot_draws, "use 1 or more, e.g. 5")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from methods.parts import ema
 from methods.parts.backbones import BackboneConfig, build_backbone
+from methods.parts.drop_path import without_drop_path
 from methods.parts.errors import ConfigError
 from methods.parts.views import Views
 from methods.parts.vit import (
@@ -28,7 +29,6 @@ from methods.parts.vit import (
     require_whole_patches,
     resize_grid,
     sincos_table,
-    without_drop_path,
 )
 from pipeline.export.weights import load_export
 from pipeline.export.write import export

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from methods.parts.distributed import all_gather_rows, all_reduce_max, all_reduce_sum
-from methods.parts.numerics import chunk_rows, upcast_half
+from methods.parts.numerics import upcast_half, chunk_rows
 
 LARGEST_EXPONENT = 80.0  # exp(-80) is still a normal float32
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from methods.parts.drop_path import follow_images
 from methods.parts.errors import ConfigError, require
+from methods.parts.fields import at_least, below_one, check_limits, positive
 from methods.parts.selective_kernels import select_kernels
 from methods.parts.vit import Positions, ViT, require_whole_patches, vit_settings, xavier
 
@@ -24,27 +25,23 @@ class BackboneConfig:
     #: ResNets: imagenet = 7x7 and max-pool, to 1/4 of the side; for small images 3x3: strided or pooled to 1/2, or full size
     stem: Literal["imagenet", "strided", "pooled", "full"] = "imagenet"
     #: multiplies the channels of a ResNet's stem and stages (below 1 the stem is three 3x3 convs) or the width of a ViT
-    width: float = 1.0
+    width: float = positive(1.0)
     selective_kernels: bool = False  # ResNets with bottlenecks: SimCLR v2's blocks, stem of three 3x3 convs and pooled shortcuts
     depth: tuple[int, ...] | None = None  # ResNets: blocks per stage; ViTs: one number of blocks; None = the model's own
-    drop_path: float = 0.0  # stochastic depth rate
+    drop_path: float = below_one(0.0)  # stochastic depth rate
     image_size: int | None = None  # ViTs: side the position table is made for; None = the model's own
     patch_size: int | None = None  # ViTs: None = the model's own
-    heads: int | None = None  # ViTs: attention heads of each block; None = the model's own (MoCo v3's ViT-S: 12)
+    heads: int | None = at_least(1, None)  # ViTs: attention heads of each block; None = the model's own (MoCo v3's ViT-S: 12)
     #: ViTs: a table that is learned and, on another grid, resized as in timm, or as in DINO; or one that is fixed (MoCo v3)
     positions: Positions = "learned"
-    registers: int = 0  # ViTs: tokens beside CLS that no patch stands for (arXiv:2309.16588)
-    layer_scale: float | None = None  # ViTs: first value of the learned scale of each branch, e.g. 1e-5; None = without
+    registers: int = at_least(0, 0)  # ViTs: tokens beside CLS that no patch stands for (arXiv:2309.16588)
+    layer_scale: float | None = positive(None)  # ViTs: first value of the learned scale of each branch, e.g. 1e-5; None = without
     swiglu: bool = False  # ViTs: SwiGLU instead of the MLP in each block (DINOv2's largest)
     xavier: bool = False  # ViTs: MoCo v3's first weights; False = timm's
     init: str | None = None  # start from these weights: a .safetensors file, a run, or models:/NAME@ALIAS; None = random
 
     def __post_init__(self) -> None:
-        require(self.width > 0, "backbone.width", self.width, "use a positive number, e.g. 0.25")
-        require(0 <= self.drop_path < 1, "backbone.drop_path", self.drop_path, "use a fraction in [0, 1)")
-        require(self.heads is None or self.heads >= 1, "backbone.heads", self.heads, "use 1 or more, or leave it out")
-        require(self.registers >= 0, "backbone.registers", self.registers, "use 0 or more")
-        require(self.layer_scale is None or self.layer_scale > 0, "backbone.layer_scale", self.layer_scale, "use a positive number")
+        check_limits(self, "backbone.")
 
 
 def build_backbone(config: BackboneConfig) -> nn.Module:

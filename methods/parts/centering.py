@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.parts.distributed import all_reduce_sum, world_size
-from methods.parts.numerics import chunk_rows, upcast_half
+from methods.parts.numerics import upcast_half, chunk_rows
 
 
 class Center(nn.Module):

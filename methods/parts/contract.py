@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from methods.parts.drop_path import images_of_step
 from methods.parts.errors import ConfigError
+from methods.parts.fields import SearchRange as SearchRange
+from methods.parts.fields import check_limits
+from methods.parts.fields import searchable as searchable
 from methods.parts.memory_bank import MemoryBank
-from methods.parts.search_range import SearchRange as SearchRange
-from methods.parts.search_range import searchable as searchable
 from methods.parts.views import Views, ViewsConfig
 
 Metrics = dict[str, "Tensor | float"]
@@ -25,7 +26,13 @@ Masks = list[Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    """Base of every method's settings. Subclasses are frozen and check their ranges in `__post_init__`."""
+    """Base of every method's settings, frozen. Limits stand beside the fields (`methods.parts.fields`).
+
+    What depends on several settings is checked in a `__post_init__` that calls this one first.
+    """
+
+    def __post_init__(self) -> None:
+        check_limits(self, "method.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +145,8 @@ class Method(nn.Module):
         return {}
 
     def evaluation_backbone(self) -> nn.Module:
-        """The network that is evaluated and registered; maps `(B, 3, H, W)` to `(B, D)`."""
-        raise NotImplementedError
+        """The network that is evaluated and registered, `(B, 3, H, W) -> (B, D)`; `self.backbone` unless a method has another."""
+        return self.get_submodule("backbone")
 
     def cluster_scores(self, images: Tensor) -> Tensor:
         """Scores of finished images with the prototypes or centres: `(B, 3, H, W) -> (B, K)`, higher is nearer.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from methods.parts.heads import mlp, trunc_normal_linears
 from methods.parts.numerics import autocast_disabled, l2_normalize, upcast_half
 
 
@@ -37,15 +36,8 @@ class DINOHead(nn.Module):
         unit_prototypes: bool = True,
     ) -> None:
         super().__init__()
-        widths = [in_features] + [hidden_features] * (layers - 1)
-        blocks: list[nn.Module] = []
-        for narrow, wide in pairwise(widths):
-            blocks += [nn.Linear(narrow, wide), *([nn.BatchNorm1d(wide)] if batch_norm else []), nn.GELU()]
-        self.mlp = nn.Sequential(*blocks, nn.Linear(widths[-1], bottleneck))
-        for module in self.mlp:
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        self.mlp = mlp(in_features, hidden_features, bottleneck, layers, norm=batch_norm, activation=nn.GELU)
+        trunc_normal_linears(self.mlp)
         self.prototypes = Prototypes(bottleneck, num_prototypes, unit=unit_prototypes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import TypeVar
 
 import timm.layers
 import torch
@@ -27,6 +28,7 @@ class Images:
     generator: torch.Generator | None
 
 
+N = TypeVar("N", bound=nn.Module)
 _images: ContextVar[Images | None] = ContextVar("images", default=None)
 
 
@@ -76,3 +78,11 @@ def follow_images(network: nn.Module) -> None:
         for name, child in list(module.named_children()):
             if type(child) is timm.layers.DropPath:
                 setattr(module, name, DropPath(child.drop_prob, child.scale_by_keep))
+
+
+def without_drop_path(network: N) -> N:
+    """No stochastic depth in place, e.g. in a teacher that was copied from the student."""
+    for module in network.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
+    return network

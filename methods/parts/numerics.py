@@ -46,8 +46,8 @@ def used_share(scores: Tensor) -> Tensor:
 
 
 def l2_normalize(x: Tensor) -> Tensor:
-    """Rows of unit length: x / max(||x||_2, 1e-12)."""
-    return F.normalize(x, dim=-1, eps=1e-12)
+    """Rows of unit length, in float32 or better: x / max(||x||_2, 1e-12)."""
+    return F.normalize(upcast_half(x), dim=-1, eps=1e-12)
 
 
 def chunk_rows(x: Tensor) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from methods.parts.errors import ConfigError, require
-from methods.parts.search_range import SearchRange, searchable
+from methods.parts.fields import SearchRange, at_least, check_limits, fraction, searchable
 
 Range = tuple[float, float]
 
@@ -20,32 +20,29 @@ class CropGroup:
     """Crops that share one recipe of augmentation, in the order crop, flip, jitter, grayscale, blur, solarize."""
 
     #: crops of this kind per image
-    count: int = searchable(2, SearchRange(scale="choice", choices=(2, 4, 6), reason="more small crops help, at a cost"))
-    size: int = 224  # side of a finished crop, pixels
+    count: int = at_least(0, 2, SearchRange(scale="choice", choices=(2, 4, 6), reason="more small crops help, at a cost"))
+    size: int = at_least(4, 224)  # side of a finished crop, pixels
     #: area of the box as a fraction of the image's area
     scale: tuple[float, float] = searchable(
         (0.08, 1.0), SearchRange(scale="choice", choices=((0.08, 1.0), (0.2, 1.0), (0.4, 1.0)), reason="small pictures want larger crops")
     )
     ratio: Range = (3 / 4, 4 / 3)  # width / height of the box, drawn log-uniformly
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    flip: float = 0.5  # probability of a horizontal flip
+    flip: float = fraction(0.5)  # probability of a horizontal flip
     jitter: tuple[float, float, float, float] = (0.8, 0.8, 0.8, 0.2)  # brightness, contrast, saturation, hue
-    jitter_probability: float = 0.8
-    grayscale: float = searchable(0.2, SearchRange(0.0, 0.5, "linear", reason="0 where colour matters"))  # probability
+    jitter_probability: float = fraction(0.8)
+    grayscale: float = fraction(0.2, SearchRange(0.0, 0.5, "linear", reason="0 where colour matters"))  # probability
     grayscale_first: bool = False  # before the jitter (MoCo v1)
-    blur: float = searchable(0.5, SearchRange(0.0, 1.0, "linear", reason="0 on small pictures"))  # probability
+    blur: float = fraction(0.5, SearchRange(0.0, 1.0, "linear", reason="0 on small pictures"))  # probability
     blur_sigma: Range = (0.1, 2.0)  # standard deviation in pixels, drawn uniformly
     blur_taps: int | None = None  # odd width of the kernel, pixels (SimCLR and BYOL at 224: 23); None = four of the largest sigma each way
-    solarize: float = 0.0  # probability
-    solarize_threshold: float = 0.5  # in [0, 1]; values at or above are inverted
+    solarize: float = fraction(0.0)  # probability
+    solarize_threshold: float = fraction(0.5)  # in [0, 1]; values at or above are inverted
 
     def __post_init__(self) -> None:
-        require(self.count >= 0, "count", self.count, "use 0 or more")
-        require(self.size >= 4, "size", self.size, "use 4 pixels or more")
+        check_limits(self)
         require(0 < self.scale[0] <= self.scale[1] <= 1, "scale", self.scale, "use 0 < low <= high <= 1, e.g. 0.14 1.0")
         require(0 < self.ratio[0] <= self.ratio[1], "ratio", self.ratio, "use 0 < low <= high, e.g. 0.75 1.3333")
-        for name in ("flip", "jitter_probability", "grayscale", "blur", "solarize", "solarize_threshold"):
-            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "use a number from 0 to 1")
         require(all(j >= 0 for j in self.jitter) and self.jitter[3] <= 0.5, "jitter", self.jitter, "use strengths >= 0, hue at most 0.5")
         taps = self.blur_taps
         require(taps is None or (taps % 2 == 1 and taps < 2 * self.size), "blur_taps", taps, "use an odd number below twice the size")
@@ -146,3 +143,7 @@ class Views:
     def map_crops(self, network: Callable[[Tensor], Tensor]) -> Tensor:
         """What a network makes of every crop, crop by crop, `(V * B, D)`: one forward for each run of crops of the same size."""
         return torch.cat([network(stack) for stack in self.by_resolution()])
+
+    def split(self, rows: Tensor) -> list[Tensor]:
+        """The rows of each crop: `(V * B, D)` -> V times `(B, D)`."""
+        return list(rows.split(len(self.image_ids)))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,6 @@ from methods.parts.numerics import upcast_half
 # learned-offset: bicubic without, scale (h + 0.1) / M (DINO, iBOT, the other models of DINOv2)
 # sincos: a table that is computed and stays (MoCo v3)
 Positions = Literal["learned", "learned-offset", "sincos"]
-N = TypeVar("N", bound=nn.Module)
 
 
 @dataclass
@@ -271,14 +270,6 @@ def freeze_patch_projection(backbone: nn.Module) -> None:
     """Keep the projection of the patches as it is (MoCo v3 sec. 4.2); a backbone without one is left alone."""
     if isinstance(backbone, ViT):
         backbone.patch_embed.proj.requires_grad_(False)
-
-
-def without_drop_path(network: N) -> N:
-    """No stochastic depth in place, e.g. in a teacher that was copied from the student."""
-    for module in network.modules():
-        if isinstance(module, DropPath):
-            module.drop_prob = 0.0
-    return network
 
 
 def require_vit(backbone: nn.Module, method: str) -> ViT:

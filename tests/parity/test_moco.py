@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from methods.moco import MoCo, MoCoConfig, head
-from methods.parts import ema
+from methods.moco import MoCo, MoCoConfig
+from methods.parts import ema, mlp
 from methods.parts.contract import Progress, RunFacts
 from methods.parts.contrast import contrast_meters, info_nce, info_nce_with_queue
 from methods.parts.distributed import all_gather_rows, average_gradients
@@ -272,8 +272,8 @@ def test_the_loss_sees_the_queue_as_it_was_and_the_key_network_as_it_becomes() -
 
 
 def test_heads_of_both_versions() -> None:
-    assert [type(m).__name__ for m in head(9, 9, 4, 1)] == ["Linear"]
-    second = head(9, 7, 4, 2)
+    assert [type(m).__name__ for m in mlp(9, 9, 4, 1, norm=False)] == ["Linear"]
+    second = mlp(9, 7, 4, 2, norm=False)
     assert [type(m).__name__ for m in second] == ["Linear", "ReLU", "Linear"]
     assert (second[0].out_features, second[2].in_features, second[2].bias is not None) == (7, 7, True)
 

@@ -1,0 +1,113 @@
+"""Every public name of `methods.parts`: what a method's file, a recipe or a notebook imports from there."""
+
+from __future__ import annotations
+
+from methods.parts import ema
+from methods.parts.assignment import sinkhorn
+from methods.parts.backbones import BackboneConfig, build_backbone, num_features
+from methods.parts.centering import Center
+from methods.parts.contract import (
+    Masks, Method, MethodConfig, Metrics, Outputs, ParamGroup, Progress, RunFacts, StepOutput, find, register, registered,
+)  # fmt: skip
+from methods.parts.contrast import contrast_meters, info_nce, info_nce_with_queue
+from methods.parts.counter_random import draw_seed, random_words
+from methods.parts.dino_head import DINOHead, Prototypes
+from methods.parts.distributed import (
+    all_gather_rows, all_reduce_max, all_reduce_sum, gather_with_gradient, own_columns, rank, world_size,
+)  # fmt: skip
+from methods.parts.drop_path import without_drop_path
+from methods.parts.ema import MomentumTeacher
+from methods.parts.errors import ConfigError, require
+from methods.parts.fields import SearchRange, at_least, below_one, fraction, limited, positive, searchable
+from methods.parts.groups import param_groups_weight_decay
+from methods.parts.heads import mlp, trunc_normal_linears
+from methods.parts.memory_bank import MemoryBank, first_places
+from methods.parts.masking import masked_of, num_kept, num_patches, random_keep
+from methods.parts.norms import convert_split_batchnorm, has_batch_norm
+from methods.parts.numerics import (
+    autocast_disabled, chunk_rows, cosines, count_of_each, embedding_std, entropy, l2_normalize, to_device, upcast_half, used_share,
+)  # fmt: skip
+from methods.parts.queue import FeatureQueue
+from methods.parts.schedules import cosine, linear_by_epoch
+from methods.parts.soft_targets import cross_entropy_sum
+from methods.parts.views import CropGroup, Views, ViewsConfig
+from methods.parts.vit import ViT, freeze_patch_projection, require_vit, sincos_table, xavier_linears
+
+__all__ = [
+    "BackboneConfig",
+    "Center",
+    "ConfigError",
+    "CropGroup",
+    "DINOHead",
+    "FeatureQueue",
+    "Masks",
+    "MemoryBank",
+    "Method",
+    "MethodConfig",
+    "Metrics",
+    "MomentumTeacher",
+    "Outputs",
+    "ParamGroup",
+    "Progress",
+    "Prototypes",
+    "RunFacts",
+    "SearchRange",
+    "StepOutput",
+    "ViT",
+    "Views",
+    "ViewsConfig",
+    "all_gather_rows",
+    "all_reduce_max",
+    "all_reduce_sum",
+    "at_least",
+    "autocast_disabled",
+    "below_one",
+    "build_backbone",
+    "chunk_rows",
+    "contrast_meters",
+    "convert_split_batchnorm",
+    "cosine",
+    "cosines",
+    "count_of_each",
+    "cross_entropy_sum",
+    "draw_seed",
+    "ema",
+    "embedding_std",
+    "entropy",
+    "find",
+    "first_places",
+    "fraction",
+    "freeze_patch_projection",
+    "gather_with_gradient",
+    "has_batch_norm",
+    "info_nce",
+    "info_nce_with_queue",
+    "l2_normalize",
+    "limited",
+    "linear_by_epoch",
+    "masked_of",
+    "mlp",
+    "num_features",
+    "num_kept",
+    "num_patches",
+    "own_columns",
+    "param_groups_weight_decay",
+    "positive",
+    "random_keep",
+    "random_words",
+    "rank",
+    "register",
+    "registered",
+    "require",
+    "require_vit",
+    "searchable",
+    "sincos_table",
+    "sinkhorn",
+    "to_device",
+    "trunc_normal_linears",
+    "upcast_half",
+    "used_share",
+    "without_drop_path",
+    "world_size",
+    "xavier_linears",
+]  # fmt: skip
