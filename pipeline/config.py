@@ -63,9 +63,8 @@ class OptimConfig:
     warmup_start_lr: float = 0.0  # scaled by lr_rule like base_lr
     final_lr: float = 0.0  # scaled likewise
     schedule: Literal["cosine", "steps"] = "cosine"
-    schedule_stretch: float = at_least(
-        1, 1.0
-    )  # the cosines of rate and weight decay end at so many times the run (MSN: 1.25, so it stops at 80 %)
+    #: the cosines of rate and weight decay end at so many times the run (MSN: 1.25, so it stops at 80 %)
+    schedule_stretch: float = at_least(1, 1.0)
     milestones: tuple[float, ...] = (0.6, 0.8)  # schedule steps: at these fractions of the run the rate falls to a tenth
     weight_decay: float = at_least(0, 1e-6, SearchRange(around=10, scale="log", reason="ten times less and more than the recipe's"))
     final_weight_decay: float | None = at_least(0, None)  # a cosine from weight_decay to it over the whole run (DINO, MSN); None = constant

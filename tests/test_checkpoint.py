@@ -160,7 +160,7 @@ def test_a_pointer_is_written_after_what_it_points_to(place: Place, monkeypatch:
 KILLED = """
 import sys, time, torch
 from pipeline.storage.place import Place
-from pipeline.train import checkpoint
+from pipeline import checkpoint
 place = Place.of(sys.argv[1])
 checkpoint.save(place, {"w": torch.ones(1000)}, step=1)
 write = torch.save

@@ -83,7 +83,7 @@ def test_misspelt_key_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> N
     [
         (["--method.temperature", "-1"], "method.temperature=-1.0: use a positive number"),
         (["--train.epochs", "many"], "error: train.epochs=many: use a number\n"),
-        (["--views.global.size", "2"], "views.global.size=2: use 4 pixels or more"),
+        (["--views.global.size", "2"], "views.global.size=2: use 4 or more"),
         (["--method.temperature", "0.0"], "error: method.temperature=0.0: use a positive number, e.g. 0.1\n"),
         (["--train.steps", "many"], "error: train.steps=many: use None or INT\n"),
         (["--views.global.scale", "0.3", "low"], "error: views.global.scale='0.3', 'low': use numbers\n"),
