@@ -21,7 +21,7 @@ from pipeline.data.sources.patches import open_patches
 from tests.conftest import USERS_ENV
 from tests.store import SECRET, s3_store
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parent.parent.parent
 
 

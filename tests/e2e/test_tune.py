@@ -18,7 +18,7 @@ from pipeline.metrics_log import read_points
 from tests.conftest import USERS_ENV
 from tests.e2e.test_one_machine import here
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).parent.parent.parent
 TINY = [
     "swav-small",
@@ -143,7 +143,7 @@ def test_a_killed_search_goes_on_and_leaves_no_run_open(tmp_path: Path) -> None:
             [*command, "--train.steps=40"], stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=USERS_ENV
         )
     second = tmp_path / "killed" / "trial-001"
-    end = time.monotonic() + 240
+    end = time.monotonic() + 480
     while not (second / "checkpoints" / "last.json").exists():
         assert process.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
         time.sleep(0.1)
