@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 USERS_ENV = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
 os.environ["RAY_AUTH_MODE"] = "disabled"
 ROOT = Path(__file__).parent.parent
+os.environ.setdefault("MANYVIEWS_REFERENCE", str(ROOT.parent / "shared"))  # processes that tests start read it too
 EXIT_STATUS = pytest.StashKey[int]()
 
 
@@ -41,7 +42,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def reference() -> Path:
     """Reference values and data; tests that need them are skipped where they are not."""
-    folder = Path(os.environ.get("MANYVIEWS_REFERENCE", ROOT.parent / "shared"))
+    folder = Path(os.environ["MANYVIEWS_REFERENCE"])
     if not folder.is_dir():
         pytest.skip(f"no reference folder at {folder}; set MANYVIEWS_REFERENCE")
     return folder
