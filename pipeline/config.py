@@ -15,8 +15,7 @@ import yaml
 
 from methods.parts.backbones import BackboneConfig
 from methods.parts.contract import MethodConfig, find, to_dict
-from methods.parts.errors import RENAMED, require
-from methods.parts.errors import unknown_key as unknown_key
+from methods.parts.errors import RENAMED, require, unknown_key
 from methods.parts.fields import SearchRange, at_least, below_one, check_limits, fraction, positive
 from methods.parts.views import ViewsConfig
 
@@ -57,13 +56,13 @@ class OptimConfig:
     name: Literal["larc", "lars", "lars-classic", "sgd", "adamw"] = "larc"
     base_lr: float = positive(0.6, SearchRange(around=4, scale="log", reason="four times less and more than the recipe's"))
     lr_rule: Literal["none", "linear", "sqrt"] = "none"  # none: base_lr is the rate; else times (batch / 256) or its root
-    zero_lr_epochs: float = at_least(0, 0.0)  # the rate is 0 for so long before the warm-up begins (CoKe: 1)
+    zero_lr_epochs: float = at_least(0, 0.0)  # epochs at rate 0 before the warm-up begins (CoKe: 1)
     warmup_epochs: float = at_least(0, 0.0, SearchRange(scale="choice", choices=(0, 0.5, 1, 5, 10), reason="longer for larger rates"))
     warmup_reaches_base: bool = True  # the last step of the warm-up has the base rate; False: the step after it (CoKe)
     warmup_start_lr: float = 0.0  # scaled by lr_rule like base_lr
     final_lr: float = 0.0  # scaled likewise
     schedule: Literal["cosine", "steps"] = "cosine"
-    #: the cosines of rate and weight decay end at so many times the run (MSN: 1.25, so it stops at 80 %)
+    #: length of the cosines of rate and weight decay, in runs (MSN: 1.25: training stops at 80 % of them)
     schedule_stretch: float = at_least(1, 1.0)
     milestones: tuple[float, ...] = (0.6, 0.8)  # schedule steps: at these fractions of the run the rate falls to a tenth
     weight_decay: float = at_least(0, 1e-6, SearchRange(around=10, scale="log", reason="ten times less and more than the recipe's"))
@@ -90,7 +89,8 @@ class TrainConfig:
     epochs: float = positive(100)  # passes over the training images
     steps: int | None = at_least(1, None)  # optimizer steps; given, it overrides epochs
     steps_per_epoch: int | None = at_least(1, None)  # unit of every length in epochs; None = one pass over the images; a stream: needs it
-    workers: int | str = 0  # 0 = in this process; N = so many under Ray Train; LOW:HIGH = as many as fit. They must divide data.num_shards
+    #: 0 = in this process; N = N workers under Ray Train; LOW:HIGH = as many as fit. They must divide data.num_shards
+    workers: int | str = 0
     accelerator: Literal["auto", "gpu", "cpu"] = "auto"  # of each worker; auto: a GPU if the cluster has one now, gpu: wait for one
     seed: int = 0
     first_epoch: tyro.conf.Suppress[int] = 0  # passes that an earlier phase has behind it; `continue` sets it
@@ -105,7 +105,7 @@ class TrainConfig:
     log_every: int = at_least(1, 10)  # steps between points in MLflow
     max_restarts: int = at_least(0, 3)  # losses of workers in a row without a new checkpoint, then the run gives up
     resource_timeout_s: float = at_least(0, 900.0)  # how long to wait for a cluster to grow, s
-    progress_timeout_s: float = positive(1800.0)  # without a step for so long, the run gives up, s
+    progress_timeout_s: float = positive(1800.0)  # a run without a step for this time is stopped, s
 
     def __post_init__(self) -> None:
         check_limits(self, "train.")

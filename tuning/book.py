@@ -18,7 +18,7 @@ from methods.parts.contract import find
 from pipeline import checkpoint
 from pipeline.config import flatten, from_yaml
 from pipeline.tracking.run_tracker import EndStatus, Tracker, default_uri
-from tuning.screen import ProgressReporter
+from tuning.screen import SweepDisplay
 from tuning.sweep import ENDED, Sweep, Trial
 
 CLOSING: dict[str, EndStatus] = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
@@ -27,7 +27,7 @@ CLOSING: dict[str, EndStatus] = {"finished": "FINISHED", "stopped": "FINISHED", 
 class Book(tune.Callback):
     """Ray Tune tells it of every start, result and end of a trial."""
 
-    def __init__(self, sweep: Sweep, parent: Tracker, screen: ProgressReporter) -> None:
+    def __init__(self, sweep: Sweep, parent: Tracker, screen: SweepDisplay) -> None:
         self.sweep, self.parent, self.screen = sweep, parent, screen
         self.facts = sweep.facts()
         self.trackers: dict[int, Tracker] = {}

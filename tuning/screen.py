@@ -17,7 +17,7 @@ STYLES = {"running": "bold", "finished": "green", "stopped": "dim", "failed": "r
 MOST_ROWS = 20
 
 
-class ProgressReporter:
+class SweepDisplay:
     """Trials as they go.
 
     Args:
@@ -31,7 +31,7 @@ class ProgressReporter:
         self.began = time.monotonic()
         self.live = Live(self.table(), console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
 
-    def __enter__(self) -> ProgressReporter:
+    def __enter__(self) -> SweepDisplay:
         if self.live:
             self.live.start()
         return self

@@ -217,11 +217,11 @@ def fit(sweep: Sweep, console: Console) -> int:
             tags={"recipe": facts["recipe"], "method": facts["method"], "kind": "sweep"},
         )
         from tuning.book import Book, settle
-        from tuning.screen import ProgressReporter
+        from tuning.screen import SweepDisplay
 
         settle(sweep)
         sweep.update(mlflow_run=parent.run_id(timeout=60.0))
-        screen = ProgressReporter(console, [t.facts() for t in sweep.trials()], facts["total_steps"], facts["trials"], facts["score"])
+        screen = SweepDisplay(console, [t.facts() for t in sweep.trials()], facts["total_steps"], facts["trials"], facts["score"])
         book = Book(sweep, parent, screen)
         model = None
         try:

@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from methods.parts.contract import SearchRange
-from methods.parts.errors import ConfigError, require
-from pipeline.config import RunConfig, flatten, unknown_key
+from methods.parts.errors import ConfigError, require, unknown_key
+from methods.parts.fields import SearchRange
+from pipeline.config import RunConfig, flatten
 
 SYNTAX = "use KEY=log:0.05:0.5, linear:0:1, int:2:8 or choice:100,300"
 

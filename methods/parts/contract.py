@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from methods.parts.drop_path import images_of_step
 from methods.parts.errors import ConfigError
-from methods.parts.fields import SearchRange as SearchRange
 from methods.parts.fields import check_limits
-from methods.parts.fields import searchable as searchable
 from methods.parts.memory_bank import MemoryBank
 from methods.parts.views import Views, ViewsConfig
 
