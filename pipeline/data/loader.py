@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,7 +20,7 @@ from pipeline.data.augment import Normalisation
 from pipeline.data.crop_task import block_bytes, cut_images, decode_all, finish_columns
 from pipeline.data.decode import evaluation_crop
 from pipeline.data.image_dataset import ImageDataset
-from pipeline.data.prefetch import Ahead, DeviceCopies, in_background
+from pipeline.data.prefetch import CLOSE_S, Ahead, DeviceCopies, in_background
 from pipeline.data.ray_data import blocks, execution
 from pipeline.data.ray_data import start_ray as start_ray  # callers of the stream find it here
 from pipeline.data.sampler import Sampler
@@ -169,6 +170,8 @@ class TrainLoader:
         build = self._builder(parts[0][0], world_size, tasks) if rank == 0 else None
         building = in_background(partial(build, parts[0])) if build else None
         with contextlib.ExitStack() as stack:
+            # a thread that outlives the run would find Ray shut down, and `ray.put` would start it again
+            stack.callback(lambda: wait([building] if building else [], timeout=CLOSE_S))
             kept: list[Any] = []  # with rank 0's the reference to the iterators would end
 
             def begin(part: tuple[int, int]) -> Ahead[Arriving]:

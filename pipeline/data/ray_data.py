@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ray.data import DataIterator
 
 QUIET = {
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread of Ray Data's that outlives `ray.shutdown` would join the cluster again, and say so
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",

@@ -270,6 +270,23 @@ def test_leaving_early_ends_the_stream(ray_local: None, tmp_path: Path) -> None:
     assert wait_until(lambda: not coordinators()), "executors end with their stream"
 
 
+def test_leaving_waits_for_an_execution_that_is_being_built(ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread calls Ray, which may be shut down next."""
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(1)
+        return execution(*args, **kwargs)
+
+    execution = loader.execution
+    monkeypatch.setattr(loader, "HAND_OVER_STEPS", 1)
+    monkeypatch.setattr(loader, "execution", slow)
+    dataset = write(tmp_path, 200)
+    with closing(TrainLoader(dataset, make_plan(dataset), VIEWS, 3, 10_000, execution_steps=20).batches(tasks=2)) as batches:
+        assert [batch.step for batch in itertools.islice(batches, 2)] == [0, 1]
+        assert sum(thread.name == "manyviews-ahead" for thread in threading.enumerate()) == 2, "the stream and the next execution"
+    assert not any(thread.name == "manyviews-ahead" for thread in threading.enumerate())
+
+
 def test_a_failing_task_reaches_the_trainer(ray_local: None, tmp_path: Path) -> None:
     dataset = write(tmp_path, 200)
     (tmp_path / "a.parquet").unlink()
