@@ -15,7 +15,7 @@ from pipeline.cli import early, printing
 from pipeline.cli.overrides import configured, parse_settings, split
 from pipeline.run_folder import command
 from pipeline.shell import program
-from tuning import verbs as verbs_of_tuning
+from tuning import cli as tuning_cli
 
 # Idle threads of one process must not spin on cores that another one needs; read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -104,8 +104,8 @@ def parser() -> _Parser:
     verb("methods", methods, "list the methods with their papers")
     verb("recipes", recipes, "list the recipes")
 
-    add = verb("tune", tune, "search over any settings of a recipe by Ray Tune", settings=COMMON, epilog=verbs_of_tuning.EXAMPLES)
-    verbs_of_tuning.add_options(add)
+    add = verb("tune", tune, "search over any settings of a recipe by Ray Tune", settings=COMMON, epilog=tuning_cli.EXAMPLES)
+    tuning_cli.add_options(add)
 
     add = verb("report", report, "draw a sweep: a page with plots, a table and the best configuration")
     add.add_argument("sweep", metavar="SWEEP", help="name or folder of the sweep")
@@ -187,7 +187,7 @@ def resume(options: Any, settings: list[str]) -> int:
     try:
         folder = find_run(options.run, options.runs_dir)
     except ConfigError:
-        if (code := verbs_of_tuning.resume(options.run, options, printing.write_json, printing.console())) is None:
+        if (code := tuning_cli.resume(options.run, options, printing.write_json, printing.console())) is None:
             raise
         return code
     from pipeline.train import launch
@@ -291,25 +291,25 @@ def recipes(options: Any, settings: list[str]) -> int:
 
 def tune(options: Any, settings: list[str]) -> int:
     recipe = _given(options, "recipe", "RECIPE")
-    return verbs_of_tuning.tune(options, settings, recipe, printing.write_json, printing.console())
+    return tuning_cli.tune(options, settings, recipe, printing.write_json, printing.console())
 
 
 def report(options: Any, settings: list[str]) -> int:
-    return verbs_of_tuning.report(options, printing.write_json, printing.console())
+    return tuning_cli.report(options, printing.write_json, printing.console())
 
 
 def study(options: Any, settings: list[str]) -> int:
-    return verbs_of_tuning.study(options, settings, printing.write_json, printing.console())
+    return tuning_cli.study(options, settings, printing.write_json, printing.console())
 
 
 def runs(options: Any, settings: list[str]) -> int:
     from pipeline.run_folder import find_run, list_runs
 
-    if options.run and verbs_of_tuning.shown(options.run, options, printing.write_json, printing.console()):
+    if options.run and tuning_cli.shown(options.run, options, printing.write_json, printing.console()):
         return 0
     folders = [find_run(options.run, options.runs_dir)] if options.run else list_runs(options.runs_dir)
     states = [folder.state() | {"folder": str(folder.path)} for folder in folders]
-    sweeps = [] if options.run else verbs_of_tuning.listed(options.runs_dir)
+    sweeps = [] if options.run else tuning_cli.listed(options.runs_dir)
     if options.run:
         printing.show_run(states[0], options)
     elif states or sweeps:
@@ -347,7 +347,7 @@ def completion(options: Any, settings: list[str]) -> int:
     from pipeline.figures import pictures
     from pipeline.recipes import entries
 
-    names = {"RECIPE": [e.name for e in entries()], "PICTURE": [e.name for e in pictures.entries()], "STUDY": verbs_of_tuning.studies()}
+    names = {"RECIPE": [e.name for e in entries()], "PICTURE": [e.name for e in pictures.entries()], "STUDY": tuning_cli.studies()}
     names |= {place: [completion.RUNS] for place in ("RUN", "SWEEP", "RUN_OR_MODEL", "RUN_OR_SWEEP")}
     words = {}
     for verb, sub in parser().verbs.items():
