@@ -29,7 +29,8 @@ from pipeline.build import prepare
 from pipeline.config import RunConfig, override
 from pipeline.data.augment import finish_views
 from pipeline.data.crops import draw_views
-from pipeline.data.loader import Batch, TrainLoader, start_ray
+from pipeline.data.loader import Batch, TrainLoader
+from pipeline.data.ray_data import start_ray
 from pipeline.machine import available_cores, memory_advice
 from pipeline.recipes import load_recipe
 from pipeline.run_folder import create_run

@@ -25,7 +25,8 @@ from views import LARGE, original, photographs
 from pipeline.config import DataConfig
 from pipeline.data.crop_task import cut_images
 from pipeline.data.image_dataset import ImageDataset, Row
-from pipeline.data.loader import TrainLoader, start_ray
+from pipeline.data.loader import TrainLoader
+from pipeline.data.ray_data import start_ray
 from pipeline.data.sampler import Sampler
 from pipeline.data.sources.base import open_source
 

@@ -22,8 +22,7 @@ from typing import Any
 from methods.parts.errors import ConfigError
 from pipeline.shell import program
 from pipeline.storage import mirror
-from pipeline.storage.place import Place
-from pipeline.storage.place import write_atomic as write_atomic
+from pipeline.storage.place import Place, write_atomic
 
 _changing = threading.Lock()  # of run.json, by the training thread and the one that writes checkpoints
 

@@ -70,6 +70,6 @@ def _ray_ends() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def ray_local(_ray_ends: None) -> None:
     """One Ray for all tests of this process; started again where another file, with a cluster of its own, has ended it."""
-    from pipeline.data.loader import start_ray
+    from pipeline.data.ray_data import start_ray
 
     start_ray()

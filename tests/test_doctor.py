@@ -246,11 +246,11 @@ def test_ray_sends_a_task_round(tmp_path: Path, ray_local: None) -> None:
 
 
 def test_a_ray_that_cannot_start_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pipeline.data.loader as loader
+    from pipeline.data import ray_data
 
     def refuse() -> None:
         raise ConfigError("RAY_ADDRESS=nowhere:1: no cluster answers; start one or unset it")
 
-    monkeypatch.setattr(loader, "start_ray", refuse)
+    monkeypatch.setattr(ray_data, "start_ray", refuse)
     check = find(report.diagnose(runs_dir=tmp_path), "Ray")
     assert check == Check("Ray", "fail", "RAY_ADDRESS=nowhere:1", "no cluster answers; start one or unset it")

@@ -102,7 +102,7 @@ def score_words(sweep: Sweep) -> str:
 
 def write_best(sweep: Sweep, folder: Path) -> Best:
     """Write `best_recipe.py` and `best.yaml` into `folder`."""
-    from pipeline.run_folder import write_atomic
+    from pipeline.storage.place import write_atomic
 
     best = best_recipe(sweep)
     folder.mkdir(parents=True, exist_ok=True)

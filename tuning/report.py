@@ -30,7 +30,7 @@ def report(folder: Path, *, to: Path | None = None) -> Path:
     """
     from jinja2 import Environment, StrictUndefined
 
-    from pipeline.run_folder import write_atomic
+    from pipeline.storage.place import write_atomic
 
     sweep = read_sweep(folder)
     where = (to or sweep.folder / "report").expanduser()

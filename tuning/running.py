@@ -12,7 +12,7 @@ from typing import Any
 
 from methods.parts.errors import ConfigError
 from pipeline.config import RunConfig
-from pipeline.data.loader import start_ray
+from pipeline.data.ray_data import start_ray
 from pipeline.data.sources.base import open_source
 from pipeline.machine import available_cores
 from pipeline.metrics_log import read_points

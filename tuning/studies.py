@@ -288,7 +288,8 @@ def _cell(values: Sequence[float], show: Callable[[float], str]) -> str:
 
 def write(planned: Study, folder: Path) -> Path:
     """`study.md`, `study.png` and `study.json` of what there is."""
-    from pipeline.run_folder import write_atomic, write_json
+    from pipeline.run_folder import write_json
+    from pipeline.storage.place import write_atomic
     from tuning.study_picture import arms as draw
 
     results = read_results(planned, folder)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.run_folder import RunFolder, new_folder, write_atomic, write_json
+from pipeline.run_folder import RunFolder, new_folder, write_json
+from pipeline.storage.place import write_atomic
 from pipeline.tracking.client import default_uri
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.loader import Batch
 from pipeline.data.sources.base import open_source
 from pipeline.metrics_log import append_line, encode, parse, read_lines
-from pipeline.run_folder import RunFolder, write_atomic, write_json
-from pipeline.storage.place import Place
+from pipeline.run_folder import RunFolder, write_json
+from pipeline.storage.place import Place, write_atomic
 from pipeline.train.health import TrainingAborted
 from pipeline.train.launch import given_weights
 from pipeline.train.progress import NullReporter

@@ -21,8 +21,7 @@ from pipeline.data.crop_task import block_bytes, cut_images, decode_all, finish_
 from pipeline.data.decode import evaluation_crop
 from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.prefetch import CLOSE_S, Ahead, DeviceCopies, in_background
-from pipeline.data.ray_data import blocks, execution
-from pipeline.data.ray_data import start_ray as start_ray  # callers of the stream find it here
+from pipeline.data.ray_data import blocks, execution, start_ray
 from pipeline.data.sampler import Sampler
 
 if TYPE_CHECKING:

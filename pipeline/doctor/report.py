@@ -140,7 +140,7 @@ def _server(uri: str, timeout_s: float = 3.0) -> Check:
 def _ray() -> Iterable[Check]:
     import ray
 
-    from pipeline.data.loader import start_ray
+    from pipeline.data.ray_data import start_ray
 
     started, begin = ray.is_initialized(), time.perf_counter()
     try:

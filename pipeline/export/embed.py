@@ -26,7 +26,8 @@ from pipeline.config import DataConfig
 from pipeline.evaluate.features import Precision, extract
 from pipeline.export.weights import build_export, read_export
 from pipeline.machine import set_precision
-from pipeline.run_folder import refuse_passing, write_atomic, write_json
+from pipeline.run_folder import refuse_passing, write_json
+from pipeline.storage.place import write_atomic
 
 FACTS, BAD = "_embed.json", "_bad_images.jsonl"
 SMALL, WINDOWS = 64, (1024, 256)  # images embedded together: of up to SMALL pixels, and larger

@@ -11,7 +11,7 @@ from methods.parts.backbones import build_backbone
 from methods.parts.errors import ConfigError
 from methods.parts.views import CropGroup
 from pipeline.config import DataConfig, EvaluateConfig, RunConfig, from_yaml
-from pipeline.data.loader import start_ray
+from pipeline.data.ray_data import start_ray
 from pipeline.data.sources.base import open_source
 from pipeline.evaluate.final import Scores, final_scores
 from pipeline.evaluate.probes import PROTOCOLS, Probes, ProbeScores

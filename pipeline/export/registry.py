@@ -20,7 +20,8 @@ from methods.parts.errors import ConfigError
 from pipeline.export.model_code import model_code
 from pipeline.export.weights import SPEC, WEIGHTS, ExportSpec, build_export, fill, load_export, read_export, wording
 from pipeline.export.write import export
-from pipeline.run_folder import command, list_runs, write_atomic
+from pipeline.run_folder import command, list_runs
+from pipeline.storage.place import write_atomic
 from pipeline.tracking.client import default_uri, experiment_id, mlflow_client
 
 __all__ = [

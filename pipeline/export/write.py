@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from methods.parts.backbones import BackboneConfig, num_features
 from pipeline.export.weights import SPEC, WEIGHTS, ExportSpec, Triple
-from pipeline.run_folder import write_atomic, write_json
+from pipeline.run_folder import write_json
+from pipeline.storage.place import write_atomic
 
 
 def export(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.run_folder import write_atomic
+from pipeline.storage.place import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 from methods.parts.errors import ConfigError
 from pipeline.metrics_log import append_line, drop_torn_line, encode, parse, read_lines, read_points
-from pipeline.run_folder import RunFolder, write_atomic, write_json
+from pipeline.run_folder import RunFolder, write_json
+from pipeline.storage.place import write_atomic
 from pipeline.tracking.client import default_uri, experiment_id, is_active, mlflow_client
 
 __all__ = ["EndStatus", "Tracker", "default_uri", "read_points", "sync"]

@@ -24,9 +24,10 @@ from pipeline.data.ray_data import default_tasks, start_ray
 from pipeline.evaluate.final import Scores
 from pipeline.export import registry
 from pipeline.machine import choose_device
-from pipeline.run_folder import RunFolder, command, create_run, write_atomic
+from pipeline.run_folder import RunFolder, command, create_run
 from pipeline.shell import program
 from pipeline.storage import mirror
+from pipeline.storage.place import write_atomic
 from pipeline.tracking.run_tracker import EndStatus, Tracker
 from pipeline.train.health import TrainingAborted
 from pipeline.train.loop import Position

@@ -334,7 +334,7 @@ def test_ray_starts_once_and_tasks_find_the_package(ray_local: None) -> None:
     import ray
 
     before = ray.get_runtime_context().get_job_id()
-    loader.start_ray()
+    ray_data.start_ray()
     assert ray.get_runtime_context().get_job_id() == before
 
     @ray.remote

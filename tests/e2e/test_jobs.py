@@ -199,7 +199,7 @@ def test_a_stranger_without_the_token_is_refused(head: Head) -> None:
 def test_workers_get_the_uploaded_code_and_nothing_of_the_submitting_machine(head: Head) -> None:
     code = (
         "import json, os, ray\n"
-        "from pipeline.data.loader import start_ray\n"
+        "from pipeline.data.ray_data import start_ray\n"
         "start_ray()\n"
         "@ray.remote\n"
         "def look():\n"

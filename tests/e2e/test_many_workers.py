@@ -18,7 +18,7 @@ from methods.parts.contract import Method, find, registered
 from pipeline import checkpoint
 from pipeline.build import Prepared, prepare
 from pipeline.config import override
-from pipeline.data.loader import start_ray
+from pipeline.data.ray_data import start_ray
 from pipeline.recipes import entries, load_recipe
 from pipeline.run_folder import RunFolder, create_run
 from pipeline.tracking.run_tracker import read_points
