@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from methods.parts.errors import ConfigError
-from pipeline.marked import Marked, import_marked, marked
+from pipeline.discovery import Entry, discover, import_entry
 
 if TYPE_CHECKING:
     from pipeline.figures.context import FigureContext
@@ -45,9 +45,9 @@ def picture(name: str, *, every_run: bool = True) -> Callable[[Drawer], Drawer]:
     return add
 
 
-def entries() -> list[Marked]:
+def entries() -> list[Entry]:
     """Every picture, without importing the files that hold them."""
-    return marked(Path(__file__).parent, __package__, "picture")
+    return discover(Path(__file__).parent, __package__, "picture")
 
 
 def find(name: str) -> Picture:
@@ -56,7 +56,7 @@ def find(name: str) -> Picture:
     Raises:
         ConfigError: there is none; the message gives the nearest.
     """
-    import_marked(entries(), name, "figure", "manyviews figure --help")
+    import_entry(entries(), name, "figure", "manyviews figure --help")
     return _pictures[name]
 
 

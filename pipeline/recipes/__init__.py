@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.marked import Marked, import_marked, marked
+from pipeline.discovery import Entry, discover, import_entry
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -28,9 +28,9 @@ def recipe(name: str) -> Callable[[Callable[[], RunConfig]], Callable[[], RunCon
     return add
 
 
-def entries() -> list[Marked]:
+def entries() -> list[Entry]:
     """Every recipe, without importing the files that hold them."""
-    return marked(Path(__file__).parent, __name__, "recipe")
+    return discover(Path(__file__).parent, __name__, "recipe")
 
 
 def load_recipe(name: str) -> RunConfig:
@@ -39,5 +39,5 @@ def load_recipe(name: str) -> RunConfig:
     Raises:
         ConfigError: no recipe of that name; the message gives the nearest.
     """
-    import_marked(entries(), name, "recipe", "manyviews recipes")
+    import_entry(entries(), name, "recipe", "manyviews recipes")
     return replace(_functions[name](), recipe=name)

@@ -12,7 +12,7 @@ from methods.parts.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Marked:
+class Entry:
     """A function as its file declares it: the name its decorator gives, the first line of its docstring, the file's module."""
 
     name: str
@@ -20,7 +20,7 @@ class Marked:
     module: str
 
 
-def import_marked(known: list[Marked], name: str, key: str, listing: str) -> None:
+def import_entry(known: list[Entry], name: str, key: str, listing: str) -> None:
     """Import the file that holds the function of this name, whose decorator then makes it known.
 
     Args:
@@ -36,7 +36,7 @@ def import_marked(known: list[Marked], name: str, key: str, listing: str) -> Non
     importlib.import_module(modules[name])
 
 
-def marked(folder: Path, package: str, decorator: str) -> list[Marked]:
+def discover(folder: Path, package: str, decorator: str) -> list[Entry]:
     """Every function of a package's files that stands under `@decorator("NAME", ...)`, in the order of files and lines."""
     found = []
     for path in sorted(folder.glob("*.py")):
@@ -48,5 +48,5 @@ def marked(folder: Path, package: str, decorator: str) -> list[Marked]:
             for mark in node.decorator_list:
                 if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id == decorator:
                     summary = (ast.get_docstring(node) or "").split("\n")[0]
-                    found.append(Marked(ast.literal_eval(mark.args[0]), summary, f"{package}.{path.stem}"))
+                    found.append(Entry(ast.literal_eval(mark.args[0]), summary, f"{package}.{path.stem}"))
     return found
