@@ -21,7 +21,7 @@ from pipeline.run_folder import RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
+class RunContext:
     """Everything checked before cluster time is spent: the data is open, the numbers resolved, the method built."""
 
     config: RunConfig
@@ -34,12 +34,12 @@ class Prepared:
         return self.stream.dataset
 
 
-def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = None, dataset: ImageDataset | None = None) -> Prepared:
+def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = None, dataset: ImageDataset | None = None) -> RunContext:
     """Open the data, resolve the numbers and build the method.
 
     Args:
         start_from: fills the new backbone with weights.
-        manifest: the data, where it is open already.
+        dataset: the data, where it is open already.
 
     Raises:
         ConfigError: anything that cannot work.
@@ -69,19 +69,21 @@ def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = 
         finish=(data.mean, data.std) if data.augment_on == "workers" else None,
         buffer_bytes=data.buffer_bytes,
     )
-    return Prepared(config, stream, resolved, build_method(config, facts, start_from))
+    return RunContext(config, stream, resolved, build_method(config, facts, start_from))
 
 
-def prepare_resume(folder: RunFolder, start_from: Callable[[nn.Module], None] | None = None) -> Prepared:
+def prepare_resume(folder: RunFolder, start_from: Callable[[nn.Module], None] | None = None) -> RunContext:
     """Prepare a run that goes on: with its config, on the images it began with.
 
     Raises:
         ConfigError: as `prepare`; or the images have changed.
     """
-    ready = prepare(from_yaml(folder.config_text()), start_from)
-    if folder.state().get("fingerprint") not in (None, ready.dataset.fingerprint):
-        raise ConfigError(f"data.path={ready.config.data.path}: the images have changed since the run began; restore them, or use continue")
-    return ready
+    context = prepare(from_yaml(folder.config_text()), start_from)
+    if folder.state().get("fingerprint") not in (None, context.dataset.fingerprint):
+        raise ConfigError(
+            f"data.path={context.config.data.path}: the images have changed since the run began; restore them, or use continue"
+        )
+    return context
 
 
 def build_method(config: RunConfig, facts: RunFacts, start_from: Callable[[nn.Module], None] | None = None) -> Method:

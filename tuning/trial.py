@@ -19,7 +19,7 @@ from ray import tune
 
 from methods.parts.errors import ConfigError
 from pipeline import checkpoint
-from pipeline.build import Prepared, prepare
+from pipeline.build import RunContext, prepare
 from pipeline.config import RunConfig, to_yaml
 from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.loader import Batch
@@ -82,7 +82,7 @@ class Life:
         dataset: ImageDataset = kept.setdefault(config.data, None) or open_source(config.data)
         kept[config.data] = dataset
         weights = given_weights(config, sweep.path.parent) if fresh else None
-        self.ready: Prepared = prepare(config, weights, dataset)
+        self.ready: RunContext = prepare(config, weights, dataset)
         kept[self.ready.config.data] = dataset
         self.total = self.ready.resolved.facts.total_steps
         self.folder.update(fingerprint=dataset.fingerprint, total_steps=self.total)

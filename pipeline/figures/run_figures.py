@@ -22,7 +22,7 @@ from pipeline.figures import charts
 from pipeline.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from pipeline.build import Prepared
+    from pipeline.build import RunContext
 
 
 def views_sheet(config: RunConfig, dataset: ImageDataset, path: Path, *, images: int = 6) -> Path:
@@ -59,13 +59,13 @@ def views_sheet(config: RunConfig, dataset: ImageDataset, path: Path, *, images:
 
 
 def run_figures(
-    ready: Prepared, folder: RunFolder, backbone: nn.Module, scores: Scores, clusters: Clusters | None, device: torch.device
+    context: RunContext, folder: RunFolder, backbone: nn.Module, scores: Scores, clusters: Clusters | None, device: torch.device
 ) -> list[Path]:
     """The pictures of a run that has just finished, drawn from what it still holds."""
     from pipeline.figures.context import FigureContext
     from pipeline.figures.pictures import draw_for_run
 
-    subject = FigureContext(ready.config, device, folder)
-    held = {"manifest": ready.dataset, "method": ready.method, "backbone": backbone, "scores": scores, "clusters": clusters}
+    subject = FigureContext(context.config, device, folder)
+    held = {"manifest": context.dataset, "method": context.method, "backbone": backbone, "scores": scores, "clusters": clusters}
     vars(subject).update({name: part for name, part in held.items() if part is not None})  # instead of reading them again
     return draw_for_run(subject, folder.figures)

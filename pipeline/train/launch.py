@@ -18,7 +18,7 @@ from torch import nn
 from methods.parts.contract import find
 from methods.parts.errors import ConfigError
 from pipeline import checkpoint
-from pipeline.build import Prepared, prepare, prepare_resume
+from pipeline.build import RunContext, prepare, prepare_resume
 from pipeline.config import RunConfig, flatten, from_yaml, to_yaml
 from pipeline.data.ray_data import default_tasks, start_ray
 from pipeline.evaluate.final import Scores
@@ -68,8 +68,8 @@ class Outcome:
 
 def pretrain(config: RunConfig, *, runs_dir: Path, run: str | None, console: Console) -> Outcome:
     """A new run from random (or `backbone.init`) weights."""
-    ready = prepare(config, given_weights(config, runs_dir))
-    return _begin(ready, runs_dir=runs_dir, run=run, console=console, state=None)
+    context = prepare(config, given_weights(config, runs_dir))
+    return _begin(context, runs_dir=runs_dir, run=run, console=console, state=None)
 
 
 def given_weights(config: RunConfig, runs_dir: Path) -> Callable[[nn.Module], None] | None:
@@ -109,9 +109,9 @@ def resume(folder: RunFolder, *, runs_dir: Path, console: Console) -> Outcome:
         raise ConfigError(f"run={folder.name}: it is finished; `{longer}` starts a new phase")
     fresh = checkpoint.pointed_to(folder.checkpoints) is None
     config = from_yaml(folder.config_text())
-    ready = prepare_resume(folder, given_weights(config, runs_dir) if fresh else None)
+    context = prepare_resume(folder, given_weights(config, runs_dir) if fresh else None)
     with folder.working():
-        return _run(ready, folder, console, None)
+        return _run(context, folder, console, None)
 
 
 def last_state(folder: RunFolder) -> checkpoint.State:
@@ -121,30 +121,32 @@ def last_state(folder: RunFolder) -> checkpoint.State:
     return checkpoint.load(pointed)
 
 
-def _begin(ready: Prepared, *, runs_dir: Path, run: str | None, console: Console, state: Any, stem: str | None = None) -> Outcome:
-    folder = create_run(runs_dir, run, stem or ready.config.recipe or find(ready.config.method).name)
-    write_atomic(folder.path / "config.yaml", to_yaml(ready.config).encode())
-    folder.update(recipe=ready.config.recipe, fingerprint=ready.dataset.fingerprint, total_steps=ready.resolved.facts.total_steps, step=0)
+def _begin(context: RunContext, *, runs_dir: Path, run: str | None, console: Console, state: Any, stem: str | None = None) -> Outcome:
+    folder = create_run(runs_dir, run, stem or context.config.recipe or find(context.config.method).name)
+    write_atomic(folder.path / "config.yaml", to_yaml(context.config).encode())
+    folder.update(
+        recipe=context.config.recipe, fingerprint=context.dataset.fingerprint, total_steps=context.resolved.facts.total_steps, step=0
+    )
     with folder.working():
         mirror.push(folder.path)
-        return _run(ready, folder, console, state)
+        return _run(context, folder, console, state)
 
 
 # ---------------------------------------------------------------------------- the run itself
 
 
-def _run(ready: Prepared, folder: RunFolder, console: Console, state: checkpoint.State | None) -> Outcome:
+def _run(context: RunContext, folder: RunFolder, console: Console, state: checkpoint.State | None) -> Outcome:
     """Train to the end, or until Ctrl-C or SIGTERM; then evaluate, register the backbone, and write down how it ended."""
     outcome = Outcome(folder, "failed", "ended unexpectedly")
-    tracker = _open_tracker(ready, folder)
+    tracker = _open_tracker(context, folder)
     try:
-        start_ray(extra_cpus=1 if ready.config.train.worker_range[1] else 0)  # first: it installs a SIGTERM handler of its own
+        start_ray(extra_cpus=1 if context.config.train.worker_range[1] else 0)  # first: it installs a SIGTERM handler of its own
         start = checkpoint.last_step(folder.checkpoints)
         tracker.rewind(start)
-        for line in run_summary(ready, folder, start):
+        for line in run_summary(context, folder, start):
             console.print(line, highlight=False, soft_wrap=True)
         with interruptible() as stop:
-            step, evaluation = _train_and_evaluate(ready, folder, console, state, tracker, stop.is_set)
+            step, evaluation = _train_and_evaluate(context, folder, console, state, tracker, stop.is_set)
         if evaluation is None:
             outcome = Outcome(folder, "interrupted", f"stopped at step {step}; its checkpoint is whole")
             return outcome
@@ -174,40 +176,42 @@ def _run(ready: Prepared, folder: RunFolder, console: Console, state: checkpoint
 
 
 def _train_and_evaluate(
-    ready: Prepared, folder: RunFolder, console: Console, state: checkpoint.State | None, tracker: Tracker, stop: Callable[[], bool]
+    context: RunContext, folder: RunFolder, console: Console, state: checkpoint.State | None, tracker: Tracker, stop: Callable[[], bool]
 ) -> tuple[int, Evaluation | None]:
     """The last completed step, and what was found at the end; None if `stop` came before."""
-    facts = ready.resolved.facts
+    facts = context.resolved.facts
     display = Display(
         console,
         total_steps=facts.total_steps,
         start_step=checkpoint.last_step(folder.checkpoints),
         batch=facts.global_batch_size,
-        chance=ready.method.chance_loss(),
+        chance=context.method.chance_loss(),
     )
     kept: dict[Any, Any] = {}
     with display:
-        if ready.config.train.worker_range[1]:
-            result = train_with_workers(ready, folder, state, screen=display, stop=stop, on_message=tracker.wake, on_attempt=tracker.rewind)
+        if context.config.train.worker_range[1]:
+            result = train_with_workers(
+                context, folder, state, screen=display, stop=stop, on_message=tracker.wake, on_attempt=tracker.rewind
+            )
         else:
-            result = train(ready, folder, state, screen=display, report=tracker.log, stop=stop, tasks=default_tasks(), kept=kept)
+            result = train(context, folder, state, screen=display, report=tracker.log, stop=stop, tasks=default_tasks(), kept=kept)
         if not result.complete:
             return result.step, None
         display.say("evaluating ...")
-        if ready.config.train.worker_range[1]:
-            return result.step, evaluate_in_task(ready, folder, stop=stop)
-        return result.step, evaluate_and_export(ready, folder, kept=kept)
+        if context.config.train.worker_range[1]:
+            return result.step, evaluate_in_task(context, folder, stop=stop)
+        return result.step, evaluate_and_export(context, folder, kept=kept)
 
 
-def _open_tracker(ready: Prepared, folder: RunFolder) -> Tracker:
-    config, method = ready.config, find(ready.config.method).name
+def _open_tracker(context: RunContext, folder: RunFolder) -> Tracker:
+    config, method = context.config, find(context.config.method).name
     return Tracker.open(
         folder.path,
         uri=config.track.uri,
         experiment=config.track.experiment,
         name=folder.name,
         params=lambda: flatten(config) | {"method": method},
-        tags={"recipe": config.recipe, "method": method, "data_fingerprint": ready.dataset.fingerprint},
+        tags={"recipe": config.recipe, "method": method, "data_fingerprint": context.dataset.fingerprint},
     )
 
 
@@ -232,13 +236,13 @@ def interruptible() -> Iterator[threading.Event]:
             signal.signal(s, handler)
 
 
-def run_summary(ready: Prepared, folder: RunFolder, start: int) -> list[str]:
+def run_summary(context: RunContext, folder: RunFolder, start: int) -> list[str]:
     """What is about to happen from step `start` on, in a few lines with rich's markup."""
-    device, precision = choose_device(ready.config)
-    config, facts = ready.config, ready.resolved.facts
-    dataset = ready.dataset
+    device, precision = choose_device(context.config)
+    config, facts = context.config, context.resolved.facts
+    dataset = context.dataset
     labels = f"{len(dataset.class_names)} classes" if dataset.class_names else "no labels"
-    size = sum(p.numel() for p in ready.method.evaluation_backbone().parameters()) / 1e6
+    size = sum(p.numel() for p in context.method.evaluation_backbone().parameters()) / 1e6
     lines: list[str] = []
     say = lambda key, text: lines.append(f"[bold]{key:9}[/bold] {text}")  # noqa: E731
     say("run", str(folder.path))
@@ -259,6 +263,6 @@ def run_summary(ready: Prepared, folder: RunFolder, start: int) -> list[str]:
         epochs = f"{facts.total_steps * facts.global_batch_size / facts.num_images:.3g} passes over the data"
     begin = f" from step {start}" if start else ""
     say("plan", f"{facts.total_steps:,} steps of {facts.global_batch_size} images{begin} ({epochs})")
-    for sentence in [*ready.method.config_warnings(facts), *placement_advice(config)]:
+    for sentence in [*context.method.config_warnings(facts), *placement_advice(config)]:
         say("[yellow]advice[/yellow]   ", sentence)
     return lines

@@ -18,7 +18,7 @@ from typing import Any
 
 from methods.parts.errors import ConfigError
 from pipeline import checkpoint
-from pipeline.build import Prepared
+from pipeline.build import RunContext
 from pipeline.data.ray_data import joins_cluster, raise_priority
 from pipeline.run_folder import RunFolder
 from pipeline.storage import mirror
@@ -37,7 +37,7 @@ class WorkersLost(RuntimeError):
 
 
 def train_with_workers(
-    ready: Prepared,
+    context: RunContext,
     folder: RunFolder,
     state: checkpoint.State | None,
     *,
@@ -49,7 +49,7 @@ def train_with_workers(
     """Train on as many workers as are asked for and fit; go on after losses and preemptions.
 
     Args:
-        state: what to start from where the run has no checkpoint; None = the weights of `ready`.
+        state: what to start from where the run has no checkpoint; None = the weights of `context`.
         stop: asked a few times a second; True ends the run with a whole checkpoint.
         on_message: called when points may have been written.
         on_attempt: called with the step from which an attempt starts, before it does.
@@ -60,16 +60,16 @@ def train_with_workers(
     """
     import ray
 
-    config = ready.config.train
-    settings = {"prepared": [ray.put((ready, state))], "run": folder.shared.uri}
+    config = context.config.train
+    settings = {"context": [ray.put((context, state))], "run": folder.shared.uri}
     failures: Counter[int] = Counter()  # of attempts, by the step from which they began
     leaving: set[str] = set()  # ids of nodes that are being taken away
     while True:
         start = checkpoint.last_step(folder.checkpoints)
         on_attempt(start)
-        if start >= ready.resolved.facts.total_steps:  # only the evaluation is left
+        if start >= context.resolved.facts.total_steps:  # only the evaluation is left
             return TrainResult(start, complete=True)
-        placed = place_workers(config, ready.config.data.num_shards, say=screen.say, stop=stop, probe=bool(failures), without=leaving)
+        placed = place_workers(config, context.config.data.num_shards, say=screen.say, stop=stop, probe=bool(failures), without=leaving)
         if placed is None:
             return TrainResult(start, complete=False)
         workers, resources = placed
@@ -237,7 +237,7 @@ def worker_main(settings: dict[str, Any]) -> TrainResult:
     """Train as one of the workers; what `TorchTrainer` runs in each.
 
     Args:
-        settings: `prepared`, a list with the reference to the run's `Prepared` and the state to start from; the folder `run`; the
+        settings: `context`, a list with the reference to the `RunContext` and the state to start from; the folder `run`; the
             `channel` to the driver; and how many `tasks` cut images at the same time for all workers.
     """
     import ray
@@ -245,15 +245,15 @@ def worker_main(settings: dict[str, Any]) -> TrainResult:
     from ray.train.torch import get_device
 
     raise_priority()
-    context = get_context()
-    ready, state = ray.get(settings["prepared"][0])
-    config, folder = ready.config.train, RunFolder(settings["run"])
+    train_context = get_context()
+    context, state = ray.get(settings["context"][0])
+    config, folder = context.config.train, RunFolder(settings["run"])
     preempted: list[str] = []
     reporter = RemoteReporter(
         settings["channel"],
         folder,
-        rank=context.get_world_rank(),
-        batch=ready.resolved.facts.global_batch_size,
+        rank=train_context.get_world_rank(),
+        batch=context.resolved.facts.global_batch_size,
         start_step=checkpoint.last_step(folder.checkpoints),
     )
 
@@ -265,7 +265,7 @@ def worker_main(settings: dict[str, Any]) -> TrainResult:
 
     try:
         result = train(
-            ready,
+            context,
             folder,
             state,
             screen=reporter,
@@ -273,9 +273,9 @@ def worker_main(settings: dict[str, Any]) -> TrainResult:
             stop=stop,
             ask_every=config.log_every,
             device=get_device(),
-            local_workers=context.get_local_world_size(),
+            local_workers=train_context.get_local_world_size(),
             tasks=settings["tasks"],
-            share=share_through(settings["channel"], context.get_world_rank()),
+            share=share_through(settings["channel"], train_context.get_world_rank()),
         )
     finally:
         reporter.close()
@@ -287,7 +287,7 @@ def worker_main(settings: dict[str, Any]) -> TrainResult:
 # ---------------------------------------------------------------------------- after training
 
 
-def evaluate_in_task(ready: Prepared, folder: RunFolder, *, stop: Callable[[], bool]) -> Evaluation | None:
+def evaluate_in_task(context: RunContext, folder: RunFolder, *, stop: Callable[[], bool]) -> Evaluation | None:
     """Evaluate and export a complete run in one Ray task with the resources of one worker, so that the other GPUs are free.
 
     Returns:
@@ -295,11 +295,11 @@ def evaluate_in_task(ready: Prepared, folder: RunFolder, *, stop: Callable[[], b
     """
     import ray
 
-    resources = worker_resources(ready.config.train)
+    resources = worker_resources(context.config.train)
     task = ray.remote(evaluate_checkpoint).options(
-        num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), max_retries=ready.config.train.max_restarts
+        num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), max_retries=context.config.train.max_restarts
     )
-    found = task.remote(ready, folder.shared.uri)
+    found = task.remote(context, folder.shared.uri)
     while not ray.wait([found], timeout=POLL_S)[0]:
         if stop():
             ray.cancel(found, force=True)

@@ -15,7 +15,7 @@ from methods.parts.distributed import rank, world_size
 from methods.parts.norms import convert_sync_batchnorm
 from methods.parts.vit import compile_blocks
 from pipeline import checkpoint
-from pipeline.build import Prepared, untrained
+from pipeline.build import RunContext, untrained
 from pipeline.data.loader import Batch
 from pipeline.evaluate.final import Scores, final_scores
 from pipeline.evaluate.online import Online
@@ -52,7 +52,7 @@ class Evaluation:
 
 
 def train(
-    ready: Prepared,
+    context: RunContext,
     folder: RunFolder,
     state: checkpoint.State | None,
     *,
@@ -75,16 +75,16 @@ def train(
         checkpoint.DiskFull: a checkpoint could not be written.
     """
     try:
-        trainer = build_trainer(ready, folder, state, screen=screen, report=report, stop=stop, **how)
-        with contextlib.closing(batches(ready, trainer, tasks, share)) as stream:
+        trainer = build_trainer(context, folder, state, screen=screen, report=report, stop=stop, **how)
+        with contextlib.closing(batches(context, trainer, tasks, share)) as stream:
             trainer.run(stream)
     except torch.OutOfMemoryError as error:
-        raise TrainingAborted(memory_advice(error, ready.config)) from error
-    return TrainResult(trainer.position.step, trainer.position.step >= ready.resolved.facts.total_steps)
+        raise TrainingAborted(memory_advice(error, context.config)) from error
+    return TrainResult(trainer.position.step, trainer.position.step >= context.resolved.facts.total_steps)
 
 
 def build_trainer(
-    ready: Prepared,
+    context: RunContext,
     folder: RunFolder,
     state: checkpoint.State | None,
     *,
@@ -100,7 +100,7 @@ def build_trainer(
     """Return a trainer at the step from which the run goes on.
 
     Args:
-        state: what to start from where the run has no checkpoint yet; None = the weights that `ready` holds.
+        state: what to start from where the run has no checkpoint yet; None = the weights that `context` holds.
         ask_every: steps between two questions to `stop`.
         device: None = this process's best.
         local_workers: workers on this machine, which share its cores.
@@ -110,7 +110,7 @@ def build_trainer(
     Raises:
         ConfigError: `evaluate.score` cannot be measured, or another thread count than a deterministic run began with.
     """
-    config, resolved = ready.config, ready.resolved
+    config, resolved = context.config, context.resolved
     own = pointer or checkpoint.pointed_to(folder.checkpoints)
     state = checkpoint.load(own) if own else state
     chosen, precision = choose_device(config)
@@ -119,9 +119,9 @@ def build_trainer(
     set_threads(config, state, local_workers)
     if device.type == "cpu":
         keep_freed_memory()
-    if world_size() > 1 and ready.method.sync_batchnorm:
-        convert_sync_batchnorm(ready.method, device)
-    method = ready.method.to(device)
+    if world_size() > 1 and context.method.sync_batchnorm:
+        convert_sync_batchnorm(context.method, device)
+    method = context.method.to(device)
     if config.train.compile:
         compile_blocks(method)
     trainer = Trainer(
@@ -134,12 +134,12 @@ def build_trainer(
         precision=precision,
         display=screen,
         report=report,
-        images=len(ready.dataset) if resolved.facts.num_images else resolved.facts.total_steps * resolved.facts.global_batch_size,
+        images=len(context.dataset) if resolved.facts.num_images else resolved.facts.total_steps * resolved.facts.global_batch_size,
         stop=stop,
         ask_every=ask_every,
     )
     if rank() == 0:
-        online = Online(config, ready.dataset, device, precision, trainer.record_bad_images, kept)
+        online = Online(config, context.dataset, device, precision, trainer.record_bad_images, kept)
         trainer.online = online.measure if online.measures else None
         trainer.online_clusters = online.clusters if method.has_clusters else None
     if state is not None:
@@ -151,16 +151,16 @@ def build_trainer(
 
 
 def batches(
-    ready: Prepared, trainer: Trainer, tasks: int | None = None, share: Callable[[Any], Any] = lambda value: value
+    context: RunContext, trainer: Trainer, tasks: int | None = None, share: Callable[[Any], Any] = lambda value: value
 ) -> Generator[Batch]:
     """This worker's batches from the trainer's step on."""
-    return ready.stream.batches(
+    return context.stream.batches(
         trainer.position.step,
         rank=rank(),
         world_size=world_size(),
         tasks=tasks,
         share=share,
-        micro_batches=ready.config.train.accumulation_steps,
+        micro_batches=context.config.train.accumulation_steps,
         device=trainer.device,
     )
 
@@ -168,51 +168,51 @@ def batches(
 # ---------------------------------------------------------------------------- after training
 
 
-def evaluate_and_export(ready: Prepared, folder: RunFolder, *, kept: dict[Any, Any] | None = None) -> Evaluation:
-    """Final evaluation, pictures and export of a complete run, whose method `ready` holds."""
-    config, method = ready.config, ready.method
+def evaluate_and_export(context: RunContext, folder: RunFolder, *, kept: dict[Any, Any] | None = None) -> Evaluation:
+    """Final evaluation, pictures and export of a complete run, whose method `context` holds."""
+    config, method = context.config, context.method
     device, precision = choose_device(config)
     method.to(device)
     backbone = method.evaluation_backbone()
-    scores = final_scores(config, ready.dataset, backbone, untrained(config, ready.resolved), device)
+    scores = final_scores(config, context.dataset, backbone, untrained(config, context.resolved), device)
     write_json(folder.path / "evaluation.json", scores.to_dict())
-    clusters = Online(config, ready.dataset, device, precision, kept=kept).clusters(method) if method.has_clusters else None
-    pictures = run_figures(ready, folder, backbone, scores, clusters, device)
-    export_backbone(ready, folder, scores.tags())
+    clusters = Online(config, context.dataset, device, precision, kept=kept).clusters(method) if method.has_clusters else None
+    pictures = run_figures(context, folder, backbone, scores, clusters, device)
+    export_backbone(context, folder, scores.tags())
     mirror.push(folder.path)
     return Evaluation(scores, [picture.name for picture in pictures])
 
 
-def evaluate_checkpoint(ready: Prepared, run: str) -> Evaluation:
+def evaluate_checkpoint(context: RunContext, run: str) -> Evaluation:
     """The same in another process than that of training: from the last checkpoint of the folder or URI `run`."""
     runs_dir, _, name = run.rpartition("/")
     folder = RunFolder(mirror.local_copy(runs_dir) / name)
     mirror.pull(folder.path)
-    set_threads(ready.config, None)
-    load_method(ready, folder)
-    return evaluate_and_export(ready, folder)
+    set_threads(context.config, None)
+    load_method(context, folder)
+    return evaluate_and_export(context, folder)
 
 
-def load_method(ready: Prepared, folder: RunFolder) -> None:
-    """Fill the method of `ready` from the run's last checkpoint."""
+def load_method(context: RunContext, folder: RunFolder) -> None:
+    """Fill the method of `context` from the run's last checkpoint."""
     pointed = checkpoint.pointed_to(folder.checkpoints)
     assert pointed is not None, "a run has a checkpoint of its last step"
-    restore_method(ready.method, checkpoint.load(pointed))
+    restore_method(context.method, checkpoint.load(pointed))
 
 
-def export_backbone(ready: Prepared, folder: RunFolder, tags: Mapping[str, str] | None = None) -> None:
+def export_backbone(context: RunContext, folder: RunFolder, tags: Mapping[str, str] | None = None) -> None:
     """Write the backbone of a complete run as a model that `evaluate`, `embed` and the registry take."""
-    config = ready.config
+    config = context.config
     facts: dict[str, Any] = {
         "method": find(config.method).name,
         "recipe": config.recipe,
         "run": folder.name,
-        "data_fingerprint": ready.dataset.fingerprint,
-        "steps": ready.resolved.facts.total_steps,
+        "data_fingerprint": context.dataset.fingerprint,
+        "steps": context.resolved.facts.total_steps,
         "knn_held_out": folder.state().get("knn"),
     }
     facts |= tags or {}
-    backbone: nn.Module = ready.method.evaluation_backbone()
+    backbone: nn.Module = context.method.evaluation_backbone()
     registry.export(
         backbone, config.backbone, folder.model, size=config.evaluation_size, mean=config.data.mean, std=config.data.std, facts=facts
     )

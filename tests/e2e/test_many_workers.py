@@ -16,7 +16,7 @@ import ray
 
 from methods.parts.contract import Method, find, registered
 from pipeline import checkpoint
-from pipeline.build import Prepared, prepare
+from pipeline.build import RunContext, prepare
 from pipeline.config import override
 from pipeline.data.ray_data import start_ray
 from pipeline.recipes import entries, load_recipe
@@ -53,7 +53,7 @@ def every_method(settings: dict[str, Any]) -> dict[str, TrainResult]:
 
 
 @pytest.fixture(scope="module")
-def trained(ray_with_room: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Prepared, RunFolder, TrainResult]]:
+def trained(ray_with_room: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[RunContext, RunFolder, TrainResult]]:
     """Every method by one group of two workers, one after the other: starting a group takes longer than these few steps."""
     root, settings, runs = tmp_path_factory.mktemp("many"), {}, {}
     configs = {}
@@ -70,7 +70,7 @@ def trained(ray_with_room: None, tmp_path_factory: pytest.TempPathFactory) -> di
         ready = prepare(config)
         folder = create_run(root, name, name)
         runs[name] = ready, folder
-        settings[name] = {"prepared": [ray.put((ready, None))], "run": str(folder.path)}
+        settings[name] = {"context": [ray.put((ready, None))], "run": str(folder.path)}
     here = sys.modules[__name__]
     ray.cloudpickle.register_pickle_by_value(here)  # workers cannot import it
     try:
@@ -82,7 +82,7 @@ def trained(ray_with_room: None, tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 @pytest.mark.parametrize("method", list(registered()))
-def test_every_method_trains_on_two_workers(method: str, trained: dict[str, tuple[Prepared, RunFolder, TrainResult]]) -> None:
+def test_every_method_trains_on_two_workers(method: str, trained: dict[str, tuple[RunContext, RunFolder, TrainResult]]) -> None:
     _, folder, done = trained[method]
     assert done == TrainResult(4, complete=True)
     points = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
@@ -93,7 +93,7 @@ def test_every_method_trains_on_two_workers(method: str, trained: dict[str, tupl
 
 
 @pytest.mark.parametrize("method", EVALUATED)
-def test_the_evaluation_draws_what_a_method_has(method: str, trained: dict[str, tuple[Prepared, RunFolder, TrainResult]]) -> None:
+def test_the_evaluation_draws_what_a_method_has(method: str, trained: dict[str, tuple[RunContext, RunFolder, TrainResult]]) -> None:
     ready, folder, _ = trained[method]
     assert evaluate_checkpoint(ready, str(folder.path)).scores.get("trained") > 0
     kind = registered()[method].method
@@ -119,7 +119,7 @@ def test_more_workers_than_fit_are_refused_with_a_remedy(ray_with_room: None, tm
 
 
 def test_a_run_that_loses_a_worker_ends_as_one_left_alone(
-    trained: dict[str, tuple[Prepared, RunFolder, TrainResult]], tmp_path: Path
+    trained: dict[str, tuple[RunContext, RunFolder, TrainResult]], tmp_path: Path
 ) -> None:
     """The same final state, bit for bit, by the command that users give."""
     ray.shutdown()  # the cores are for the command
