@@ -14,10 +14,10 @@ from pipeline.shell import installed
 if TYPE_CHECKING:
     from pipeline.evaluate.final import Scores
     from pipeline.evaluate.probes import ProbeScores
-    from pipeline.train.launch import Outcome
+    from pipeline.train.launch import RunResult
 
 
-def conclude(outcome: Outcome, options: Any) -> int:
+def conclude(outcome: RunResult, options: Any) -> int:
     """Say how a run ended and what can be done next."""
     screen, name, runs = console(), outcome.folder.name, options.runs_dir
     write_json(options, outcome.to_dict())

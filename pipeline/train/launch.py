@@ -39,7 +39,7 @@ from pipeline.train.work import Evaluation, evaluate_and_export, train
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class RunResult:
     """How a run ended. `status` is finished, interrupted or failed."""
 
     folder: RunFolder
@@ -66,7 +66,7 @@ class Outcome:
 # ---------------------------------------------------------------------------- the three ways to begin
 
 
-def pretrain(config: RunConfig, *, runs_dir: Path, run: str | None, console: Console) -> Outcome:
+def pretrain(config: RunConfig, *, runs_dir: Path, run: str | None, console: Console) -> RunResult:
     """A new run from random (or `backbone.init`) weights."""
     context = prepare(config, given_weights(config, runs_dir))
     return _begin(context, runs_dir=runs_dir, run=run, console=console, state=None)
@@ -80,7 +80,7 @@ def given_weights(config: RunConfig, runs_dir: Path) -> Callable[[nn.Module], No
     return lambda backbone: registry.init_backbone(backbone, reference, runs_dir=runs_dir, uri=config.track.uri)
 
 
-def continue_run(earlier: RunFolder, config: RunConfig, *, runs_dir: Path, run: str | None, console: Console) -> Outcome:
+def continue_run(earlier: RunFolder, config: RunConfig, *, runs_dir: Path, run: str | None, console: Console) -> RunResult:
     """A new run from the full last state of another, with a new schedule."""
     saved = last_state(earlier)
     before = from_yaml(earlier.config_text())
@@ -102,7 +102,7 @@ def continue_run(earlier: RunFolder, config: RunConfig, *, runs_dir: Path, run: 
     )
 
 
-def resume(folder: RunFolder, *, runs_dir: Path, console: Console) -> Outcome:
+def resume(folder: RunFolder, *, runs_dir: Path, console: Console) -> RunResult:
     """Go on with a run: same plan, same config, from its last checkpoint (or from the start if it has none)."""
     if folder.state().get("status") == "finished":
         longer = command("continue", folder.name, "--train.steps", "N", runs_dir=runs_dir)
@@ -121,7 +121,7 @@ def last_state(folder: RunFolder) -> checkpoint.State:
     return checkpoint.load(pointed)
 
 
-def _begin(context: RunContext, *, runs_dir: Path, run: str | None, console: Console, state: Any, stem: str | None = None) -> Outcome:
+def _begin(context: RunContext, *, runs_dir: Path, run: str | None, console: Console, state: Any, stem: str | None = None) -> RunResult:
     folder = create_run(runs_dir, run, stem or context.config.recipe or find(context.config.method).name)
     write_atomic(folder.path / "config.yaml", to_yaml(context.config).encode())
     folder.update(
@@ -135,9 +135,9 @@ def _begin(context: RunContext, *, runs_dir: Path, run: str | None, console: Con
 # ---------------------------------------------------------------------------- the run itself
 
 
-def _run(context: RunContext, folder: RunFolder, console: Console, state: checkpoint.State | None) -> Outcome:
+def _run(context: RunContext, folder: RunFolder, console: Console, state: checkpoint.State | None) -> RunResult:
     """Train to the end, or until Ctrl-C or SIGTERM; then evaluate, register the backbone, and write down how it ended."""
-    outcome = Outcome(folder, "failed", "ended unexpectedly")
+    result = RunResult(folder, "failed", "ended unexpectedly")
     tracker = _open_tracker(context, folder)
     try:
         start_ray(extra_cpus=1 if context.config.train.worker_range[1] else 0)  # first: it installs a SIGTERM handler of its own
@@ -148,26 +148,26 @@ def _run(context: RunContext, folder: RunFolder, console: Console, state: checkp
         with interruptible() as stop:
             step, evaluation = _train_and_evaluate(context, folder, console, state, tracker, stop.is_set)
         if evaluation is None:
-            outcome = Outcome(folder, "interrupted", f"stopped at step {step}; its checkpoint is whole")
-            return outcome
+            result = RunResult(folder, "interrupted", f"stopped at step {step}; its checkpoint is whole")
+            return result
         tracker.log(step, evaluation.scores.metrics())
         for picture in evaluation.pictures:
             tracker.artifact(folder.figures / picture)
-        outcome = Outcome(folder, "finished", scores=evaluation.scores, model=register(folder, tracker, console))
-        return outcome
+        result = RunResult(folder, "finished", scores=evaluation.scores, model=register(folder, tracker, console))
+        return result
     except (TrainingAborted, checkpoint.DiskFull) as error:
-        outcome = Outcome(folder, "failed", str(error))
-        return outcome
+        result = RunResult(folder, "failed", str(error))
+        return result
     except ConfigError as error:
-        outcome = Outcome(folder, "failed", str(error))
+        result = RunResult(folder, "failed", str(error))
         raise
     except KeyboardInterrupt:
-        outcome = Outcome(folder, "interrupted", "stopped at once; the last checkpoint is whole")
-        return outcome
+        result = RunResult(folder, "interrupted", "stopped at once; the last checkpoint is whole")
+        return result
     finally:
         ends: dict[str, EndStatus] = {"finished": "FINISHED", "interrupted": "KILLED"}
-        folder.update(status=outcome.status, message=outcome.message, ended=time.time())
-        unsent = tracker.close(ends.get(outcome.status, "FAILED"))
+        folder.update(status=result.status, message=result.message, ended=time.time())
+        unsent = tracker.close(ends.get(result.status, "FAILED"))
         with contextlib.suppress(OSError):
             mirror.push(folder.path, only="tracking.json")
         if unsent:
