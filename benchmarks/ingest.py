@@ -24,7 +24,7 @@ from views import LARGE, original, photographs
 
 from pipeline.config import DataConfig
 from pipeline.data.crop_task import cut_images
-from pipeline.data.image_dataset import ImageDataset, Row
+from pipeline.data.image_dataset import ImageDataset, Sample
 from pipeline.data.loader import TrainLoader
 from pipeline.data.ray_data import start_ray
 from pipeline.data.sampler import Sampler
@@ -87,7 +87,7 @@ def data_loader(images: list[bytes], count: int, workers: int) -> float:
 
 def _bare(images: list[bytes], count: int, barrier: Any, done: Any) -> None:
     torch.set_num_threads(1)
-    rows = [Row(i, images[i % len(images)], -1, "") for i in range(WINDOW)]
+    rows = [Sample(i, images[i % len(images)], -1, "") for i in range(WINDOW)]
     cut_images(rows[:8], 0, LARGE, 0, 8)
     barrier.wait()
     begin = time.perf_counter()

@@ -29,7 +29,7 @@ from pipeline.data import decode as decoding
 from pipeline.data.crop_task import cut_images, finish_columns
 from pipeline.data.crops import COLUMNS, cut_window, draw_views
 from pipeline.data.decode import decode
-from pipeline.data.image_dataset import Row
+from pipeline.data.image_dataset import Sample
 from pipeline.data.sources.patches import FILES, load_photo, open_patches
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.228, 0.224, 0.225)
@@ -71,7 +71,7 @@ def cut(views: ViewsConfig) -> Engine:
     """uint8 views and tables, ready to travel."""
 
     def engine(images: list[bytes]) -> object:
-        return cut_images([Row(i, image, -1, "") for i, image in enumerate(images)], 0, views, 0, len(images))
+        return cut_images([Sample(i, image, -1, "") for i, image in enumerate(images)], 0, views, 0, len(images))
 
     return engine
 

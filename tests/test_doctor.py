@@ -140,15 +140,15 @@ def test_a_large_sample_is_spread_over_the_data(tmp_path: Path) -> None:
     fake = Fake()
     fake.labels, fake.class_names, fake.skipped = np.full(10, -1), [], []  # type: ignore[attr-defined]
 
-    def read(ids: list[int]) -> list[image_dataset.Row]:
+    def read(ids: list[int]) -> list[image_dataset.Sample]:
         fake.asked += ids
-        return [image_dataset.Row(ids[0], jpeg(), -1, "x")]
+        return [image_dataset.Sample(ids[0], jpeg(), -1, "x")]
 
     fake.read = read  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(base, "open_source", lambda _: fake)
         checks = look(tmp_path, data=DataConfig())
-    assert len(set(fake.asked)) == report.SAMPLE and min(fake.asked) == 0 and max(fake.asked) == 999_999
+    assert len(set(fake.asked)) == report.DECODED_IMAGES and min(fake.asked) == 0 and max(fake.asked) == 999_999
     assert "no labels" in find(checks, "data").found
 
 

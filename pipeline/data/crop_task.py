@@ -11,37 +11,38 @@ from methods.parts.views import ViewsConfig
 from pipeline.data.augment import Normalisation, finish_crops
 from pipeline.data.crops import COLUMNS, cut_window, draw_views, shrink_factor, shrunk
 from pipeline.data.decode import BadImage, decode, large_size
-from pipeline.data.image_dataset import Row
+from pipeline.data.image_dataset import Sample
 
 
-def cut_images(rows: list[Row], epoch: int, views: ViewsConfig, seed: int, chunk: int) -> dict[str, np.ndarray]:
+def cut_images(samples: list[Sample], epoch: int, views: ViewsConfig, seed: int, chunk: int) -> dict[str, np.ndarray]:
     """Decode a window of images and cut their views; bad slots get a good image from another chunk.
 
     Large JPEGs are decoded at the smallest size in which every box is twice as large as its view. Their tables hold the boxes
     in the whole image.
 
     Returns:
-        Columns of `len(rows)` entries: `crops/GROUP` and `table/GROUP`, `id` and `label` of the image shown, `planned` id,
+        Columns of `len(samples)` entries: `crops/GROUP` and `table/GROUP`, `id` and `label` of the image shown, `planned` id,
         and `reason`, empty unless the planned image is bad.
     """
-    sizes = [large_size(row.image) for row in rows]
+    sizes = [large_size(sample.image) for sample in samples]
     factors = [
-        1 if size is None else shrink_factor(_draw([row], [size], seed, epoch, views), views) for row, size in zip(rows, sizes, strict=True)
+        1 if size is None else shrink_factor(_draw([sample], [size], seed, epoch, views), views)
+        for sample, size in zip(samples, sizes, strict=True)
     ]
-    images, reasons = decode_all(rows, factors)
+    images, reasons = decode_all(samples, factors)
     whole = [image.shape[:2] if reason or size is None else size for image, reason, size in zip(images, reasons, sizes, strict=True)]
     shown = substitutes([not reason for reason in reasons], chunk)
     pictures = [images[s] for s in shown]
-    ids = np.array([rows[s].id for s in shown])
-    tables = _draw([rows[s] for s in shown], [whole[s] for s in shown], seed, epoch, views)
+    ids = np.array([samples[s].id for s in shown])
+    tables = _draw([samples[s] for s in shown], [whole[s] for s in shown], seed, epoch, views)
     in_picture = tables
     if max(factors) > 1:
         heights, widths = (np.array([picture.shape[axis] for picture in pictures]) for axis in (0, 1))
         in_picture = {name: shrunk(table, np.array(factors)[shown], heights, widths) for name, table in tables.items()}
     columns = {f"crops/{name}": crops for name, crops in cut_window(pictures, in_picture, views).items()}
     columns |= {f"table/{name}": table for name, table in tables.items()}
-    columns["id"], columns["planned"] = ids, np.array([row.id for row in rows])
-    columns["label"] = np.array([rows[s].label for s in shown])
+    columns["id"], columns["planned"] = ids, np.array([sample.id for sample in samples])
+    columns["label"] = np.array([samples[s].label for s in shown])
     columns["reason"] = np.array(reasons, dtype=object)
     return columns
 
@@ -67,12 +68,12 @@ def substitutes(good: list[bool], chunk: int) -> np.ndarray:
     return shown
 
 
-def decode_all(rows: list[Row], factors: Sequence[int] | None = None) -> tuple[list[np.ndarray], list[str]]:
-    """Pixels of every row, and why it has none: an empty string, or the reason beside one black pixel."""
+def decode_all(samples: list[Sample], factors: Sequence[int] | None = None) -> tuple[list[np.ndarray], list[str]]:
+    """Pixels of every sample, and why it has none: an empty string, or the reason beside one black pixel."""
     images, reasons = [], []
-    for row, factor in zip(rows, factors or [1] * len(rows), strict=True):
+    for sample, factor in zip(samples, factors or [1] * len(samples), strict=True):
         try:
-            images.append(decode(row.image, factor))
+            images.append(decode(sample.image, factor))
             reasons.append("")
         except BadImage as error:
             images.append(np.zeros((1, 1, 3), np.uint8))
@@ -80,9 +81,9 @@ def decode_all(rows: list[Row], factors: Sequence[int] | None = None) -> tuple[l
     return images, reasons
 
 
-def _draw(rows: list[Row], sizes: list[tuple[int, ...]], seed: int, epoch: int, views: ViewsConfig) -> dict[str, np.ndarray]:
+def _draw(samples: list[Sample], sizes: list[tuple[int, ...]], seed: int, epoch: int, views: ViewsConfig) -> dict[str, np.ndarray]:
     heights, widths = np.array(sizes).T
-    return draw_views(seed, epoch, np.array([row.id for row in rows]), heights, widths, views)
+    return draw_views(seed, epoch, np.array([sample.id for sample in samples]), heights, widths, views)
 
 
 def block_bytes(views: ViewsConfig, images: int, finished: bool) -> int:

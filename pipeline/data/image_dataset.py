@@ -16,7 +16,7 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", "
 MOST_HELD_OUT = 5000  # enough for an accuracy to half a point; a large source should train on the rest
 
 
-class Row(NamedTuple):
+class Sample(NamedTuple):
     """One image of a source, still encoded. A label of -1 is unknown."""
 
     id: int
@@ -72,10 +72,10 @@ class ImageDataset:
         """Where an image lies, for messages."""
         raise NotImplementedError
 
-    def read(self, ids: Sequence[int] | np.ndarray) -> list[Row]:
+    def read(self, ids: Sequence[int] | np.ndarray) -> list[Sample]:
         """The encoded images in the order asked. A file that cannot be read gives empty bytes, so that ids stay stable."""
         cells = zip(ids, self._read(ids), strict=True)
-        return [Row(int(i), image, int(self.labels[i]), path or self.path(int(i))) for i, (image, path) in cells]
+        return [Sample(int(i), image, int(self.labels[i]), path or self.path(int(i))) for i, (image, path) in cells]
 
     def _read(self, ids: Sequence[int] | np.ndarray) -> Iterable[tuple[bytes, str | None]]:
         """Encoded bytes and, where the source stores one, a path of its own."""

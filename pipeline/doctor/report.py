@@ -20,7 +20,7 @@ from pipeline.machine import Check
 if TYPE_CHECKING:
     from rich.table import Table
 
-SAMPLE = 64  # images decoded
+DECODED_IMAGES = 64  # images decoded
 
 
 def diagnose(
@@ -190,7 +190,7 @@ def _data(data: DataConfig, config: RunConfig | None) -> Iterable[Check]:
         listed = _listed(dataset.skipped)
         yield Check("stray files", "warn", f"{len(dataset.skipped):,} skipped\n{listed}", "nothing, if these are no images of yours")
 
-    ids = np.unique(np.linspace(0, len(dataset) - 1, SAMPLE).round().astype(np.int64))
+    ids = np.unique(np.linspace(0, len(dataset) - 1, DECODED_IMAGES).round().astype(np.int64))
     good, sizes, bad, seconds = _decode(dataset, ids)
     if sizes:
         rate = len(sizes) / max(seconds, 1e-9)

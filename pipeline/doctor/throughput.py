@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import RunConfig
-from pipeline.data.image_dataset import Row
+from pipeline.data.image_dataset import Sample
 from pipeline.machine import Check, available_cores, choose_device, set_precision, thread_count
 from pipeline.resolve import resolve
 
@@ -29,11 +29,11 @@ class Cost:
     batch: int  # images in each
 
 
-def measure(config: RunConfig, rows: Sequence[Row], num_images: int | None) -> Cost:
+def measure(config: RunConfig, samples: Sequence[Sample], num_images: int | None) -> Cost:
     """Cut real images and time the method's own step on them. Runs here, or in a task on a node with a GPU.
 
     Args:
-        rows: some images that can be decoded.
+        samples: some images that can be decoded.
         num_images: of the training set; None = without end.
 
     Raises:
@@ -58,7 +58,7 @@ def measure(config: RunConfig, rows: Sequence[Row], num_images: int | None) -> C
     before, threads = torch.get_num_threads(), thread_count(config)  # as in the run
     try:
         torch.set_num_threads(1)  # as in a task
-        some = [rows[i % len(rows)] for i in range(size)]
+        some = [samples[i % len(samples)] for i in range(size)]
         cut_images(some[:1], 0, config.views, 0, 1)  # pays for imports
         begin = time.thread_time()  # CPU time: other work on this machine does not count
         columns = cut_images(some, 0, config.views, 0, 1)
@@ -119,10 +119,10 @@ def report(config: RunConfig, dataset: Any, ids: Sequence[int]) -> Iterable[Chec
 
     num_images = dataset.num_training(config.data.held_out)
     facts = resolve(config, num_images).facts
-    rows = dataset.read(list(ids)[:32])
-    cost, cores = cluster.on_gpu(measure, config, rows, num_images) if joins_cluster() else (None, available_cores())
+    samples = dataset.read(list(ids)[:32])
+    cost, cores = cluster.on_gpu(measure, config, samples, num_images) if joins_cluster() else (None, available_cores())
     place = "on a GPU node" if cost else "on this machine"
-    cost = cost or measure(config, rows, num_images)
+    cost = cost or measure(config, samples, num_images)
     workers = max(1, config.train.worker_range[1])
     seconds = image_seconds(cost, cores, workers)
     hours = duration(facts.total_steps * facts.global_batch_size * seconds)

@@ -12,7 +12,7 @@ from methods.parts.views import CropGroup
 from pipeline.data.crop_task import cut_images
 from pipeline.data.crops import COLUMN, COLUMNS, cut_window, draw_views, shrink_factor, shrunk
 from pipeline.data.decode import ORIENTATION, large_size
-from pipeline.data.image_dataset import Row
+from pipeline.data.image_dataset import Sample
 from pipeline.data.sources.patches import CLASS_NAMES, load_photo
 
 VIEWS = {
@@ -185,7 +185,7 @@ def test_a_window_of_nothing_but_damaged_large_photographs_is_black(size: int) -
     """Their headers are whole: the boxes must lie in the pixel that stands for them, shrunk or not."""
     file = io.BytesIO()
     load_photo(0).resize((2400, 1800)).save(file, "JPEG")
-    rows = [Row(i, file.getvalue()[:3000], -1, "") for i in range(2)]
+    rows = [Sample(i, file.getvalue()[:3000], -1, "") for i in range(2)]
     columns = cut_images(rows, 0, {"global": CropGroup(size=size, scale=(0.3, 1.0))}, 0, 1)
     assert not columns["crops/global"].any() and all(columns["reason"])
 
@@ -195,7 +195,7 @@ def test_views_of_a_large_photograph_are_those_of_the_whole_one(orientation: int
     exif, file = Image.Exif(), io.BytesIO()
     exif[ORIENTATION] = orientation
     load_photo(CLASS_NAMES.index("coffee")).resize((2400, 1800), Image.Resampling.BICUBIC).save(file, "JPEG", quality=92, exif=exif)
-    row = Row(5, file.getvalue(), -1, "")
+    row = Sample(5, file.getvalue(), -1, "")
     assert large_size(row.image) == ((1800, 2400) if orientation == 1 else (2400, 1800))
     views = {"global": CropGroup(size=64, scale=(0.3, 1.0)), "local": CropGroup(size=32, scale=(0.1, 0.3))}
     small = cut_images([row], 0, views, 0, 1)

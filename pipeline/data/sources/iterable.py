@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from methods.parts.errors import ConfigError
-from pipeline.data.image_dataset import ImageDataset, Row, fingerprint
+from pipeline.data.image_dataset import ImageDataset, Sample, fingerprint
 from pipeline.data.sampler import Sampler
 
-SAMPLE = 256  # images from the beginning that pictures and the doctor look at
+PREVIEW_IMAGES = 256  # images from the beginning that pictures and the doctor look at
 
 
 class Unbounded(ImageDataset):
@@ -28,15 +28,15 @@ class Unbounded(ImageDataset):
     however many workers there are; when it ends it is called again. A resumed run calls it anew and skips what it has
     seen, so that a function which yields the same images each time gives the same run.
 
-    As a `ImageDataset` it stands for the first `SAMPLE` images: what pictures and the doctor ask for.
+    As a `ImageDataset` it stands for the first `PREVIEW_IMAGES` images: what pictures and the doctor ask for.
     """
 
     def __init__(self, path: str, function: bytes) -> None:
         super().__init__(
-            labels=np.full(SAMPLE, -1),
+            labels=np.full(PREVIEW_IMAGES, -1),
             class_names=[],
             fingerprint=fingerprint([path], []),
-            spans=np.array([[0, SAMPLE]]),
+            spans=np.array([[0, PREVIEW_IMAGES]]),
         )
         self.source, self.function = path, function
         self.reader: Any = None
@@ -62,10 +62,10 @@ class Unbounded(ImageDataset):
         it.reader = ray.remote(Reader).options(**options).remote(self.function, first_step * plan.global_batch)
         return it
 
-    def read(self, ids: Sequence[int] | np.ndarray) -> list[Row]:
+    def read(self, ids: Sequence[int] | np.ndarray) -> list[Sample]:
         asked = [int(i) for i in ids]
         found = [beginning(self.function)[id] for id in asked] if self.reader is None else self._ask(asked)
-        return [Row(id, image, -1, self.path(id)) for id, image in zip(asked, found, strict=True)]
+        return [Sample(id, image, -1, self.path(id)) for id, image in zip(asked, found, strict=True)]
 
     def _ask(self, ids: list[int]) -> list[bytes]:
         import ray
@@ -137,8 +137,8 @@ def arrivals(function: bytes) -> Iterator[bytes]:
 
 @lru_cache(maxsize=1)
 def beginning(function: bytes) -> list[bytes]:
-    """The first `SAMPLE` images."""
-    return list(itertools.islice(arrivals(function), SAMPLE))
+    """The first `PREVIEW_IMAGES` images."""
+    return list(itertools.islice(arrivals(function), PREVIEW_IMAGES))
 
 
 def open_unbounded(path: str) -> Unbounded:

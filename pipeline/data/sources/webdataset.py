@@ -54,7 +54,7 @@ class TarManifest(ImageDataset):
         return [(data, None) for data in files.read_merged(parts)]
 
 
-class _Sample(NamedTuple):
+class _Location(NamedTuple):
     name: str  # of the image member
     offset: int
     size: int
@@ -62,7 +62,7 @@ class _Sample(NamedTuple):
 
 
 class _Index(NamedTuple):
-    samples: list[_Sample]
+    samples: list[_Location]
     skipped: list[tuple[str, str]]
 
 
@@ -113,7 +113,7 @@ def _remembered(path: str, part: File) -> _Index:
     kept = files.cache_folder() / "tars" / f"{key}.json"
     try:
         samples, skipped = json.loads(kept.read_text())
-        return _Index([_Sample(*sample) for sample in samples], [(where, reason) for where, reason in skipped])
+        return _Index([_Location(*sample) for sample in samples], [(where, reason) for where, reason in skipped])
     except (OSError, ValueError, TypeError):  # not there, or not whole
         index = _index(path)
     with contextlib.suppress(OSError):  # a full or read-only disk only costs the next run some time
@@ -156,7 +156,7 @@ def _samples(path: str, file: io.BufferedIOBase) -> _Index:
                     labels[key] = int(text)
             skipped.setdefault(key, (f"{path}#{member.name}", "no image in this sample"))
         _check_end(tar, file)
-    samples = [_Sample(m.name, m.offset_data, m.size, labels.get(key, -1)) for key, m in images.items()]
+    samples = [_Location(m.name, m.offset_data, m.size, labels.get(key, -1)) for key, m in images.items()]
     return _Index(samples, extra + [entry for key, entry in skipped.items() if key not in images])
 
 
