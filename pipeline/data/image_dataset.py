@@ -1,4 +1,4 @@
-"""What is in a source: a manifest with dense ids 0 .. N-1, whatever the kind of source and wherever it lies."""
+"""The images of a source by id: dense ids 0 .. N-1, whatever the kind of source and wherever it lies."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class ImageDataset:
         return Sampler(self.spans, self.training_ids(held_out), seed=seed, global_batch=global_batch, num_shards=num_shards, window=window)
 
     def served(self, plan: Sampler, first_step: int) -> ImageDataset:
-        """This manifest as the tasks of a run need it, which begins with step `first_step`."""
+        """This dataset as the tasks of a run need it, which begins with step `first_step`."""
         return self
 
     def path(self, id: int) -> str:

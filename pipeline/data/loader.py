@@ -218,7 +218,7 @@ class TrainLoader:
         return build
 
     def task(self, shared: Any) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
-        """What cuts one window in a task; `shared` is a reference to the manifest and the plan."""
+        """What cuts one window in a task; `shared` is a reference to the dataset and the plan."""
         return partial(_cut_item, shared=shared, views=self.views, seed=self.seed, finish=self.finish)
 
     def _slices(

@@ -1,7 +1,7 @@
 """Files on local disks and in object stores, by the same few functions.
 
 A path is a string: an absolute local path or a URI (`s3://`, `gs://`, `hf://`). Nothing here keeps a handle that would travel
-with a manifest: file systems and threads are made once per process, when they are first needed.
+with an image dataset: file systems and threads are made once per process, when they are first needed.
 """
 
 from __future__ import annotations

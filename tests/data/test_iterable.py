@@ -14,7 +14,7 @@ from pipeline.config import DataConfig, RunConfig, TrainConfig
 from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.loader import TrainLoader
 from pipeline.data.sources.base import absolute_source, open_source
-from pipeline.data.sources.iterable import Reader, Unbounded
+from pipeline.data.sources.iterable import IterableDataset, Reader
 from pipeline.recipes import load_recipe
 from pipeline.resolve import resolve
 from tests.data.ranks import collect_ranks
@@ -85,7 +85,7 @@ def test_two_workers_and_a_resumed_run_see_the_same(ray_local: None, file: Path)
 
 def test_a_function_that_ends_is_called_again_and_lost_windows_are_read_again(file: Path) -> None:
     source = opened(file, "three")
-    assert isinstance(source, Unbounded)
+    assert isinstance(source, IterableDataset)
     reader = Reader(source.function, 4)
     first, second, third = source.read([0, 1, 2])
     late = reader.read([6, 7])

@@ -1,4 +1,4 @@
-"""Manifests: dense stable ids, labels, reading, held-out images, and errors that say what to do."""
+"""Image datasets: dense stable ids, labels, reading, held-out images, and errors that say what to do."""
 
 import io
 import json

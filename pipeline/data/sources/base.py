@@ -1,4 +1,4 @@
-"""Where images come from: `data.path` as a manifest, by kind."""
+"""Where images come from: `data.path` as an image dataset, by kind."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from methods.parts.errors import ConfigError
 from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.sources.folder import open_folder
-from pipeline.data.sources.huggingface import open_hub
-from pipeline.data.sources.iterable import open_unbounded, with_absolute_path
+from pipeline.data.sources.huggingface import open_huggingface
+from pipeline.data.sources.iterable import open_iterable, with_absolute_path
 from pipeline.data.sources.parquet import open_parquet
 from pipeline.data.sources.patches import open_patches
-from pipeline.data.sources.torchvision_data import open_named
-from pipeline.data.sources.webdataset import open_tars
+from pipeline.data.sources.torchvision_data import open_torchvision
+from pipeline.data.sources.webdataset import open_webdataset
 from pipeline.storage import files
 
 if TYPE_CHECKING:
@@ -52,12 +52,12 @@ def open_source(data: DataConfig) -> ImageDataset:
     if name == "patches":
         return open_patches(data.path)
     if name in NAMES:
-        return open_named(data)
+        return open_torchvision(data)
     if name == "stream":
-        return open_unbounded(data.path)
+        return open_iterable(data.path)
     root = files.resolve(data.path)
     if root.startswith("hf://"):
-        return open_hub(root, data)
+        return open_huggingface(root, data)
     with files.explained(root):
         return _open_files(root, data)
 
@@ -76,7 +76,7 @@ def open_test(data: DataConfig, path: str) -> ImageDataset:
 
 def _open_files(root: str, data: DataConfig) -> ImageDataset:
     """A file or folder of Parquet or tars, or a folder of images; `*` in the last part of the path chooses files."""
-    kinds = {".parquet": open_parquet, ".tar": open_tars}
+    kinds = {".parquet": open_parquet, ".tar": open_webdataset}
     folder, _, last = root.rpartition("/")
     remote = files.is_remote(root)
     if files.is_file(root):

@@ -27,7 +27,7 @@ REMEDIES = {  # by what lies there instead of images
 
 
 @dataclass(kw_only=True)
-class FolderManifest(ImageDataset):
+class FolderDataset(ImageDataset):
     """A tree of image files; the first level of folders gives the labels."""
 
     root: str
@@ -73,7 +73,7 @@ def open_folder(root: str, tree: list[File], shown: str) -> ImageDataset:
     class_names = sorted({folder for folder in folders if folder is not None})
     index = {folder: label for label, folder in enumerate(class_names)}
     count = len(images)
-    return FolderManifest(
+    return FolderDataset(
         labels=np.array([-1 if folder is None else index[folder] for folder in folders], np.int64),
         class_names=class_names,
         fingerprint=fingerprint((f"{name}:{size}" for name, size in images), class_names),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SPLIT = re.compile(r"(?P<split>[\w.]+)-\d{5}-of-\d{5}(-\w+)?\.parquet$")  # train-00000-of-00001.parquet
 
 
-def open_hub(root: str, data: DataConfig) -> ImageDataset:
+def open_huggingface(root: str, data: DataConfig) -> ImageDataset:
     """The Parquet files of a data set on the hub, without copying them: of the split `train` where file names tell splits.
 
     `*` in the last part of the path chooses files, for example `.../validation-*`. The split `test` becomes the test split.

@@ -21,7 +21,7 @@ from pipeline.data.sampler import Sampler
 PREVIEW_IMAGES = 256  # images from the beginning that pictures and the doctor look at
 
 
-class Unbounded(ImageDataset):
+class IterableDataset(ImageDataset):
     """Images in their order of arrival; the id of an image is its number in that order.
 
     The function takes no argument and yields the bytes of image files. It is called in one process for the whole run,
@@ -53,11 +53,11 @@ class Unbounded(ImageDataset):
     def plan(self, *, seed: int, held_out: float, global_batch: int, num_shards: int, window: int, steps_per_epoch: int) -> Sampler:
         return SequentialSampler(global_batch, num_shards, window, steps_per_epoch)
 
-    def served(self, plan: Sampler, first_step: int) -> Unbounded:
+    def served(self, plan: Sampler, first_step: int) -> IterableDataset:
         """This source with the one reader of the run, which ends when nobody holds what is returned."""
         import ray
 
-        it = Unbounded(self.source, self.function)
+        it = IterableDataset(self.source, self.function)
         options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "max_concurrency": 64}
         it.reader = ray.remote(Reader).options(**options).remote(self.function, first_step * plan.global_batch)
         return it
@@ -141,7 +141,7 @@ def beginning(function: bytes) -> list[bytes]:
     return list(itertools.islice(arrivals(function), PREVIEW_IMAGES))
 
 
-def open_unbounded(path: str) -> Unbounded:
+def open_iterable(path: str) -> IterableDataset:
     """Find the function of `stream:FILE.py:FUNCTION` or `stream:MODULE:FUNCTION`, and pickle it with its module.
 
     Raises:
@@ -166,7 +166,7 @@ def open_unbounded(path: str) -> Unbounded:
         next(arrivals(pickled))
     except Exception as error:
         raise ConfigError(f"data.path={path}: the first image cannot be had ({type(error).__name__}: {error})") from error
-    return Unbounded(path, pickled)
+    return IterableDataset(path, pickled)
 
 
 def with_absolute_path(path: str) -> str:

@@ -31,7 +31,7 @@ _Group = tuple[Any, Any]  # images and paths (or None) of a row group
 
 
 @dataclass(kw_only=True)
-class ParquetManifest(ImageDataset):
+class ParquetDataset(ImageDataset):
     """Parquet files with a column of encoded bytes; a row group is the unit of reading."""
 
     files: list[str]
@@ -144,7 +144,7 @@ def open_parquet(root: str, parts: list[File], data: DataConfig) -> ImageDataset
     names = next(filter(None, (_declared_names(fact.schema, data.label_column) for fact in facts)), None)
     labels, class_names = _labels([fact.labels for fact in facts], names)
     rows = np.array([rows for _, _, rows in groups], np.int64)
-    return ParquetManifest(
+    return ParquetDataset(
         labels=labels,
         class_names=class_names,
         fingerprint=fingerprint((f"{p.name}:{p.size}:{fact.rows}" for p, fact in zip(parts, facts, strict=True)), class_names),

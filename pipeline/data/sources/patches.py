@@ -65,13 +65,13 @@ def parse(path: str) -> PatchOptions:
 
 
 def open_patches(path: str) -> ImageDataset:
-    """The manifest of the built-in set; patches are cut when they are read."""
+    """The image dataset of the built-in set; patches are cut when they are read."""
     options = parse(path)
     test = options.split == "test"
     each = options.fifth if test else options.per_photo + options.fifth
     count = each * len(FILES)
     chosen = f"pixels={options.pixels},per_photo={options.per_photo},seed={options.seed}"
-    return PatchManifest(
+    return PatchDataset(
         labels=np.repeat(np.arange(len(FILES)), each),
         class_names=CLASS_NAMES,
         fingerprint=fingerprint([f"patches:{chosen},split={options.split}"], CLASS_NAMES),
@@ -83,7 +83,7 @@ def open_patches(path: str) -> ImageDataset:
 
 
 @dataclass(kw_only=True)
-class PatchManifest(ImageDataset):
+class PatchDataset(ImageDataset):
     """Patches by photograph; in the train split, each photograph's training patches come before its held-out ones."""
 
     options: PatchOptions

@@ -25,8 +25,8 @@ ROW_GROUP = 1000  # images, about 2 MB of 32 pixels
 TIMEOUT_S = 30.0  # of one answer of the download's server
 
 
-def open_named(data: DataConfig) -> ImageDataset:
-    """The manifest of `cifar10` (its training images) or `cifar10:split=test`.
+def open_torchvision(data: DataConfig) -> ImageDataset:
+    """The image dataset of `cifar10` (its training images) or `cifar10:split=test`.
 
     Raises:
         ConfigError: an unknown option, or neither a cached copy nor internet.

@@ -33,7 +33,7 @@ LABEL_BYTES = 32  # a label member is a short number
 
 
 @dataclass(kw_only=True)
-class TarManifest(ImageDataset):
+class TarDataset(ImageDataset):
     """Images inside tar files, by their place."""
 
     files: list[str]
@@ -66,7 +66,7 @@ class _Index(NamedTuple):
     skipped: list[tuple[str, str]]
 
 
-def open_tars(root: str, parts: list[File], data: DataConfig) -> ImageDataset:
+def open_webdataset(root: str, parts: list[File], data: DataConfig) -> ImageDataset:
     """The samples of tar files below `root`: ids in the order of the files, and of the images inside.
 
     Raises:
@@ -91,7 +91,7 @@ def open_tars(root: str, parts: list[File], data: DataConfig) -> ImageDataset:
     spans = [
         (first, min(SPAN, end - first)) for end, n in zip(np.cumsum(counts), counts, strict=True) for first in range(end - n, end, SPAN)
     ]
-    return TarManifest(
+    return TarDataset(
         labels=labels,
         class_names=class_names,
         fingerprint=fingerprint((f"{p.name}:{p.size}:{n}" for p, n in zip(parts, counts, strict=True)), class_names),
