@@ -31,11 +31,11 @@ IMAGES = 100_000
 WAITED_S = 0.005  # a batch that is ready takes microseconds
 
 
-def _ready(item: dict[str, np.ndarray], plan: Sampler) -> dict[str, np.ndarray]:
+def _ready(item: dict[str, np.ndarray], sampler: Sampler) -> dict[str, np.ndarray]:
     """What a task would cut, without cutting."""
     epoch, group, shard = (int(item[key][0]) for key in ("epoch", "group", "shard"))
-    rows = plan.chunks(group) * plan.chunk
-    slot = plan.first_slot(group, shard) + np.arange(rows)
+    rows = sampler.chunks(group) * sampler.chunk
+    slot = sampler.first_slot(group, shard) + np.arange(rows)
     columns = {"id": slot, "planned": slot, "slot": slot, "epoch": np.full(rows, epoch), "label": np.full(rows, -1)}
     columns["reason"] = np.full(rows, "", object)
     for name, views in LARGE.items():
@@ -48,7 +48,7 @@ class ReadyPixels(TrainLoader):
     """A stream whose tasks decode nothing."""
 
     def task(self, shared: Any) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
-        return partial(_ready, plan=self.plan)
+        return partial(_ready, sampler=self.sampler)
 
 
 class Board:
@@ -91,10 +91,10 @@ class Worker:
 
 def fed(workers: int, steps: int, step_s: float, warm: int = 8) -> tuple[float, float]:
     """Images/s of all workers together, and the share of steps that waited."""
-    plan = Sampler(np.array([[0, IMAGES]]), np.arange(IMAGES), seed=0, global_batch=SHARDS * CHUNK, num_shards=SHARDS, window=WINDOW)
+    sampler = Sampler(np.array([[0, IMAGES]]), np.arange(IMAGES), seed=0, global_batch=SHARDS * CHUNK, num_shards=SHARDS, window=WINDOW)
     labels = np.full(IMAGES, -1)
     dataset = ImageDataset(labels=labels, class_names=[], fingerprint="", spans=np.array([[0, IMAGES]]))
-    stream = ReadyPixels(dataset, plan, LARGE, 0, steps + warm)
+    stream = ReadyPixels(dataset, sampler, LARGE, 0, steps + warm)
     board = ray.remote(num_cpus=0)(Board).remote()
     actors = [ray.remote(num_cpus=0)(Worker).remote() for _ in range(workers)]
     found = ray.get([actor.consume.remote(stream, rank, workers, board, step_s, warm) for rank, actor in enumerate(actors)])

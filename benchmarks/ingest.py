@@ -38,21 +38,21 @@ def ours(dataset: ImageDataset, images: int, tasks: int) -> float:
 
     The clock starts with the first batch: just then the first window of every shard is cut, and those images are not counted.
     """
-    plan = Sampler(dataset.spans, dataset.training_ids(0), seed=0, global_batch=BATCH, num_shards=4, window=WINDOW)
-    batches = TrainLoader(dataset, plan, LARGE, 0, images // BATCH + plan.chunks_per_window).batches(tasks=tasks)
+    sampler = Sampler(dataset.spans, dataset.training_ids(0), seed=0, global_batch=BATCH, num_shards=4, window=WINDOW)
+    batches = TrainLoader(dataset, sampler, LARGE, 0, images // BATCH + sampler.chunks_per_window).batches(tasks=tasks)
     next(batches)
     begin = time.perf_counter()
     steps = 1 + sum(1 for _ in batches)
-    return (steps - plan.chunks_per_window) * BATCH / (time.perf_counter() - begin)
+    return (steps - sampler.chunks_per_window) * BATCH / (time.perf_counter() - begin)
 
 
 def first_batch(dataset: ImageDataset, tasks: int, times: int = 5) -> list[float]:
     """Seconds from the call to the first batch, the workers of the tasks warm."""
-    plan = Sampler(dataset.spans, dataset.training_ids(0), seed=0, global_batch=BATCH, num_shards=4, window=WINDOW)
+    sampler = Sampler(dataset.spans, dataset.training_ids(0), seed=0, global_batch=BATCH, num_shards=4, window=WINDOW)
     found = []
     for _ in range(times):
         begin = time.perf_counter()
-        batches: Any = TrainLoader(dataset, plan, LARGE, 0, 2).batches(tasks=tasks)
+        batches: Any = TrainLoader(dataset, sampler, LARGE, 0, 2).batches(tasks=tasks)
         next(batches)
         found.append(time.perf_counter() - begin)
         batches.close()

@@ -50,7 +50,7 @@ def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = 
         open_test(config.data, config.evaluate.path)
     training = dataset.num_training(config.data.held_out)
     resolved = resolve(config, training, None if training is None else len(dataset))
-    plan = dataset.plan(
+    sampler = dataset.make_sampler(
         seed=config.train.seed,
         held_out=config.data.held_out,
         global_batch=config.train.global_batch_size,
@@ -61,7 +61,7 @@ def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = 
     facts, data = resolved.facts, config.data
     stream = TrainLoader(
         dataset,
-        plan,
+        sampler,
         config.views,
         config.train.seed,
         facts.total_steps,

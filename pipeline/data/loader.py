@@ -121,7 +121,7 @@ class TrainLoader:
     """
 
     dataset: ImageDataset
-    plan: Sampler
+    sampler: Sampler
     views: ViewsConfig
     seed: int
     total_steps: int
@@ -157,15 +157,15 @@ class TrainLoader:
         """
         import ray
 
-        if self.plan.num_shards % world_size:
-            raise ValueError(f"{self.plan.num_shards} shards cannot be shared by {world_size} workers")
-        if self.plan.chunk % micro_batches:
-            raise ValueError(f"{micro_batches} micro-batches cannot share the {self.plan.chunk} images of a shard")
+        if self.sampler.num_shards % world_size:
+            raise ValueError(f"{self.sampler.num_shards} shards cannot be shared by {world_size} workers")
+        if self.sampler.chunk % micro_batches:
+            raise ValueError(f"{micro_batches} micro-batches cannot share the {self.sampler.chunk} images of a shard")
         parts = list(self.executions(start_step + self.earlier, self.total_steps + self.earlier))
         if not parts:
             return
         copies = DeviceCopies(device) if device is not None and device.type == "cuda" else None
-        slices = partial(self._slices, shards=range(rank, self.plan.num_shards, world_size), micro_batches=micro_batches, copies=copies)
+        slices = partial(self._slices, shards=range(rank, self.sampler.num_shards, world_size), micro_batches=micro_batches, copies=copies)
         build = self._builder(parts[0][0], world_size, tasks) if rank == 0 else None
         building = in_background(partial(build, parts[0])) if build else None
         with contextlib.ExitStack() as stack:
@@ -193,12 +193,12 @@ class TrainLoader:
 
     def executions(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """Yield the first step and the one after the last of every execution that serves the steps `first` to `last - 1`."""
-        plan, length = self.plan, self.execution_steps
-        if len(plan.groups_between(first, first + length)) * plan.num_shards > FIRST_WINDOWS:
+        sampler, length = self.sampler, self.execution_steps
+        if len(sampler.groups_between(first, first + length)) * sampler.num_shards > FIRST_WINDOWS:
             length = min(length, FIRST_STEPS)  # the first batch waits for it
         while first < last:
-            epoch, group = plan.groups_between(first + length - 1, first + length)[0]
-            end = min(plan.first_step(epoch, group) + plan.chunks(group), last)
+            epoch, group = sampler.groups_between(first + length - 1, first + length)[0]
+            end = min(sampler.first_step(epoch, group) + sampler.chunks(group), last)
             yield first, end
             first, length = end, self.execution_steps
 
@@ -206,19 +206,23 @@ class TrainLoader:
         """What builds the execution of some steps, on rank 0: it gives one reference to the iterators of all ranks."""
         import ray
 
-        plan = self.plan
-        cut = self.task(ray.put((self.dataset.served(plan, first), plan)))
-        group_bytes = plan.num_shards * block_bytes(self.views, plan.chunks_per_window * plan.chunk, finished=self.finish is not None)
+        sampler = self.sampler
+        cut = self.task(ray.put((self.dataset.bind_to_run(sampler, first), sampler)))
+        group_bytes = sampler.num_shards * block_bytes(
+            self.views, sampler.chunks_per_window * sampler.chunk, finished=self.finish is not None
+        )
         store = self.buffer_bytes or int(ray.cluster_resources().get("object_store_memory", 0))
 
         def build(part: tuple[int, int]) -> list[Any]:
-            items = [{"epoch": e, "group": g, "shard": shard} for e, g in plan.groups_between(*part) for shard in range(plan.num_shards)]
+            items = [
+                {"epoch": e, "group": g, "shard": shard} for e, g in sampler.groups_between(*part) for shard in range(sampler.num_shards)
+            ]
             return [ray.put(execution(cut, items, world_size, tasks=tasks, buffer_bytes=execution_bytes(store, group_bytes)))]
 
         return build
 
     def task(self, shared: Any) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
-        """What cuts one window in a task; `shared` is a reference to the dataset and the plan."""
+        """What cuts one window in a task; `shared` is a reference to the dataset and the sampler."""
         return partial(_cut_item, shared=shared, views=self.views, seed=self.seed, finish=self.finish)
 
     def _slices(
@@ -240,14 +244,14 @@ class TrainLoader:
         Raises:
             RuntimeError: a block is not the planned one.
         """
-        plan = self.plan
+        sampler = self.sampler
         names = [name for name, group in self.views.items() if group.count]
-        for epoch, group in plan.groups_between(*part):
+        for epoch, group in sampler.groups_between(*part):
             held = [self._checked(next(found, None), epoch, group, shard) for shard in shards]
-            for chunk in range(plan.chunks(group)):
-                step = plan.first_step(epoch, group) + chunk
+            for chunk in range(sampler.chunks(group)):
+                step = sampler.first_step(epoch, group) + chunk
                 if part[0] <= step < part[1]:
-                    rows = slice(chunk * plan.chunk, (chunk + 1) * plan.chunk)
+                    rows = slice(chunk * sampler.chunk, (chunk + 1) * sampler.chunk)
                     chunks = [{key: column[rows] for key, column in block.items()} for block in held]
                     yield _collated(chunks, names, self.dataset, epoch, step, micro_batches, pin)
             held = chunks = []  # frees the group's blocks before the next is waited for
@@ -255,7 +259,7 @@ class TrainLoader:
             raise RuntimeError("the stream is out of order: it has more windows than planned; please report this")
 
     def _checked(self, block: dict[str, np.ndarray] | None, epoch: int, group: int, shard: int) -> dict[str, np.ndarray]:
-        rows, first = self.plan.chunks(group) * self.plan.chunk, self.plan.first_slot(group, shard)
+        rows, first = self.sampler.chunks(group) * self.sampler.chunk, self.sampler.first_slot(group, shard)
         if block and len(block["slot"]) == rows and block["epoch"][0] == epoch and block["slot"][0] == first:
             return block
         got = f"epoch {block['epoch'][:1]}, slot {block['slot'][:1]}, {len(block['slot'])} rows" if block else "no more"
@@ -317,14 +321,14 @@ def _cut_item(
     item: dict[str, np.ndarray], shared: Any, views: ViewsConfig, seed: int, finish: Normalisation | None = None
 ) -> dict[str, np.ndarray]:
     """Cut one window: one item in, one block of `chunks * chunk` rows out."""
-    dataset, plan = _get(shared)
+    dataset, sampler = _get(shared)
     epoch, group, shard = (int(item[key][0]) for key in ("epoch", "group", "shard"))
-    ids = plan.window(epoch, group, shard)
-    columns = cut_images(dataset.read(ids), epoch, views, seed, plan.chunk)
+    ids = sampler.window(epoch, group, shard)
+    columns = cut_images(dataset.read(ids), epoch, views, seed, sampler.chunk)
     if finish is not None:
         finish_columns(columns, views, finish)
     columns["epoch"] = np.full(len(ids), epoch)
-    columns["slot"] = plan.first_slot(group, shard) + np.arange(len(ids))
+    columns["slot"] = sampler.first_slot(group, shard) + np.arange(len(ids))
     return columns
 
 

@@ -55,8 +55,8 @@ def opened(file: Path, function: str) -> ImageDataset:
 
 
 def stream(dataset: ImageDataset) -> TrainLoader:
-    plan = dataset.plan(seed=0, held_out=0.1, global_batch=16, num_shards=4, window=8, steps_per_epoch=3)
-    return TrainLoader(dataset, plan, load_recipe("swav-small").views, 0, 7, execution_steps=4)
+    sampler = dataset.make_sampler(seed=0, held_out=0.1, global_batch=16, num_shards=4, window=8, steps_per_epoch=3)
+    return TrainLoader(dataset, sampler, load_recipe("swav-small").views, 0, 7, execution_steps=4)
 
 
 def test_images_are_dealt_in_order_of_arrival(ray_local: None, file: Path) -> None:

@@ -47,20 +47,20 @@ def write(path: Path, count: int, bad: tuple[int, ...] = (), size: int = 12) -> 
     return open_source(DataConfig(path=str(path)))
 
 
-def make_plan(dataset: ImageDataset, window: int = 32, num_shards: int = 4, batch: int = 32) -> Sampler:
+def make_sampler(dataset: ImageDataset, window: int = 32, num_shards: int = 4, batch: int = 32) -> Sampler:
     return Sampler(dataset.spans, dataset.training_ids(0), seed=3, global_batch=batch, num_shards=num_shards, window=window)
 
 
 def collect(
     dataset: ImageDataset,
-    plan: Sampler,
+    sampler: Sampler,
     total: int,
     start: int = 0,
     finish: Normalisation | None = None,
     steps: int = 1000,
     micro_batches: int = 1,
 ) -> list[Batch]:
-    stream = TrainLoader(dataset, plan, VIEWS, 3, total, finish=finish, execution_steps=steps)
+    stream = TrainLoader(dataset, sampler, VIEWS, 3, total, finish=finish, execution_steps=steps)
     return list(stream.batches(start, tasks=2, micro_batches=micro_batches))
 
 
@@ -88,12 +88,12 @@ def same(a: Batch, b: Batch) -> bool:
 
 def test_batches_are_the_planned_ones(ray_local: None, tmp_path: Path) -> None:
     dataset = write(tmp_path, 500)
-    plan = make_plan(dataset)
-    batches = collect(dataset, plan, 2 * plan.steps_per_epoch + 3)
-    assert [batch.step for batch in batches] == list(range(2 * plan.steps_per_epoch + 3))
+    sampler = make_sampler(dataset)
+    batches = collect(dataset, sampler, 2 * sampler.steps_per_epoch + 3)
+    assert [batch.step for batch in batches] == list(range(2 * sampler.steps_per_epoch + 3))
     for batch in batches:
-        epoch, step = divmod(batch.step, plan.steps_per_epoch)
-        assert batch.epoch == epoch and (batch.ids.numpy() == plan.batch(epoch, step)).all()
+        epoch, step = divmod(batch.step, sampler.steps_per_epoch)
+        assert batch.epoch == epoch and (batch.ids.numpy() == sampler.batch(epoch, step)).all()
         assert (batch.labels.numpy() == batch.ids.numpy() % 7).all() and not batch.bad
         assert batch.crops["global"].shape == (32, 2, 16, 16, 3) and batch.crops["local"].dtype == torch.uint8
     first = batches[0]  # the pixels belong to the ids, and the views to the epoch
@@ -104,8 +104,8 @@ def test_batches_are_the_planned_ones(ray_local: None, tmp_path: Path) -> None:
 
 def test_views_finished_by_the_tasks_are_those_finished_on_the_device(ray_local: None, tmp_path: Path) -> None:
     dataset = write(tmp_path, 100)
-    plan, size = make_plan(dataset), ((0.4, 0.5, 0.6), (0.2, 0.3, 0.2))
-    cut, finished = collect(dataset, plan, 3), collect(dataset, plan, 3, finish=size)
+    sampler, size = make_sampler(dataset), ((0.4, 0.5, 0.6), (0.2, 0.3, 0.2))
+    cut, finished = collect(dataset, sampler, 3), collect(dataset, sampler, 3, finish=size)
     for one, other in zip(cut, finished, strict=True):
         assert other.crops["global"].shape == (32, 2, 3, 16, 16) and other.crops["global"].dtype == torch.float32
         ours, theirs = finish_views(one, VIEWS, *size, "cpu"), finish_views(other, VIEWS, *size, "cpu")
@@ -116,20 +116,20 @@ def test_views_finished_by_the_tasks_are_those_finished_on_the_device(ray_local:
 
 def test_resume_and_many_executions_give_the_same_batches(ray_local: None, tmp_path: Path) -> None:
     dataset = write(tmp_path, 500)
-    plan = make_plan(dataset, window=16)  # two chunks; the last of an epoch's 8 groups has one
-    assert plan.steps_per_epoch == 15
-    whole = collect(dataset, plan, 34)
+    sampler = make_sampler(dataset, window=16)  # two chunks; the last of an epoch's 8 groups has one
+    assert sampler.steps_per_epoch == 15
+    whole = collect(dataset, sampler, 34)
     for start, steps in ((0, 16), (14, 1000), (34, 1000)):  # the end of an epoch lies inside an execution, or at its end
-        rest = collect(dataset, plan, 34, start, steps=steps)
+        rest = collect(dataset, sampler, 34, start, steps=steps)
         assert len(rest) == 34 - start and all(same(a, b) for a, b in zip(whole[start:], rest, strict=True))
 
 
 def test_any_number_of_ranks_shares_the_global_batch(ray_local: None, tmp_path: Path) -> None:
     dataset = write(tmp_path, 300, bad=(3, 250))
-    plan = make_plan(dataset, window=16)
-    whole = collect(dataset, plan, 20)
+    sampler = make_sampler(dataset, window=16)
+    whole = collect(dataset, sampler, 20)
     for ranks, start, steps, executions in ((2, 3, 7, 3), (4, 0, 1000, 1)):
-        parts, times = collect_ranks(TrainLoader(dataset, plan, VIEWS, 3, 20, execution_steps=steps), ranks, start)
+        parts, times = collect_ranks(TrainLoader(dataset, sampler, VIEWS, 3, 20, execution_steps=steps), ranks, start)
         assert times == executions
         for batch, *of_ranks in zip(whole[start:], *parts, strict=True):
             num_shards = batch.crops["global"].unflatten(0, (4, 8))
@@ -141,8 +141,8 @@ def test_any_number_of_ranks_shares_the_global_batch(ray_local: None, tmp_path: 
 
 def test_executions_are_few_and_end_with_groups() -> None:
     # 4 chunks, 39 groups of 156 steps
-    plan = Sampler(np.array([[0, 10_000]]), np.arange(10_000), seed=0, global_batch=64, num_shards=8, window=32)
-    parts = list(TrainLoader(None, plan, VIEWS, 0, 0).executions(101, 5_000))  # type: ignore[arg-type]
+    sampler = Sampler(np.array([[0, 10_000]]), np.arange(10_000), seed=0, global_batch=64, num_shards=8, window=32)
+    parts = list(TrainLoader(None, sampler, VIEWS, 0, 0).executions(101, 5_000))  # type: ignore[arg-type]
     assert parts[0][0] == 101 and parts[-1][1] == 5_000 and all(one[1] == next[0] for one, next in itertools.pairwise(parts))
     assert all(end % 156 % 4 == 0 for _, end in parts[:-1])
     lengths = [end - first for first, end in parts]
@@ -158,8 +158,8 @@ def test_the_budget_of_bytes() -> None:
 
 def test_micro_batches_lie_in_one_piece(ray_local: None, tmp_path: Path) -> None:
     dataset = write(tmp_path, 100, bad=(3, 50))
-    plan = make_plan(dataset)
-    for plain, batch in zip(collect(dataset, plan, 3), collect(dataset, plan, 3, micro_batches=2), strict=True):
+    sampler = make_sampler(dataset)
+    for plain, batch in zip(collect(dataset, sampler, 3), collect(dataset, sampler, 3, micro_batches=2), strict=True):
         for i, part in enumerate(batch.split(2)):
             assert (part.ids == plain.ids[i::2]).all() and (part.labels == plain.labels[i::2]).all()
             for name in VIEWS:
@@ -167,14 +167,14 @@ def test_micro_batches_lie_in_one_piece(ray_local: None, tmp_path: Path) -> None
                 assert (part.tables[name] == plain.tables[name][i::2]).all()
         assert [slot.id for slot in batch.bad] == [slot.id for slot in plain.bad] or batch.bad
     with pytest.raises(ValueError, match="3 micro-batches cannot share the 8 images"):
-        collect(dataset, plan, 3, micro_batches=3)
+        collect(dataset, sampler, 3, micro_batches=3)
 
 
 def test_views_do_not_depend_on_the_window(ray_local: None, tmp_path: Path) -> None:
     dataset = write(tmp_path, 200)
     by_id = []
     for window in (8, 1000):
-        batches = collect(dataset, make_plan(dataset, window), 6)
+        batches = collect(dataset, make_sampler(dataset, window), 6)
         by_id.append({int(i): batch.crops["global"][k] for batch in batches for k, i in enumerate(batch.ids)})
     shared = by_id[0].keys() & by_id[1].keys()
     assert len(shared) > 100 and all((by_id[0][i] == by_id[1][i]).all() for i in shared)
@@ -183,23 +183,23 @@ def test_views_do_not_depend_on_the_window(ray_local: None, tmp_path: Path) -> N
 def test_bad_images_are_replaced_and_reported(ray_local: None, tmp_path: Path) -> None:
     bad = (3, 50, 51, 199)
     dataset = write(tmp_path, 200, bad)
-    plan = make_plan(dataset)
-    batches = collect(dataset, plan, plan.steps_per_epoch)
-    again = collect(dataset, plan, plan.steps_per_epoch)
-    planned = np.concatenate([plan.batch(0, step) for step in range(plan.steps_per_epoch)])
+    sampler = make_sampler(dataset)
+    batches = collect(dataset, sampler, sampler.steps_per_epoch)
+    again = collect(dataset, sampler, sampler.steps_per_epoch)
+    planned = np.concatenate([sampler.batch(0, step) for step in range(sampler.steps_per_epoch)])
     reported = [slot.id for batch in batches for slot in batch.bad]
     assert sorted(reported) == sorted(set(bad) & set(planned)) and reported
     assert all(f"a.parquet#{slot.id}" in slot.path and slot.reason for batch in batches for slot in batch.bad)
     for step, batch in enumerate(batches):
-        replaced = batch.ids.numpy() != plan.batch(0, step)
-        assert set(plan.batch(0, step)[replaced]) == {slot.id for slot in batch.bad}
+        replaced = batch.ids.numpy() != sampler.batch(0, step)
+        assert set(sampler.batch(0, step)[replaced]) == {slot.id for slot in batch.bad}
         assert not set(batch.ids.tolist()) & set(bad) and len(batch.ids) == 32
         assert same(batch, again[step])
 
 
 def test_only_bad_images_still_make_batches(ray_local: None, tmp_path: Path) -> None:
     dataset = write(tmp_path, 64, tuple(range(64)))
-    batches = collect(dataset, make_plan(dataset), 2)
+    batches = collect(dataset, make_sampler(dataset), 2)
     assert sum(len(batch.bad) for batch in batches) == 64
     assert all((batch.crops["global"] == 0).all() for batch in batches)
 
@@ -214,13 +214,13 @@ def test_substitutes_come_from_another_chunk() -> None:
 
 def test_a_wrong_block_is_refused(tmp_path: Path) -> None:
     dataset = write(tmp_path, 200)
-    plan = make_plan(dataset)
+    sampler = make_sampler(dataset)
     blocks = []
-    for (epoch, group), shard in itertools.product(plan.groups_between(0, 4), range(plan.num_shards)):
-        block = cut_images(dataset.read(plan.window(epoch, group, shard)), epoch, VIEWS, 3, plan.chunk)
-        slots = plan.first_slot(group, shard) + np.arange(len(block["id"]))
+    for (epoch, group), shard in itertools.product(sampler.groups_between(0, 4), range(sampler.num_shards)):
+        block = cut_images(dataset.read(sampler.window(epoch, group, shard)), epoch, VIEWS, 3, sampler.chunk)
+        slots = sampler.first_slot(group, shard) + np.arange(len(block["id"]))
         blocks.append(block | {"epoch": np.full(len(slots), epoch), "slot": slots})
-    sliced = TrainLoader(dataset, plan, VIEWS, 3, 4).sliced
+    sliced = TrainLoader(dataset, sampler, VIEWS, 3, 4).sliced
     assert len(list(sliced(iter(blocks), (0, 4), range(4)))) == 4
     wrong = (blocks[1:], blocks[:-1], [blocks[0] | {"epoch": blocks[0]["epoch"] + 1}], [{k: v[:-1] for k, v in blocks[0].items()}])
     for found in wrong:
@@ -231,8 +231,8 @@ def test_a_wrong_block_is_refused(tmp_path: Path) -> None:
 def test_the_trainer_only_waits_while_two_batches_are_ready(ray_local: None, tmp_path: Path) -> None:
     """One shard for each of two workers: no executor in this process, next to no time of it, and the loop does not wait."""
     dataset = write(tmp_path, 200)
-    plan = make_plan(dataset, window=16, num_shards=2)  # a window is one chunk
-    shared, source = Shared(2), TrainLoader(dataset, plan, VIEWS, 3, 100)  # one execution
+    sampler = make_sampler(dataset, window=16, num_shards=2)  # a window is one chunk
+    shared, source = Shared(2), TrainLoader(dataset, sampler, VIEWS, 3, 100)  # one execution
     streams = [source.batches(rank=rank, world_size=2, tasks=1, share=shared.by(rank)) for rank in range(2)]
     with ThreadPoolExecutor(2) as pool:
 
@@ -263,7 +263,7 @@ def test_the_trainer_only_waits_while_two_batches_are_ready(ray_local: None, tmp
 def test_leaving_early_ends_the_stream(ray_local: None, tmp_path: Path) -> None:
     assert wait_until(lambda: not coordinators()), "those of other tests"
     dataset = write(tmp_path, 200)
-    with closing(TrainLoader(dataset, make_plan(dataset), VIEWS, 3, 10_000, execution_steps=20).batches(tasks=2)) as batches:
+    with closing(TrainLoader(dataset, make_sampler(dataset), VIEWS, 3, 10_000, execution_steps=20).batches(tasks=2)) as batches:
         assert next(batches).step == 0 and coordinators() >= 1
         assert [batch.step for batch in itertools.islice(batches, 10)] == list(range(1, 11)), "the next execution has begun"
     assert wait_until(lambda: not any(thread.name == "manyviews-ahead" for thread in threading.enumerate()))
@@ -281,7 +281,7 @@ def test_leaving_waits_for_an_execution_that_is_being_built(ray_local: None, tmp
     monkeypatch.setattr(loader, "HAND_OVER_STEPS", 1)
     monkeypatch.setattr(loader, "execution", slow)
     dataset = write(tmp_path, 200)
-    with closing(TrainLoader(dataset, make_plan(dataset), VIEWS, 3, 10_000, execution_steps=20).batches(tasks=2)) as batches:
+    with closing(TrainLoader(dataset, make_sampler(dataset), VIEWS, 3, 10_000, execution_steps=20).batches(tasks=2)) as batches:
         assert [batch.step for batch in itertools.islice(batches, 2)] == [0, 1]
         assert sum(thread.name == "manyviews-ahead" for thread in threading.enumerate()) == 2, "the stream and the next execution"
     assert not any(thread.name == "manyviews-ahead" for thread in threading.enumerate())
@@ -291,7 +291,7 @@ def test_a_failing_task_reaches_the_trainer(ray_local: None, tmp_path: Path) -> 
     dataset = write(tmp_path, 200)
     (tmp_path / "a.parquet").unlink()
     with pytest.raises(Exception, match=r"a\.parquet"):
-        collect(dataset, make_plan(dataset), 2)
+        collect(dataset, make_sampler(dataset), 2)
     assert wait_until(lambda: gc.collect() >= 0 and not coordinators()), "executors end with their stream"
 
 
@@ -319,10 +319,10 @@ def test_long_streams_hold_little_memory(ray_local: None, tmp_path: Path, monkey
 
     dataset = write(tmp_path, 400, size=40)
     views = {"global": CropGroup(count=2, size=96)}
-    plan = make_plan(dataset, window=64)
+    sampler = make_sampler(dataset, window=64)
     block = 64 * 2 * 96 * 96 * 3
     used = []
-    for batch in TrainLoader(dataset, plan, views, 3, 120, buffer_bytes=16 * block).batches(tasks=2):
+    for batch in TrainLoader(dataset, sampler, views, 3, 120, buffer_bytes=16 * block).batches(tasks=2):
         free, whole = (resources.get("object_store_memory") for resources in (ray.available_resources(), ray.cluster_resources()))
         if batch.step % 5 == 0 and free is not None and whole is not None:  # a busy node may not have told
             used.append(whole - free)

@@ -12,7 +12,7 @@ SPANS = np.array([[0, 300], [300, 100], [400, 250], [650, 363]])  # 1013 rows
 IDS = np.setdiff1d(np.arange(1013), np.arange(5, 1013, 17))
 
 
-def plan(window: int = 64, seed: int = 0, num_shards: int = 4, batch: int = 32) -> Sampler:
+def sampler(window: int = 64, seed: int = 0, num_shards: int = 4, batch: int = 32) -> Sampler:
     return Sampler(SPANS, IDS, seed=seed, global_batch=batch, num_shards=num_shards, window=window)
 
 
@@ -22,14 +22,14 @@ def epoch_batches(p: Sampler, epoch: int) -> np.ndarray:
 
 @pytest.mark.parametrize("window", [8, 24, 64, 100, 5000])
 def test_every_training_image_once_but_the_tail(window: int) -> None:
-    p = plan(window)
+    p = sampler(window)
     seen = epoch_batches(p, 3).ravel()
     assert len(seen) == len(IDS) // 32 * 32 == p.steps_per_epoch * 32
     assert len(set(seen)) == len(seen) and set(seen) <= set(IDS)
 
 
 def test_windows_are_the_batches() -> None:
-    p = plan(64)
+    p = sampler(64)
     assert [p.chunks(g) for g in range(p.groups)] == [8, 8, 8, 5]
     rows = [[p.window(1, g, shard) for shard in range(4)] for g in range(p.groups)]
     for step in range(p.steps_per_epoch):
@@ -39,15 +39,15 @@ def test_windows_are_the_batches() -> None:
 
 
 def test_depends_on_seed_and_epoch_only() -> None:
-    fresh, used = plan(), pickle.loads(pickle.dumps(plan()))
+    fresh, used = sampler(), pickle.loads(pickle.dumps(sampler()))
     epoch_batches(used, 0), epoch_batches(used, 5)
     assert (epoch_batches(fresh, 2) == epoch_batches(used, 2)).all()
     assert (epoch_batches(fresh, 2) != epoch_batches(fresh, 3)).mean() > 0.9
-    assert (epoch_batches(fresh, 2) != epoch_batches(plan(seed=1), 2)).mean() > 0.9
+    assert (epoch_batches(fresh, 2) != epoch_batches(sampler(seed=1), 2)).mean() > 0.9
 
 
 def test_the_images_of_a_lane_do_not_depend_on_the_window() -> None:
-    by_lane = [epoch_batches(plan(w), 1).reshape(-1, 4, 8).transpose(1, 0, 2).reshape(4, -1) for w in (8, 40, 500)]
+    by_lane = [epoch_batches(sampler(w), 1).reshape(-1, 4, 8).transpose(1, 0, 2).reshape(4, -1) for w in (8, 40, 500)]
     for other in by_lane[1:]:
         assert (np.sort(by_lane[0], axis=1) == np.sort(other, axis=1)).all()
         assert (by_lane[0] != other).any()
@@ -84,6 +84,6 @@ def test_large_and_quick() -> None:
 
 def test_refuses_what_cannot_be_dealt() -> None:
     with pytest.raises(ConfigError, match="use 28 or 32"):
-        plan(batch=30)
+        sampler(batch=30)
     with pytest.raises(ConfigError, match=f"{len(IDS)} training images"):
-        plan(batch=4000)
+        sampler(batch=4000)

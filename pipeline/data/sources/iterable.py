@@ -50,16 +50,16 @@ class IterableDataset(ImageDataset):
     def path(self, id: int) -> str:
         return f"{self.source}, image {id}"
 
-    def plan(self, *, seed: int, held_out: float, global_batch: int, num_shards: int, window: int, steps_per_epoch: int) -> Sampler:
+    def make_sampler(self, *, seed: int, held_out: float, global_batch: int, num_shards: int, window: int, steps_per_epoch: int) -> Sampler:
         return SequentialSampler(global_batch, num_shards, window, steps_per_epoch)
 
-    def served(self, plan: Sampler, first_step: int) -> IterableDataset:
+    def bind_to_run(self, sampler: Sampler, first_step: int) -> IterableDataset:
         """This source with the one reader of the run, which ends when nobody holds what is returned."""
         import ray
 
         it = IterableDataset(self.source, self.function)
         options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "max_concurrency": 64}
-        it.reader = ray.remote(Reader).options(**options).remote(self.function, first_step * plan.global_batch)
+        it.reader = ray.remote(Reader).options(**options).remote(self.function, first_step * sampler.global_batch)
         return it
 
     def read(self, ids: Sequence[int] | np.ndarray) -> list[Sample]:

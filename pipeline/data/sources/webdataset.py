@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from pipeline.config import DataConfig
 
-SPAN = 16  # neighbouring samples that stay together in the plan: one request to an object store instead of 16
+SPAN = 16  # neighbouring samples that stay together in the order: one request to an object store instead of 16
 BUFFER = 2 * 2**20  # bytes: headers lie between images, so fetching all of a remote shard beats a request for each
 LABEL_BYTES = 32  # a label member is a short number
 
