@@ -45,7 +45,7 @@ def _ready(item: dict[str, np.ndarray], sampler: Sampler) -> dict[str, np.ndarra
 
 
 class ReadyPixels(TrainLoader):
-    """A stream whose tasks decode nothing."""
+    """A loader whose tasks decode nothing."""
 
     def task(self, shared: Any) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
         return partial(_ready, sampler=self.sampler)
@@ -68,7 +68,7 @@ class Board:
 class Worker:
     """Takes its batches as a trainer does."""
 
-    def consume(self, stream: TrainLoader, rank: int, workers: int, board: Any, step_s: float, warm: int) -> tuple[float, float]:
+    def consume(self, loader: TrainLoader, rank: int, workers: int, board: Any, step_s: float, warm: int) -> tuple[float, float]:
         """Return images/s and the share of steps that waited, behind the first `warm` steps."""
         raise_priority()
         exchanged = iter(range(10**6))
@@ -77,7 +77,7 @@ class Worker:
             return ray.get(board.exchange.remote(next(exchanged), value))
 
         images = waited = steps = 0
-        with contextlib.closing(stream.batches(rank=rank, world_size=workers, share=share)) as batches:
+        with contextlib.closing(loader.batches(rank=rank, world_size=workers, share=share)) as batches:
             begin = asked = time.perf_counter()
             for number, batch in enumerate(batches):
                 if number >= warm:
@@ -94,10 +94,10 @@ def fed(workers: int, steps: int, step_s: float, warm: int = 8) -> tuple[float, 
     sampler = Sampler(np.array([[0, IMAGES]]), np.arange(IMAGES), seed=0, global_batch=SHARDS * CHUNK, num_shards=SHARDS, window=WINDOW)
     labels = np.full(IMAGES, -1)
     dataset = ImageDataset(labels=labels, class_names=[], fingerprint="", spans=np.array([[0, IMAGES]]))
-    stream = ReadyPixels(dataset, sampler, LARGE, 0, steps + warm)
+    loader = ReadyPixels(dataset, sampler, LARGE, 0, steps + warm)
     board = ray.remote(num_cpus=0)(Board).remote()
     actors = [ray.remote(num_cpus=0)(Worker).remote() for _ in range(workers)]
-    found = ray.get([actor.consume.remote(stream, rank, workers, board, step_s, warm) for rank, actor in enumerate(actors)])
+    found = ray.get([actor.consume.remote(loader, rank, workers, board, step_s, warm) for rank, actor in enumerate(actors)])
     return sum(rate for rate, _ in found), float(np.mean([waited for _, waited in found]))
 
 

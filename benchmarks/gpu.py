@@ -87,13 +87,13 @@ def configured(recipe: str, images: int, folder: Path, num_shards: int = 8) -> R
 
 
 def build(config: RunConfig, folder: Path, device: torch.device) -> tuple[Trainer, TrainLoader]:
-    """A run's trainer on a device, without anything that shows or reports, and its stream."""
+    """A run's trainer on a device, without anything that shows or reports, and its loader."""
     ready, screen = prepare(config), NullReporter(config.train.global_batch_size)
     trainer = build_trainer(
         ready, create_run(folder, None, "gpu"), None, screen=screen, report=lambda step, metrics: None, stop=lambda: False, device=device
     )
     trainer.method.train()
-    return trainer, ready.stream
+    return trainer, ready.loader
 
 
 def random_batch(views: ViewsConfig, images: int, device: torch.device, step: int = 0, of: int = 2**31) -> Batch:
@@ -131,9 +131,9 @@ def step_rate(trainer: Trainer, batch: Batch, seconds: float) -> float:
     return count * len(batch.ids) / min(run(count) for _ in range(3))
 
 
-def loader_rate(stream: TrainLoader, device: torch.device, seconds: float) -> float:
+def loader_rate(loader: TrainLoader, device: torch.device, seconds: float) -> float:
     """Images/s of the batches alone; those that were ready before the clock started do not count."""
-    with contextlib.closing(stream.batches(device=device)) as found:
+    with contextlib.closing(loader.batches(device=device)) as found:
         for _ in range(4):
             next(found)
         begin, images = time.perf_counter(), 0
@@ -143,10 +143,10 @@ def loader_rate(stream: TrainLoader, device: torch.device, seconds: float) -> fl
         return images / (time.perf_counter() - begin)
 
 
-def fed(trainer: Trainer, stream: TrainLoader, seconds: float) -> tuple[float, float]:
+def fed(trainer: Trainer, loader: TrainLoader, seconds: float) -> tuple[float, float]:
     """Images/s of steps that the loader feeds, and the time that a step waits for its batch, ms."""
     trainer.position.step, waits, images = 0, [], 0
-    with contextlib.closing(stream.batches(device=trainer.device)) as found:
+    with contextlib.closing(loader.batches(device=trainer.device)) as found:
         for _ in range(4):
             trainer.step(next(found))
         synchronize(trainer.device)
@@ -190,7 +190,7 @@ def measure(config: RunConfig, folder: Path, device: torch.device, seconds: floa
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-        trainer, stream = build(override(config, {"train.precision": precision}), folder / precision, device)
+        trainer, loader = build(override(config, {"train.precision": precision}), folder / precision, device)
         rate, memory = step_rate(trainer, batch, seconds), peak_gib(device)
         row |= {"step": rate, "memory_gib": memory} if precision == "bf16" else {"float32_step": rate, "float32_memory_gib": memory}
     data, last = config.data, trainer.position.step
@@ -198,8 +198,8 @@ def measure(config: RunConfig, folder: Path, device: torch.device, seconds: floa
     row["launches"] = launches(lambda: trainer.step(dataclasses.replace(batch, step=last)), device)
     row["colour_launches"] = launches(lambda: finish_views(batch, config.views, data.mean, data.std, device), device)
     start_ray()
-    row["loader"] = loader_rate(stream, device, seconds)
-    row["fed"], row["wait_ms"] = fed(trainer, stream, seconds)
+    row["loader"] = loader_rate(loader, device, seconds)
+    row["fed"], row["wait_ms"] = fed(trainer, loader, seconds)
     return row
 
 

@@ -25,13 +25,13 @@ class RunContext:
     """Everything checked before cluster time is spent: the data is open, the numbers resolved, the method built."""
 
     config: RunConfig
-    stream: TrainLoader
+    loader: TrainLoader
     resolved: Resolved
     method: Method
 
     @property
     def dataset(self) -> ImageDataset:
-        return self.stream.dataset
+        return self.loader.dataset
 
 
 def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = None, dataset: ImageDataset | None = None) -> RunContext:
@@ -59,7 +59,7 @@ def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = 
         steps_per_epoch=resolved.facts.steps_per_epoch,
     )
     facts, data = resolved.facts, config.data
-    stream = TrainLoader(
+    loader = TrainLoader(
         dataset,
         sampler,
         config.views,
@@ -69,7 +69,7 @@ def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = 
         finish=(data.mean, data.std) if data.augment_on == "workers" else None,
         buffer_bytes=data.buffer_bytes,
     )
-    return RunContext(config, stream, resolved, build_method(config, facts, start_from))
+    return RunContext(config, loader, resolved, build_method(config, facts, start_from))
 
 
 def prepare_resume(folder: RunFolder, start_from: Callable[[nn.Module], None] | None = None) -> RunContext:

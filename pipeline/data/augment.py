@@ -36,7 +36,7 @@ Recipes = dict[str, np.ndarray]  # what is done to each of N crops: by name, eac
 
 
 class CutBatch(Protocol):
-    """What `finish_views` needs of a batch (see `stream.Batch`)."""
+    """What `finish_views` needs of a batch (see `loader.Batch`)."""
 
     @property
     def crops(self) -> Mapping[str, Tensor]: ...

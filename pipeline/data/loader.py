@@ -1,4 +1,4 @@
-"""The stream of training batches: Ray Data tasks cut windows of images, a thread of each worker slices them ahead of the loop."""
+"""The training batches: Ray Data tasks cut windows of images, a thread of each worker slices them ahead of the loop."""
 
 from __future__ import annotations
 
@@ -256,14 +256,14 @@ class TrainLoader:
                     yield _collated(chunks, names, self.dataset, epoch, step, micro_batches, pin)
             held = chunks = []  # frees the group's blocks before the next is waited for
         if next(found, None) is not None:  # only who asks for the end lets Ray's threads end too
-            raise RuntimeError("the stream is out of order: it has more windows than planned; please report this")
+            raise RuntimeError("the loader is out of order: it has more windows than planned; please report this")
 
     def _checked(self, block: dict[str, np.ndarray] | None, epoch: int, group: int, shard: int) -> dict[str, np.ndarray]:
         rows, first = self.sampler.chunks(group) * self.sampler.chunk, self.sampler.first_slot(group, shard)
         if block and len(block["slot"]) == rows and block["epoch"][0] == epoch and block["slot"][0] == first:
             return block
         got = f"epoch {block['epoch'][:1]}, slot {block['slot'][:1]}, {len(block['slot'])} rows" if block else "no more"
-        raise RuntimeError(f"the stream is out of order: planned epoch {epoch}, slot {first}, got {got}; please report this")
+        raise RuntimeError(f"the loader is out of order: planned epoch {epoch}, slot {first}, got {got}; please report this")
 
 
 Arriving = tuple[Batch, "torch.cuda.Event | None"]

@@ -53,7 +53,7 @@ class Sampler:
         self.groups = -(-steps_per_epoch // self.chunks_per_window)
 
     def _forget(self) -> None:
-        # The order is 8 bytes an image; two epochs are kept, because the stream crosses from one to the next.
+        # The order is 8 bytes an image; two epochs are kept, because the loader crosses from one to the next.
         self._order = lru_cache(maxsize=2)(self._shuffle)
 
     def __getstate__(self) -> dict[str, object]:

@@ -207,7 +207,7 @@ def _data(data: DataConfig, config: RunConfig | None) -> Iterable[Check]:
             f"{remedy}{data.max_bad_fraction:.0%} are bad (data.max_bad_fraction)",
         )
     if config is not None and sizes:
-        yield from _guard("stream", lambda: [throughput.stream(config, dataset.num_training(config.data.held_out))])
+        yield from _guard("loader", lambda: [throughput.loader(config, dataset.num_training(config.data.held_out))])
         yield from _guard("timed dry run", lambda: throughput.report(config, dataset, good))
 
 

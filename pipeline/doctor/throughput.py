@@ -139,8 +139,8 @@ def report(config: RunConfig, dataset: Any, ids: Sequence[int]) -> Iterable[Chec
     yield Check("timed dry run", "warn" if remedy else "ok", found, remedy)
 
 
-def stream(config: RunConfig, num_images: int | None) -> Check:
-    """The row of the doctor about the stream: what was chosen, and why."""
+def loader(config: RunConfig, num_images: int | None) -> Check:
+    """The row of the doctor about the loader: what was chosen, and why."""
     from pipeline.data.crop_task import block_bytes
     from pipeline.data.ray_data import object_store_bytes
 
@@ -157,7 +157,7 @@ def stream(config: RunConfig, num_images: int | None) -> Check:
     remedy = (
         f"a window of each shard is {group / 1e6:,.0f} MB: use a smaller data.images_per_task, or a larger data.buffer_bytes" if few else ""
     )
-    return Check("stream", "warn" if few else "ok", found, remedy)
+    return Check("loader", "warn" if few else "ok", found, remedy)
 
 
 def duration(seconds: float) -> str:

@@ -157,7 +157,7 @@ class Trainer:
         config, facts = self.config.train, self.resolved.facts
         due = self.position.step + config.first_epoch * facts.steps_per_epoch
         if batch.step != due:
-            raise RuntimeError(f"the stream gave the batch of step {batch.step}, but that of step {due} is due; please report this")
+            raise RuntimeError(f"the loader gave the batch of step {batch.step}, but that of step {due} is due; please report this")
         done = self.position.step + 1
         start = Progress(
             step=self.position.step,

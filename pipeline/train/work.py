@@ -76,8 +76,8 @@ def train(
     """
     try:
         trainer = build_trainer(context, folder, state, screen=screen, report=report, stop=stop, **how)
-        with contextlib.closing(batches(context, trainer, tasks, share)) as stream:
-            trainer.run(stream)
+        with contextlib.closing(batches(context, trainer, tasks, share)) as own_batches:
+            trainer.run(own_batches)
     except torch.OutOfMemoryError as error:
         raise TrainingAborted(memory_advice(error, context.config)) from error
     return TrainResult(trainer.position.step, trainer.position.step >= context.resolved.facts.total_steps)
@@ -154,7 +154,7 @@ def batches(
     context: RunContext, trainer: Trainer, tasks: int | None = None, share: Callable[[Any], Any] = lambda value: value
 ) -> Generator[Batch]:
     """This worker's batches from the trainer's step on."""
-    return context.stream.batches(
+    return context.loader.batches(
         trainer.position.step,
         rank=rank(),
         world_size=world_size(),

@@ -46,13 +46,13 @@ def test_colour_on_the_device_is_that_of_the_cpu(recipe: str, device: torch.devi
         assert float((differences > 1e-4).float().mean()) < 1e-5
 
 
-def stream_of(folder: Path) -> TrainLoader:
-    return prepare(configured("simclr-small", 32, folder, num_shards=2)).stream
+def loader_of(folder: Path) -> TrainLoader:
+    return prepare(configured("simclr-small", 32, folder, num_shards=2)).loader
 
 
 def test_batches_arrive_on_the_device_with_the_pixels_of_the_cpu(ray_local: None, folder: Path, device: torch.device) -> None:
-    stream = stream_of(folder)
-    with contextlib.closing(stream.batches(device=device)) as there, contextlib.closing(stream.batches()) as here:
+    loader = loader_of(folder)
+    with contextlib.closing(loader.batches(device=device)) as there, contextlib.closing(loader.batches()) as here:
         for _ in range(20):
             found, expected = next(there), next(here)
             assert found.step == expected.step and found.ids.device.type == device.type
@@ -64,7 +64,7 @@ def test_batches_arrive_on_the_device_with_the_pixels_of_the_cpu(ray_local: None
 
 def test_the_next_batch_is_ready_when_a_step_ends(ray_local: None, folder: Path, device: torch.device) -> None:
     waits = []
-    with contextlib.closing(stream_of(folder).batches(device=device)) as found:
+    with contextlib.closing(loader_of(folder).batches(device=device)) as found:
         for step in range(12):
             asked = time.perf_counter()
             next(found)
