@@ -129,7 +129,7 @@ class Trained:
                 folder=RunFolder(Path(folder)),
                 device=device,
                 precision=precision,
-                display=NullReporter(config.train.global_batch_size),
+                reporter=NullReporter(config.train.global_batch_size),
                 report=lambda step, metrics: self.losses.append(metrics.get("loss", 0.0)),
                 images=len(images.pixels),
                 saved_step=resolved.facts.total_steps,  # writes no checkpoint

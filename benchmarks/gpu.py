@@ -90,7 +90,7 @@ def build(config: RunConfig, folder: Path, device: torch.device) -> tuple[Traine
     """A run's trainer on a device, without anything that shows or reports, and its loader."""
     ready, screen = prepare(config), NullReporter(config.train.global_batch_size)
     trainer = build_trainer(
-        ready, create_run(folder, None, "gpu"), None, screen=screen, report=lambda step, metrics: None, stop=lambda: False, device=device
+        ready, create_run(folder, None, "gpu"), None, reporter=screen, report=lambda step, metrics: None, stop=lambda: False, device=device
     )
     trainer.method.train()
     return trainer, ready.loader

@@ -173,7 +173,7 @@ def test_clusters_are_measured_where_knn_is_and_without_it(tmp_path: Path) -> No
         made.run(batches(range(6)))
         assert [step for step, metrics in points if "cluster_max" in metrics] == [0, 4, 6]
         assert [step for step, metrics in points if "knn" in metrics] == ([0, 4, 6] if knn else [])
-        said = made.display.console.file.getvalue()
+        said = made.reporter.console.file.getvalue()
         assert said.count("one cluster holds 4 of 4 images at step 4") == 1  # equal images; the patience is 3 steps
 
 

@@ -44,7 +44,7 @@ def test_rank_0_reports_to_the_screen_and_the_folder_and_hears_the_stop(run: tup
     second = RemoteReporter(channel, folder, rank=1, batch=4, start_step=0)
     for reporter, loss in ((first, 1.5), (second, 9.5)):
         reporter.update(5, loss=loss)
-        reporter.say(f"evaluating after {loss}")
+        reporter.info(f"evaluating after {loss}")
         reporter.report(5, {"loss": loss})
     until(lambda: deliver(ray.get(channel.collect.remote(False)), screen, folder) or "evaluating after 1.5" in out.getvalue())
     assert "step 5/10" in out.getvalue() and "loss 1.500" in out.getvalue() and "9.5" not in out.getvalue()
@@ -123,7 +123,7 @@ def test_a_worker_that_cannot_load_our_code_ends_the_run(ray_local: None, tmp_pa
     sys.modules["nowhere"] = nowhere
     try:
         with pytest.raises(TrainingAborted, match=r"cannot import this project .*nowhere.*install"):
-            run_workers(vars(nowhere)["work"], {}, RunFolder(tmp_path), 1, CPU_WORKER, screen=NullReporter(1), timeout_s=300)
+            run_workers(vars(nowhere)["work"], {}, RunFolder(tmp_path), 1, CPU_WORKER, reporter=NullReporter(1), timeout_s=300)
     finally:
         del sys.modules["nowhere"]
 

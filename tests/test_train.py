@@ -111,7 +111,7 @@ def trainer(folder: Path, run: RunConfig, method: Toy | None = None, **changes: 
         folder=create_run(folder, None, "toy"),
         device=torch.device("cpu"),
         precision=torch.float32,
-        display=shown,
+        reporter=shown,
         report=lambda step, metrics: points.append((step, dict(metrics))),
         images=24,
         **changes,

@@ -191,13 +191,13 @@ def _train_and_evaluate(
     with display:
         if context.config.train.worker_range[1]:
             result = train_with_workers(
-                context, folder, state, screen=display, stop=stop, on_message=tracker.wake, on_attempt=tracker.rewind
+                context, folder, state, reporter=display, stop=stop, on_message=tracker.wake, on_attempt=tracker.rewind
             )
         else:
-            result = train(context, folder, state, screen=display, report=tracker.log, stop=stop, tasks=default_tasks(), kept=kept)
+            result = train(context, folder, state, reporter=display, report=tracker.log, stop=stop, tasks=default_tasks(), kept=kept)
         if not result.complete:
             return result.step, None
-        display.say("evaluating ...")
+        display.info("evaluating ...")
         if context.config.train.worker_range[1]:
             return result.step, evaluate_in_task(context, folder, stop=stop)
         return result.step, evaluate_and_export(context, folder, kept=kept)

@@ -64,7 +64,7 @@ class Trainer:
     folder: RunFolder
     device: torch.device
     precision: torch.dtype
-    display: ProgressReporter
+    reporter: ProgressReporter
     report: Report
     images: int  # of the whole source
     online: Callable[[torch.nn.Module], Mapping[str, float]] | None = None
@@ -129,7 +129,7 @@ class Trainer:
                 metrics = self.flush(outputs)
                 outputs = []
                 for warning in guards.warnings(step, metrics):
-                    self.display.say(f"[yellow]warning:[/yellow] {warning}")
+                    self.reporter.info(f"[yellow]warning:[/yellow] {warning}")
                 if save or measure:
                     average_statistics(self.method)
                 improved = measure and bool(all_reduce_max(torch.tensor(int(self.measure()))))
@@ -140,7 +140,7 @@ class Trainer:
                 if measure and not stopping:
                     yield self.measured
             else:
-                self.display.update(step)
+                self.reporter.update(step)
             if stopping:
                 return
 
@@ -234,9 +234,9 @@ class Trainer:
         metrics["lr"] = scheduled_lr(self.resolved, step - 1)
         if (decay := scheduled_weight_decay(self.resolved, step - 1)) is not None:
             metrics["weight_decay"] = decay
-        self.display.update(step, loss=metrics.get("loss"))
-        if self.display.images_per_s:  # it takes two steps to tell
-            metrics["images_per_s"] = self.display.images_per_s
+        self.reporter.update(step, loss=metrics.get("loss"))
+        if self.reporter.images_per_s:  # it takes two steps to tell
+            metrics["images_per_s"] = self.reporter.images_per_s
         metrics["bad_images"] = float(len(self.position.bad))
         self.report(step, metrics)
         return metrics
@@ -249,7 +249,7 @@ class Trainer:
         self.method.train()
         step = self.position.step
         self.last_knn = self.measured.get("knn")
-        self.display.update(step, knn=self.last_knn)
+        self.reporter.update(step, knn=self.last_knn)
         self.folder.update(**{key: self.measured[key] for key in ("knn", "score") if key in self.measured})
         self.report(step, self.measured)
         score = self.measured.get("score", self.last_knn)
@@ -265,7 +265,7 @@ class Trainer:
         found = self.online_clusters(self.method)
         self.report(self.position.step, found.metrics())
         for warning in guards.cluster_warnings(self.position.step, found.sizes):
-            self.display.say(f"[yellow]warning:[/yellow] {warning}")
+            self.reporter.info(f"[yellow]warning:[/yellow] {warning}")
 
     def state(self) -> checkpoint.State:
         """Return the whole state of the run, free of clocks and machine names; tables by image id on rank 0 only.

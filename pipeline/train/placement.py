@@ -31,7 +31,7 @@ def place_workers(
     config: TrainConfig,
     num_shards: int,
     *,
-    say: Callable[[str], None],
+    info: Callable[[str], None],
     stop: Callable[[], bool] = lambda: False,
     probe: bool = False,
     without: Collection[str] = (),
@@ -66,14 +66,14 @@ def place_workers(
         if not waiting:
             waiting = True
             room = f"{choices[0]} workers with {_words(resources)} each"
-            say(f"waiting up to {config.resource_timeout_s:.0f} s until the cluster has room for {room}")
+            info(f"waiting up to {config.resource_timeout_s:.0f} s until the cluster has room for {room}")
             request_resources(bundles=[*[resources] * choices[-1], {"CPU": 1}])  # an autoscaler, if there is one, makes room
         time.sleep(2.0)
     if waiting:
         request_resources(bundles=[])
     if fitting:
         if joins_cluster() and config.accelerator == "auto" and "GPU" not in resources:
-            say("the cluster has no GPU now: training on CPUs; --train.accelerator gpu waits for GPUs")
+            info("the cluster has no GPU now: training on CPUs; --train.accelerator gpu waits for GPUs")
         return max(fitting), resources
     if stop():
         return None

@@ -18,7 +18,7 @@ class ProgressReporter(Protocol):
 
     def update(self, step: int, *, loss: float | None = None, knn: float | None = None) -> None: ...
 
-    def say(self, text: str) -> None: ...
+    def info(self, text: str) -> None: ...
 
 
 class NullReporter:
@@ -37,7 +37,7 @@ class NullReporter:
         if knn is None and self.first_step_at is None:
             self.first_step_at = time.monotonic()
 
-    def say(self, text: str) -> None: ...
+    def info(self, text: str) -> None: ...
 
 
 class Throughput:
@@ -140,7 +140,7 @@ class Display:
         self.console.print(f"step {self.step}/{self.total}  {self.figures()}{left}", highlight=False, soft_wrap=True)
         self.printed_at, self.printed_step = time.monotonic(), self.step
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """A message above the live line."""
         self.console.print(text, highlight=False, soft_wrap=True)
 

@@ -41,7 +41,7 @@ def train_with_workers(
     folder: RunFolder,
     state: checkpoint.State | None,
     *,
-    screen: ProgressReporter,
+    reporter: ProgressReporter,
     stop: Callable[[], bool],
     on_message: Callable[[], None],
     on_attempt: Callable[[int], None],
@@ -69,7 +69,7 @@ def train_with_workers(
         on_attempt(start)
         if start >= context.resolved.facts.total_steps:  # only the evaluation is left
             return TrainResult(start, complete=True)
-        placed = place_workers(config, context.config.data.num_shards, say=screen.say, stop=stop, probe=bool(failures), without=leaving)
+        placed = place_workers(config, context.config.data.num_shards, info=reporter.info, stop=stop, probe=bool(failures), without=leaving)
         if placed is None:
             return TrainResult(start, complete=False)
         workers, resources = placed
@@ -80,7 +80,7 @@ def train_with_workers(
                 folder,
                 workers,
                 resources,
-                screen=screen,
+                reporter=reporter,
                 timeout_s=config.progress_timeout_s,
                 stop=stop,
                 on_message=on_message,
@@ -91,7 +91,7 @@ def train_with_workers(
             failures[start] += 1
             if failures[start] > config.max_restarts:
                 raise TrainingAborted(f"{loss}, {failures[start]} times without a checkpoint after step {start}") from loss
-            screen.say(f"[yellow]warning:[/yellow] {loss}; going on from the last checkpoint")
+            reporter.info(f"[yellow]warning:[/yellow] {loss}; going on from the last checkpoint")
             continue
         finally:
             _push_metrics(folder)
@@ -99,7 +99,7 @@ def train_with_workers(
         if not result.preempted:
             return result
         leaving |= set(result.preempted)
-        screen.say(f"a node is being taken away; going on from step {result.step} on the nodes that remain")
+        reporter.info(f"a node is being taken away; going on from step {result.step} on the nodes that remain")
 
 
 def run_workers(
@@ -109,7 +109,7 @@ def run_workers(
     workers: int,
     resources: Resources,
     *,
-    screen: ProgressReporter,
+    reporter: ProgressReporter,
     timeout_s: float,
     stop: Callable[[], bool] = lambda: False,
     on_message: Callable[[], None] = lambda: None,
@@ -162,7 +162,7 @@ def run_workers(
         while thread.is_alive():
             thread.join(POLL_S)
             messages = ray.get(channel.collect.remote(stop()))
-            deliver(messages, screen, folder)
+            deliver(messages, reporter, folder)
             if messages:
                 heard = time.monotonic()
                 on_message()
@@ -268,7 +268,7 @@ def worker_main(settings: dict[str, Any]) -> TrainResult:
             context,
             folder,
             state,
-            screen=reporter,
+            reporter=reporter,
             report=reporter.report,
             stop=stop,
             ask_every=config.log_every,

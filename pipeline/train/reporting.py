@@ -106,8 +106,8 @@ class RemoteReporter:
                 self._messages.pop()  # the driver needs the newest bare step only
         self._post("update", step=step, **figures)
 
-    def say(self, text: str) -> None:
-        self._post("say", text=text)
+    def info(self, text: str) -> None:
+        self._post("info", text=text)
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record one point: in the run's folder first, so that a killed driver loses none."""
@@ -147,10 +147,10 @@ class RemoteReporter:
                 return
 
 
-def deliver(messages: list[Message], screen: ProgressReporter, folder: RunFolder) -> None:
+def deliver(messages: list[Message], reporter: ProgressReporter, folder: RunFolder) -> None:
     """The driver's end: show and record what rank 0 has reported."""
     for kind, content in messages:
         if kind == "point":
             append_line(folder.path, content["line"])
         else:
-            getattr(screen, kind)(**content)
+            getattr(reporter, kind)(**content)

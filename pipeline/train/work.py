@@ -56,7 +56,7 @@ def train(
     folder: RunFolder,
     state: checkpoint.State | None,
     *,
-    screen: ProgressReporter,
+    reporter: ProgressReporter,
     report: Report,
     stop: Callable[[], bool],
     tasks: int | None = None,
@@ -75,7 +75,7 @@ def train(
         checkpoint.DiskFull: a checkpoint could not be written.
     """
     try:
-        trainer = build_trainer(context, folder, state, screen=screen, report=report, stop=stop, **how)
+        trainer = build_trainer(context, folder, state, reporter=reporter, report=report, stop=stop, **how)
         with contextlib.closing(batches(context, trainer, tasks, share)) as own_batches:
             trainer.run(own_batches)
     except torch.OutOfMemoryError as error:
@@ -88,7 +88,7 @@ def build_trainer(
     folder: RunFolder,
     state: checkpoint.State | None,
     *,
-    screen: ProgressReporter,
+    reporter: ProgressReporter,
     report: Report,
     stop: Callable[[], bool],
     ask_every: int = 1,
@@ -132,7 +132,7 @@ def build_trainer(
         folder=folder,
         device=device,
         precision=precision,
-        display=screen,
+        reporter=reporter,
         report=report,
         images=len(context.dataset) if resolved.facts.num_images else resolved.facts.total_steps * resolved.facts.global_batch_size,
         stop=stop,

@@ -75,7 +75,7 @@ def trained(ray_with_room: None, tmp_path_factory: pytest.TempPathFactory) -> di
     ray.cloudpickle.register_pickle_by_value(here)  # workers cannot import it
     try:
         screen = NullReporter(32)
-        done = run_workers(every_method, {"methods": settings}, RunFolder(root), 2, CPU_WORKER, screen=screen, timeout_s=600)
+        done = run_workers(every_method, {"methods": settings}, RunFolder(root), 2, CPU_WORKER, reporter=screen, timeout_s=600)
     finally:
         ray.cloudpickle.unregister_pickle_by_value(here)
     return {name: (ready, folder, done[name]) for name, (ready, folder) in runs.items()}

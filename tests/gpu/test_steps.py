@@ -140,7 +140,7 @@ def test_a_full_device_ends_training_with_a_sentence(ray_local: None, cuda: torc
     ready = prepare(override(configured("swav", 64, tmp_path / "images", num_shards=1), {"train.epochs": 2}))
     _, total = torch.cuda.mem_get_info()
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**30) / total)  # weights fit, the step does not
-    quiet = {"screen": NullReporter(64), "report": lambda step, metrics: None, "stop": lambda: False}
+    quiet = {"reporter": NullReporter(64), "report": lambda step, metrics: None, "stop": lambda: False}
     try:
         with pytest.raises(TrainingAborted, match=r"out of memory.*train\.global_batch_size=64"):
             train(ready, create_run(tmp_path, None, "full"), None, **quiet)
