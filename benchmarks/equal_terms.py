@@ -31,7 +31,7 @@ from pipeline.build import build_method
 from pipeline.cli.overrides import configured
 from pipeline.config import RunConfig, override
 from pipeline.data.crop_task import decode_all
-from pipeline.data.crops import cut_window, draw_views
+from pipeline.data.crops import cut_crops, draw_views
 from pipeline.data.decode import evaluation_crop
 from pipeline.data.loader import Batch
 from pipeline.data.sources.base import open_source
@@ -102,7 +102,7 @@ def batches(images: Images, config: RunConfig, facts: RunFacts) -> Iterator[Batc
         pictures = [images.pixels[i] for i in ids]
         heights, widths = (np.array([picture.shape[axis] for picture in pictures]) for axis in (0, 1))
         tables = draw_views(config.train.seed, epoch, ids, heights, widths, config.views)
-        crops = {name: torch.from_numpy(cut) for name, cut in cut_window(pictures, tables, config.views).items()}
+        crops = {name: torch.from_numpy(cut) for name, cut in cut_crops(pictures, tables, config.views).items()}
         yield Batch(crops=crops, tables=tables, ids=torch.from_numpy(ids), labels=images.labels[ids], epoch=epoch, step=step, bad=[])
 
 

@@ -26,7 +26,7 @@ from pipeline.data.loader import TrainLoader
 from pipeline.data.ray_data import raise_priority, start_ray
 from pipeline.data.sampler import Sampler
 
-SHARDS, CHUNK, WINDOW = 8, 64, 128
+SHARDS, CHUNK, IMAGES_PER_TASK = 8, 64, 128
 IMAGES = 100_000
 WAITED_S = 0.005  # a batch that is ready takes microseconds
 
@@ -34,7 +34,7 @@ WAITED_S = 0.005  # a batch that is ready takes microseconds
 def _ready(item: dict[str, np.ndarray], sampler: Sampler) -> dict[str, np.ndarray]:
     """What a task would cut, without cutting."""
     epoch, group, shard = (int(item[key][0]) for key in ("epoch", "group", "shard"))
-    rows = sampler.chunks(group) * sampler.chunk
+    rows = sampler.steps_in(group) * sampler.shard_batch
     slot = sampler.first_slot(group, shard) + np.arange(rows)
     columns = {"id": slot, "planned": slot, "slot": slot, "epoch": np.full(rows, epoch), "label": np.full(rows, -1)}
     columns["reason"] = np.full(rows, "", object)
@@ -91,7 +91,9 @@ class Worker:
 
 def fed(workers: int, steps: int, step_s: float, warm: int = 8) -> tuple[float, float]:
     """Images/s of all workers together, and the share of steps that waited."""
-    sampler = Sampler(np.array([[0, IMAGES]]), np.arange(IMAGES), seed=0, global_batch=SHARDS * CHUNK, num_shards=SHARDS, window=WINDOW)
+    sampler = Sampler(
+        np.array([[0, IMAGES]]), np.arange(IMAGES), seed=0, global_batch=SHARDS * CHUNK, num_shards=SHARDS, images_per_task=IMAGES_PER_TASK
+    )
     labels = np.full(IMAGES, -1)
     dataset = ImageDataset(labels=labels, class_names=[], fingerprint="", spans=np.array([[0, IMAGES]]))
     loader = ReadyPixels(dataset, sampler, LARGE, 0, steps + warm)

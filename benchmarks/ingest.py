@@ -23,32 +23,32 @@ from torch.utils.data import DataLoader, Dataset
 from views import LARGE, original, photographs
 
 from pipeline.config import DataConfig
-from pipeline.data.crop_task import cut_images
+from pipeline.data.crop_task import make_crops
 from pipeline.data.image_dataset import ImageDataset, Sample
 from pipeline.data.loader import TrainLoader
 from pipeline.data.ray_data import start_ray
 from pipeline.data.sampler import Sampler
 from pipeline.data.sources.base import open_source
 
-BATCH, WINDOW = 64, 128
+BATCH, IMAGES_PER_TASK = 64, 128
 
 
 def ours(dataset: ImageDataset, images: int, tasks: int) -> float:
     """Through Ray Data to this process, which copies every batch out.
 
-    The clock starts with the first batch: just then the first window of every shard is cut, and those images are not counted.
+    The clock starts with the first batch: just then the first task of every shard is cut, and those images are not counted.
     """
-    sampler = Sampler(dataset.spans, dataset.training_ids(0), seed=0, global_batch=BATCH, num_shards=4, window=WINDOW)
-    batches = TrainLoader(dataset, sampler, LARGE, 0, images // BATCH + sampler.chunks_per_window).batches(tasks=tasks)
+    sampler = Sampler(dataset.spans, dataset.training_ids(0), seed=0, global_batch=BATCH, num_shards=4, images_per_task=IMAGES_PER_TASK)
+    batches = TrainLoader(dataset, sampler, LARGE, 0, images // BATCH + sampler.steps_per_group).batches(tasks=tasks)
     next(batches)
     begin = time.perf_counter()
     steps = 1 + sum(1 for _ in batches)
-    return (steps - sampler.chunks_per_window) * BATCH / (time.perf_counter() - begin)
+    return (steps - sampler.steps_per_group) * BATCH / (time.perf_counter() - begin)
 
 
 def first_batch(dataset: ImageDataset, tasks: int, times: int = 5) -> list[float]:
     """Seconds from the call to the first batch, the workers of the tasks warm."""
-    sampler = Sampler(dataset.spans, dataset.training_ids(0), seed=0, global_batch=BATCH, num_shards=4, window=WINDOW)
+    sampler = Sampler(dataset.spans, dataset.training_ids(0), seed=0, global_batch=BATCH, num_shards=4, images_per_task=IMAGES_PER_TASK)
     found = []
     for _ in range(times):
         begin = time.perf_counter()
@@ -87,13 +87,13 @@ def data_loader(images: list[bytes], count: int, workers: int) -> float:
 
 def _bare(images: list[bytes], count: int, barrier: Any, done: Any) -> None:
     torch.set_num_threads(1)
-    rows = [Sample(i, images[i % len(images)], -1, "") for i in range(WINDOW)]
-    cut_images(rows[:8], 0, LARGE, 0, 8)
+    rows = [Sample(i, images[i % len(images)], -1, "") for i in range(IMAGES_PER_TASK)]
+    make_crops(rows[:8], 0, LARGE, 0, 8)
     barrier.wait()
     begin = time.perf_counter()
-    for epoch in range(max(1, count // WINDOW)):
-        cut_images(rows, epoch, LARGE, 0, WINDOW)
-    done.put(max(1, count // WINDOW) * WINDOW / (time.perf_counter() - begin))
+    for epoch in range(max(1, count // IMAGES_PER_TASK)):
+        make_crops(rows, epoch, LARGE, 0, IMAGES_PER_TASK)
+    done.put(max(1, count // IMAGES_PER_TASK) * IMAGES_PER_TASK / (time.perf_counter() - begin))
 
 
 def bare_loop(images: list[bytes], count: int, processes: int) -> float:
@@ -119,14 +119,14 @@ def main() -> None:
     images = photographs(None, 19)
     with tempfile.TemporaryDirectory() as folder:
         many = [images[i % len(images)] for i in range(options.images)]
-        pq.write_table(pa.table({"image": many}), Path(folder) / "a.parquet", row_group_size=WINDOW)
+        pq.write_table(pa.table({"image": many}), Path(folder) / "a.parquet", row_group_size=IMAGES_PER_TASK)
         dataset = open_source(DataConfig(path=folder))
         begin = time.perf_counter()
         start_ray()
         started = time.perf_counter() - begin
         (cold,) = first_batch(dataset, cores, 1)
         print(f"first batch {started + cold:.1f} s after Ray's start began, {cold:.1f} s after its end", flush=True)
-        ours(dataset, WINDOW * cores * 2, cores)  # warm
+        ours(dataset, IMAGES_PER_TASK * cores * 2, cores)  # warm
         rounds = []
         for _ in range(options.rounds):
             ray_data, bare = ours(dataset, options.images, cores), bare_loop(images, options.images, cores)

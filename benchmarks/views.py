@@ -26,8 +26,8 @@ from torchvision.transforms import v2
 from methods.parts.views import CropGroup, ViewsConfig
 from pipeline.data import augment
 from pipeline.data import decode as decoding
-from pipeline.data.crop_task import cut_images, finish_columns
-from pipeline.data.crops import COLUMNS, cut_window, draw_views
+from pipeline.data.crop_task import finish_columns, make_crops
+from pipeline.data.crops import COLUMNS, cut_crops, draw_views
 from pipeline.data.decode import decode
 from pipeline.data.image_dataset import Sample
 from pipeline.data.sources.patches import FILES, load_photo, open_patches
@@ -71,7 +71,7 @@ def cut(views: ViewsConfig) -> Engine:
     """uint8 views and tables, ready to travel."""
 
     def engine(images: list[bytes]) -> object:
-        return cut_images([Sample(i, image, -1, "") for i, image in enumerate(images)], 0, views, 0, len(images))
+        return make_crops([Sample(i, image, -1, "") for i, image in enumerate(images)], 0, views, 0, len(images))
 
     return engine
 
@@ -282,7 +282,7 @@ def stages(views: ViewsConfig, images: list[bytes], rounds: int) -> dict[str, fl
         pictures = timed("decode", lambda: [decode(image) for image in images])
         heights, widths = (np.array([p.shape[axis] for p in pictures]) for axis in (0, 1))
         tables = timed("draw random numbers", lambda: draw_views(0, 0, ids, heights, widths, views))  # noqa: B023
-        crops = timed("crop, resize, flip", lambda: cut_window(pictures, tables, views))  # noqa: B023
+        crops = timed("crop, resize, flip", lambda: cut_crops(pictures, tables, views))  # noqa: B023
         for step, change in photometric_steps().items():
             timed(step, lambda: change(crops, tables, views))  # noqa: B023
     return {name: min(times) for name, times in spent.items()}

@@ -55,7 +55,7 @@ def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = 
         held_out=config.data.held_out,
         global_batch=config.train.global_batch_size,
         num_shards=config.data.num_shards,
-        window=resolved.window,
+        images_per_task=resolved.window,
         steps_per_epoch=resolved.facts.steps_per_epoch,
     )
     facts, data = resolved.facts, config.data

@@ -49,7 +49,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def result(ray_local: None, model: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, EmbedReport]:
     to = tmp_path_factory.mktemp("out") / "features"
-    return to, embed(model, DataConfig(path=str(images), max_bad_fraction=0.2), to, batch_size=4, window=5)
+    return to, embed(model, DataConfig(path=str(images), max_bad_fraction=0.2), to, batch_size=4, images_per_task=5)
 
 
 def test_every_good_image_has_a_row_in_order(result: tuple[Path, EmbedReport]) -> None:
@@ -92,12 +92,12 @@ def test_windows_and_batches_do_not_change_the_rows(
     result: tuple[Path, EmbedReport], ray_local: None, model: Path, images: Path, tmp_path: Path
 ) -> None:
     data = DataConfig(path=str(images), max_bad_fraction=0.2)
-    embed(model, data, tmp_path / "a", batch_size=256, window=512)
+    embed(model, data, tmp_path / "a", batch_size=256, images_per_task=512)
     one, several = pq.read_table(tmp_path / "a"), pq.read_table(result[0])
     assert one.drop(["embedding"]).equals(several.drop(["embedding"]))
     np.testing.assert_allclose(one["embedding"].to_pylist(), several["embedding"].to_pylist(), atol=1e-5)
     # the folder of an earlier embed is replaced: no part of the former layout stays
-    embed(model, data, tmp_path / "a", window=12, bf16=True)
+    embed(model, data, tmp_path / "a", images_per_task=12, bf16=True)
     assert [f.name for f in sorted((tmp_path / "a").glob("*.parquet"))] == ["part-00000.parquet", "part-00001.parquet"]
     rounded = np.array(pq.read_table(tmp_path / "a")["embedding"].to_pylist())
     exact = np.array(several["embedding"].to_pylist())
@@ -116,7 +116,7 @@ def test_a_part_without_a_good_image_is_an_empty_file(ray_local: None, model: Pa
     (tmp_path / "in").mkdir()
     for i in range(4):
         (tmp_path / "in" / f"{i}.png").write_bytes(b"" if i < 2 else pixels.getvalue())
-    report = embed(model, DataConfig(path=str(tmp_path / "in"), max_bad_fraction=0.5), tmp_path / "out", window=2)
+    report = embed(model, DataConfig(path=str(tmp_path / "in"), max_bad_fraction=0.5), tmp_path / "out", images_per_task=2)
     assert (report.rows, report.bad) == (2, 2)
     table = pq.read_table(tmp_path / "out")
     assert table["id"].to_pylist() == [2, 3] and table["label"].to_pylist() == [-1, -1]
@@ -162,7 +162,7 @@ def test_actors_that_hold_gpus_write_what_tasks_write(
 ) -> None:
     """The rows of the tasks; the device of the actors is the CPU here."""
     monkeypatch.setattr("pipeline.export.embed.GPU", "cpu")
-    report = embed(model, DataConfig(path=str(images), max_bad_fraction=0.2), tmp_path / "a", batch_size=4, window=5)
+    report = embed(model, DataConfig(path=str(images), max_bad_fraction=0.2), tmp_path / "a", batch_size=4, images_per_task=5)
     assert (report.rows, report.bad) == (21, 2)
     ours, expected = pq.read_table(tmp_path / "a"), pq.read_table(result[0])
     assert ours.drop(["embedding"]).equals(expected.drop(["embedding"]))

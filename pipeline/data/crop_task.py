@@ -9,12 +9,12 @@ import torch
 
 from methods.parts.views import ViewsConfig
 from pipeline.data.augment import Normalisation, finish_crops
-from pipeline.data.crops import COLUMNS, cut_window, draw_views, shrink_factor, shrunk
+from pipeline.data.crops import COLUMNS, cut_crops, draw_views, shrink_factor, shrunk
 from pipeline.data.decode import BadImage, decode, large_size
 from pipeline.data.image_dataset import Sample
 
 
-def cut_images(samples: list[Sample], epoch: int, views: ViewsConfig, seed: int, chunk: int) -> dict[str, np.ndarray]:
+def make_crops(samples: list[Sample], epoch: int, views: ViewsConfig, seed: int, shard_batch: int) -> dict[str, np.ndarray]:
     """Decode a window of images and cut their views; bad slots get a good image from another chunk.
 
     Large JPEGs are decoded at the smallest size in which every box is twice as large as its view. Their tables hold the boxes
@@ -31,7 +31,7 @@ def cut_images(samples: list[Sample], epoch: int, views: ViewsConfig, seed: int,
     ]
     images, reasons = decode_all(samples, factors)
     whole = [image.shape[:2] if reason or size is None else size for image, reason, size in zip(images, reasons, sizes, strict=True)]
-    shown = substitutes([not reason for reason in reasons], chunk)
+    shown = substitutes([not reason for reason in reasons], shard_batch)
     pictures = [images[s] for s in shown]
     ids = np.array([samples[s].id for s in shown])
     tables = _draw([samples[s] for s in shown], [whole[s] for s in shown], seed, epoch, views)
@@ -39,7 +39,7 @@ def cut_images(samples: list[Sample], epoch: int, views: ViewsConfig, seed: int,
     if max(factors) > 1:
         heights, widths = (np.array([picture.shape[axis] for picture in pictures]) for axis in (0, 1))
         in_picture = {name: shrunk(table, np.array(factors)[shown], heights, widths) for name, table in tables.items()}
-    columns = {f"crops/{name}": crops for name, crops in cut_window(pictures, in_picture, views).items()}
+    columns = {f"crops/{name}": crops for name, crops in cut_crops(pictures, in_picture, views).items()}
     columns |= {f"table/{name}": table for name, table in tables.items()}
     columns["id"], columns["planned"] = ids, np.array([sample.id for sample in samples])
     columns["label"] = np.array([samples[s].label for s in shown])
@@ -56,14 +56,14 @@ def finish_columns(columns: dict[str, np.ndarray], views: ViewsConfig, finish: N
             columns[f"crops/{name}"] = done.unflatten(0, crops.shape[:2]).numpy()
 
 
-def substitutes(good: list[bool], chunk: int) -> np.ndarray:
+def substitutes(good: list[bool], shard_batch: int) -> np.ndarray:
     """Which place of a window each slot shows, `(n,)`: itself if good, else a good one at the same place of the nearest
     later chunk (cyclic), else any good one after it; itself if none is good."""
     count = len(good)
     shown = np.arange(count)
     for slot in np.flatnonzero(~np.array(good, bool)):
-        other_chunks = range(slot + chunk, slot + count, chunk)
-        candidates = (place % count for place in (*other_chunks, *range(slot + 1, slot + count)))
+        other_batches = range(slot + shard_batch, slot + count, shard_batch)
+        candidates = (place % count for place in (*other_batches, *range(slot + 1, slot + count)))
         shown[slot] = next((place for place in candidates if good[place]), slot)
     return shown
 

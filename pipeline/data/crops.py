@@ -124,7 +124,7 @@ def shrunk(table: np.ndarray, factors: np.ndarray, heights: np.ndarray, widths: 
 # ---------------------------------------------------------------------------- cutting
 
 
-def cut_window(images: Sequence[np.ndarray], tables: Mapping[str, np.ndarray], views: ViewsConfig) -> dict[str, np.ndarray]:
+def cut_crops(images: Sequence[np.ndarray], tables: Mapping[str, np.ndarray], views: ViewsConfig) -> dict[str, np.ndarray]:
     """Cut, resize (antialiased) and flip every view of every image.
 
     The result of an image does not depend on the other images of the window.

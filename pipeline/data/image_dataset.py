@@ -56,13 +56,22 @@ class ImageDataset:
         """Training images; None = no end."""
         return len(self.training_ids(fraction))
 
-    def make_sampler(self, *, seed: int, held_out: float, global_batch: int, num_shards: int, window: int, steps_per_epoch: int) -> Sampler:
+    def make_sampler(
+        self, *, seed: int, held_out: float, global_batch: int, num_shards: int, images_per_task: int, steps_per_epoch: int
+    ) -> Sampler:
         """Who sees which image when. A pass over the images has the length it has; only a source without end asks for one.
 
         Raises:
             ConfigError: the shards cannot share the batch, or there are fewer images than one batch.
         """
-        return Sampler(self.spans, self.training_ids(held_out), seed=seed, global_batch=global_batch, num_shards=num_shards, window=window)
+        return Sampler(
+            self.spans,
+            self.training_ids(held_out),
+            seed=seed,
+            global_batch=global_batch,
+            num_shards=num_shards,
+            images_per_task=images_per_task,
+        )
 
     def bind_to_run(self, sampler: Sampler, first_step: int) -> ImageDataset:
         """This dataset as the tasks of a run need it, which begins with step `first_step`."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from methods.parts.views import ViewsConfig
 from pipeline.data.augment import Normalisation
-from pipeline.data.crop_task import block_bytes, cut_images, decode_all, finish_columns
+from pipeline.data.crop_task import block_bytes, decode_all, finish_columns, make_crops
 from pipeline.data.decode import evaluation_crop
 from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.prefetch import CLOSE_S, Ahead, DeviceCopies, in_background
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 EXECUTION_STEPS = 1000  # that one Ray Data execution serves at least
-FIRST_STEPS = 100  # that the first one serves, where there are more windows than FIRST_WINDOWS: an execution takes 2 ms a window to build
-FIRST_WINDOWS = 512
+FIRST_STEPS = 100  # that the first one serves, where there are more windows than FIRST_TASKS: an execution takes 2 ms a window to build
+FIRST_TASKS = 512
 HAND_OVER_STEPS = 50  # before the end of an execution the next one begins: its first blocks take seconds
 BUILD_STEPS = 150  # before the end of an execution the next one is built
 READY = 2  # global batches that wait for the loop
@@ -159,8 +159,8 @@ class TrainLoader:
 
         if self.sampler.num_shards % world_size:
             raise ValueError(f"{self.sampler.num_shards} shards cannot be shared by {world_size} workers")
-        if self.sampler.chunk % micro_batches:
-            raise ValueError(f"{micro_batches} micro-batches cannot share the {self.sampler.chunk} images of a shard")
+        if self.sampler.shard_batch % micro_batches:
+            raise ValueError(f"{micro_batches} micro-batches cannot share the {self.sampler.shard_batch} images of a shard")
         parts = list(self.executions(start_step + self.earlier, self.total_steps + self.earlier))
         if not parts:
             return
@@ -194,11 +194,11 @@ class TrainLoader:
     def executions(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """Yield the first step and the one after the last of every execution that serves the steps `first` to `last - 1`."""
         sampler, length = self.sampler, self.execution_steps
-        if len(sampler.groups_between(first, first + length)) * sampler.num_shards > FIRST_WINDOWS:
+        if len(sampler.groups_between(first, first + length)) * sampler.num_shards > FIRST_TASKS:
             length = min(length, FIRST_STEPS)  # the first batch waits for it
         while first < last:
             epoch, group = sampler.groups_between(first + length - 1, first + length)[0]
-            end = min(sampler.first_step(epoch, group) + sampler.chunks(group), last)
+            end = min(sampler.first_step(epoch, group) + sampler.steps_in(group), last)
             yield first, end
             first, length = end, self.execution_steps
 
@@ -209,7 +209,7 @@ class TrainLoader:
         sampler = self.sampler
         cut = self.task(ray.put((self.dataset.bind_to_run(sampler, first), sampler)))
         group_bytes = sampler.num_shards * block_bytes(
-            self.views, sampler.chunks_per_window * sampler.chunk, finished=self.finish is not None
+            self.views, sampler.steps_per_group * sampler.shard_batch, finished=self.finish is not None
         )
         store = self.buffer_bytes or int(ray.cluster_resources().get("object_store_memory", 0))
 
@@ -248,18 +248,18 @@ class TrainLoader:
         names = [name for name, group in self.views.items() if group.count]
         for epoch, group in sampler.groups_between(*part):
             held = [self._checked(next(found, None), epoch, group, shard) for shard in shards]
-            for chunk in range(sampler.chunks(group)):
-                step = sampler.first_step(epoch, group) + chunk
+            for i in range(sampler.steps_in(group)):
+                step = sampler.first_step(epoch, group) + i
                 if part[0] <= step < part[1]:
-                    rows = slice(chunk * sampler.chunk, (chunk + 1) * sampler.chunk)
-                    chunks = [{key: column[rows] for key, column in block.items()} for block in held]
-                    yield _collated(chunks, names, self.dataset, epoch, step, micro_batches, pin)
-            held = chunks = []  # frees the group's blocks before the next is waited for
+                    rows = slice(i * sampler.shard_batch, (i + 1) * sampler.shard_batch)
+                    parts = [{key: column[rows] for key, column in block.items()} for block in held]
+                    yield _collated(parts, names, self.dataset, epoch, step, micro_batches, pin)
+            held = parts = []  # frees the group's blocks before the next is waited for
         if next(found, None) is not None:  # only who asks for the end lets Ray's threads end too
             raise RuntimeError("the loader is out of order: it has more windows than planned; please report this")
 
     def _checked(self, block: dict[str, np.ndarray] | None, epoch: int, group: int, shard: int) -> dict[str, np.ndarray]:
-        rows, first = self.sampler.chunks(group) * self.sampler.chunk, self.sampler.first_slot(group, shard)
+        rows, first = self.sampler.steps_in(group) * self.sampler.shard_batch, self.sampler.first_slot(group, shard)
         if block and len(block["slot"]) == rows and block["epoch"][0] == epoch and block["slot"][0] == first:
             return block
         got = f"epoch {block['epoch'][:1]}, slot {block['slot'][:1]}, {len(block['slot'])} rows" if block else "no more"
@@ -323,8 +323,8 @@ def _cut_item(
     """Cut one window: one item in, one block of `chunks * chunk` rows out."""
     dataset, sampler = _get(shared)
     epoch, group, shard = (int(item[key][0]) for key in ("epoch", "group", "shard"))
-    ids = sampler.window(epoch, group, shard)
-    columns = cut_images(dataset.read(ids), epoch, views, seed, sampler.chunk)
+    ids = sampler.task_ids(epoch, group, shard)
+    columns = make_crops(dataset.read(ids), epoch, views, seed, sampler.shard_batch)
     if finish is not None:
         finish_columns(columns, views, finish)
     columns["epoch"] = np.full(len(ids), epoch)
@@ -371,16 +371,16 @@ def _evaluation_blocks(dataset: ImageDataset, ids: np.ndarray, size: int, tasks:
         import ray
 
         start_ray()
-        window = int(np.clip(EVALUATION_BYTES // (3 * size * size), 1, 512))
-        crop = partial(_evaluate_item, shared=ray.put((dataset, rest)), size=size, window=window)
-        items = [{"first": first} for first in range(0, len(rest), window)]
+        images_per_task = int(np.clip(EVALUATION_BYTES // (3 * size * size), 1, 512))
+        crop = partial(_evaluate_item, shared=ray.put((dataset, rest)), size=size, images_per_task=images_per_task)
+        items = [{"first": first} for first in range(0, len(rest), images_per_task)]
         yield from blocks(execution(crop, items, 1, tasks=tasks)[0], prefetch=1)
 
 
-def _evaluate_item(item: dict[str, np.ndarray], shared: Any, size: int, window: int) -> dict[str, np.ndarray]:
+def _evaluate_item(item: dict[str, np.ndarray], shared: Any, size: int, images_per_task: int) -> dict[str, np.ndarray]:
     dataset, ids = _get(shared)
     first = int(item["first"][0])
-    return _evaluation_block(dataset, ids[first : first + window], size)
+    return _evaluation_block(dataset, ids[first : first + images_per_task], size)
 
 
 def _evaluation_block(dataset: ImageDataset, ids: np.ndarray, size: int) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ MASK = 0xFFFFFFFF
 
 # The fourth counter word of `uniforms` is view * 2^16 + block. Views from here up are other users' streams.
 FIRST_RESERVED_VIEW = 0xF000
-HELD_OUT, PATCH, TILE, SPAN_ORDER, ROW_ORDER, WINDOW_ORDER = range(FIRST_RESERVED_VIEW, FIRST_RESERVED_VIEW + 6)
+HELD_OUT, PATCH, TILE, SPAN_ORDER, ROW_ORDER, TASK_ORDER = range(FIRST_RESERVED_VIEW, FIRST_RESERVED_VIEW + 6)
 
 
 def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:

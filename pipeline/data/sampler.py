@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 
 from methods.parts.errors import ConfigError
-from pipeline.data.philox import ROW_ORDER, SPAN_ORDER, WINDOW_ORDER, permutation, words
+from pipeline.data.philox import ROW_ORDER, SPAN_ORDER, TASK_ORDER, permutation, words
 
 
 class Sampler:
@@ -19,7 +19,7 @@ class Sampler:
     once more. Batch `s` of an epoch is chunk `s % m` of window `s // m` of every shard, in the order of shards.
     """
 
-    def __init__(self, spans: np.ndarray, ids: np.ndarray, *, seed: int, global_batch: int, num_shards: int, window: int) -> None:
+    def __init__(self, spans: np.ndarray, ids: np.ndarray, *, seed: int, global_batch: int, num_shards: int, images_per_task: int) -> None:
         """
         Args:
             spans: `(G, 2)` int64, first id and number of rows of every natural unit of reading.
@@ -43,14 +43,14 @@ class Sampler:
         self.span_of = (np.searchsorted(starts, self.ids, side="right") - 1).astype(np.int32)
         self.num_spans = len(starts)
         self.seed = seed
-        self._cut(global_batch, num_shards, window, len(self.ids) // global_batch)
+        self._cut(global_batch, num_shards, images_per_task, len(self.ids) // global_batch)
         self._forget()
 
-    def _cut(self, global_batch: int, num_shards: int, window: int, steps_per_epoch: int) -> None:
-        self.global_batch, self.num_shards, self.chunk = global_batch, num_shards, global_batch // num_shards
+    def _cut(self, global_batch: int, num_shards: int, images_per_task: int, steps_per_epoch: int) -> None:
+        self.global_batch, self.num_shards, self.shard_batch = global_batch, num_shards, global_batch // num_shards
         self.steps_per_epoch = steps_per_epoch
-        self.chunks_per_window = max(1, min(window // self.chunk, steps_per_epoch))
-        self.groups = -(-steps_per_epoch // self.chunks_per_window)
+        self.steps_per_group = max(1, min(images_per_task // self.shard_batch, steps_per_epoch))
+        self.groups_per_epoch = -(-steps_per_epoch // self.steps_per_group)
 
     def _forget(self) -> None:
         # The order is 8 bytes an image; two epochs are kept, because the loader crosses from one to the next.
@@ -71,22 +71,22 @@ class Sampler:
         keys = (place[self.span_of] << np.uint64(32)) | within
         return self.ids[np.argsort(keys, kind="stable")][: self.steps_per_epoch * self.global_batch]
 
-    def chunks(self, group: int) -> int:
+    def steps_in(self, group: int) -> int:
         """Chunks in every window of this group; only the last group of an epoch has fewer than the others."""
-        return min(self.chunks_per_window, self.steps_per_epoch - group * self.chunks_per_window)
+        return min(self.steps_per_group, self.steps_per_epoch - group * self.steps_per_group)
 
-    def window(self, epoch: int, group: int, shard: int) -> np.ndarray:
+    def task_ids(self, epoch: int, group: int, shard: int) -> np.ndarray:
         """The image ids of one window in order of its chunks, `(chunks(group) * chunk,)` int64."""
-        first = (shard * self.steps_per_epoch + group * self.chunks_per_window) * self.chunk
-        rows: np.ndarray = self._order(epoch)[first : first + self.chunks(group) * self.chunk]
-        rows = rows[permutation(self.seed, epoch, len(rows), WINDOW_ORDER, first=group * self.num_shards + shard)]
+        first = (shard * self.steps_per_epoch + group * self.steps_per_group) * self.shard_batch
+        rows: np.ndarray = self._order(epoch)[first : first + self.steps_in(group) * self.shard_batch]
+        rows = rows[permutation(self.seed, epoch, len(rows), TASK_ORDER, first=group * self.num_shards + shard)]
         return rows
 
     def batch(self, epoch: int, step: int) -> np.ndarray:
         """The image ids of one global batch, `(global_batch,)` int64; `step` counts within the epoch."""
-        group, chunk = divmod(step, self.chunks_per_window)
-        cut = slice(chunk * self.chunk, (chunk + 1) * self.chunk)
-        return np.concatenate([self.window(epoch, group, shard)[cut] for shard in range(self.num_shards)])
+        group, i = divmod(step, self.steps_per_group)
+        cut = slice(i * self.shard_batch, (i + 1) * self.shard_batch)
+        return np.concatenate([self.task_ids(epoch, group, shard)[cut] for shard in range(self.num_shards)])
 
     # ---------------------------------------------------------------- steps of a whole run, epoch after epoch
 
@@ -95,14 +95,14 @@ class Sampler:
 
         def number(step: int) -> int:
             epoch, within = divmod(step, self.steps_per_epoch)
-            return epoch * self.groups + within // self.chunks_per_window
+            return epoch * self.groups_per_epoch + within // self.steps_per_group
 
-        return [divmod(k, self.groups) for k in range(number(first), number(last - 1) + 1)] if last > first else []
+        return [divmod(k, self.groups_per_epoch) for k in range(number(first), number(last - 1) + 1)] if last > first else []
 
     def first_step(self, epoch: int, group: int) -> int:
         """The step, counted from the start of the run, of a group's first chunk."""
-        return epoch * self.steps_per_epoch + group * self.chunks_per_window
+        return epoch * self.steps_per_epoch + group * self.steps_per_group
 
     def first_slot(self, group: int, shard: int) -> int:
         """The place within its epoch of a window's first image."""
-        return (group * self.num_shards + shard) * self.chunks_per_window * self.chunk
+        return (group * self.num_shards + shard) * self.steps_per_group * self.shard_batch

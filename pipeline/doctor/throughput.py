@@ -45,7 +45,7 @@ def measure(config: RunConfig, samples: Sequence[Sample], num_images: int | None
     from methods.parts.contract import Progress
     from pipeline.build import build_method
     from pipeline.data.augment import finish_views
-    from pipeline.data.crop_task import cut_images, finish_columns
+    from pipeline.data.crop_task import finish_columns, make_crops
     from pipeline.data.loader import Batch
 
     facts = resolve(config, num_images).facts
@@ -59,9 +59,9 @@ def measure(config: RunConfig, samples: Sequence[Sample], num_images: int | None
     try:
         torch.set_num_threads(1)  # as in a task
         some = [samples[i % len(samples)] for i in range(size)]
-        cut_images(some[:1], 0, config.views, 0, 1)  # pays for imports
+        make_crops(some[:1], 0, config.views, 0, 1)  # pays for imports
         begin = time.thread_time()  # CPU time: other work on this machine does not count
-        columns = cut_images(some, 0, config.views, 0, 1)
+        columns = make_crops(some, 0, config.views, 0, 1)
         if config.data.augment_on == "workers":
             finish_columns(columns, config.views, (config.data.mean, config.data.std))
         cut_s = (time.thread_time() - begin) / size
@@ -144,18 +144,18 @@ def loader(config: RunConfig, num_images: int | None) -> Check:
     from pipeline.data.crop_task import block_bytes
     from pipeline.data.ray_data import object_store_bytes
 
-    window = resolve(config, num_images).window
-    block = block_bytes(config.views, window, finished=config.data.augment_on == "workers")
+    images = resolve(config, num_images).window
+    block = block_bytes(config.views, images, finished=config.data.augment_on == "workers")
     group, buffer = config.data.num_shards * block, config.data.buffer_bytes or object_store_bytes()
     workers = max(1, config.train.worker_range[1])
-    why = "data.images_per_task" if config.data.images_per_task else "so that a task's own cost of 24 ms hardly counts"
+    why = "data.images_per_task" if config.data.images_per_task else "so that the cost of a task hardly counts"
     found = (
-        f"{window:,} images a task ({why}), {block / 1e6:.1f} MB; one task per CPU, each with one thread; {buffer / 1e6:,.0f} MB are for "
+        f"{images:,} images a task ({why}), {block / 1e6:.1f} MB; one task per CPU, each with one thread; {buffer / 1e6:,.0f} MB are for "
         f"views cut ahead (data.buffer_bytes); threads of training: {thread_count(config, workers)}"
     )
     few = 3 * group > buffer  # one group with the workers, two on the way
     remedy = (
-        f"a window of each shard is {group / 1e6:,.0f} MB: use a smaller data.images_per_task, or a larger data.buffer_bytes" if few else ""
+        f"a task of each shard is {group / 1e6:,.0f} MB: use a smaller data.images_per_task, or a larger data.buffer_bytes" if few else ""
     )
     return Check("loader", "warn" if few else "ok", found, remedy)
 

@@ -30,7 +30,7 @@ from pipeline.run_folder import refuse_passing, write_json
 from pipeline.storage.place import write_atomic
 
 FACTS, BAD = "_embed.json", "_bad_images.jsonl"
-SMALL, WINDOWS = 64, (1024, 256)  # images embedded together: of up to SMALL pixels, and larger
+SMALL, IMAGES_PER_TASK = 64, (1024, 256)  # images embedded together: of up to SMALL pixels, and larger
 GPU = "cuda"
 
 
@@ -52,7 +52,7 @@ class _Job:
     dataset: Any  # -> ImageDataset
     to: Path
     size: int  # side of a crop, pixels
-    window: int
+    images_per_task: int
     batch_size: int
     precision: Precision
     device: str
@@ -66,7 +66,7 @@ def embed(
     batch_size: int = 256,
     bf16: bool = False,
     gpus: float | None = None,
-    window: int | None = None,
+    images_per_task: int | None = None,
 ) -> EmbedReport:
     """Embed every image of a source, whatever its split, and write the rows in the order of their ids.
 
@@ -79,7 +79,7 @@ def embed(
         bf16: autocast; else float32, IEEE everywhere.
         gpus: GPUs of each actor that embeds, a fraction or a whole number, as many actors as fit; 0 = tasks on CPUs; None = 1 where Ray
             has GPUs now, else 0.
-        window: images per task and per output file; None = 1024 small or 256 large ones.
+        images_per_task: images per task and per output file; None = 1024 small or 256 large ones.
 
     Raises:
         ConfigError: no such model, data or GPU, a folder with something else in it, or too many bad images.
@@ -111,7 +111,7 @@ def embed(
         dataset=ray.put(dataset),
         to=to,
         size=spec.size,
-        window=window or WINDOWS[spec.size > SMALL],
+        images_per_task=images_per_task or IMAGES_PER_TASK[spec.size > SMALL],
         batch_size=batch_size,
         precision="bf16" if bf16 else "float32",
         device=GPU if gpus else "cpu",
@@ -134,14 +134,14 @@ def embed(
 
 
 def _parts(job: _Job, images: int, gpus: float) -> Any:
-    """Embed window by window, each of which is one row; yields each window's small report as it ends."""
+    """Embed the images part by part, each of which is one row; yield the report of each part as it ends."""
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that progress bars are off
-    windows = -(-images // job.window)
-    cut = functools.partial(_cut_window, job=job)
-    dataset = ray.data.range(windows, override_num_blocks=windows).map_batches(cut, batch_size=1, num_cpus=1)
-    if gpus:  # actors, because a task on a GPU would start a process and load the model for every window
+    parts = -(-images // job.images_per_task)
+    cut = functools.partial(_decode_part, job=job)
+    dataset = ray.data.range(parts, override_num_blocks=parts).map_batches(cut, batch_size=1, num_cpus=1)
+    if gpus:  # actors, because a task on a GPU would start a process and load the model for every part
         dataset = dataset.map_batches(
             _Embedder,
             fn_constructor_args=(job,),
@@ -151,14 +151,14 @@ def _parts(job: _Job, images: int, gpus: float) -> Any:
             compute=ray.data.ActorPoolStrategy(min_size=1),
         )
     else:  # Ray Data makes one task of both steps
-        dataset = dataset.map_batches(functools.partial(_embed_window, job=job), batch_size=1, num_cpus=1)
+        dataset = dataset.map_batches(functools.partial(_embed_part, job=job), batch_size=1, num_cpus=1)
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
     return dataset.iter_rows()
 
 
-def _cut_window(batch: dict[str, np.ndarray], *, job: _Job) -> dict[str, list[Any]]:
-    """Decode the images of one window, in a Ray task: `crops` `(n, size, size, 3)` uint8 of the good ones, and who they are."""
+def _decode_part(batch: dict[str, np.ndarray], *, job: _Job) -> dict[str, list[Any]]:
+    """Decode the images of one part, in a Ray task: `crops` `(n, size, size, 3)` uint8 of the good ones, and who they are."""
     import ray
 
     from pipeline.data.decode import BadImage, decode, evaluation_crop
@@ -166,7 +166,7 @@ def _cut_window(batch: dict[str, np.ndarray], *, job: _Job) -> dict[str, list[An
     torch.set_num_threads(1)  # one process per core
     part, dataset = int(batch["id"][0]), ray.get(job.dataset)
     good, crops, bad = [], [], []
-    for row in dataset.read(np.arange(part * job.window, min(len(dataset), (part + 1) * job.window))):
+    for row in dataset.read(np.arange(part * job.images_per_task, min(len(dataset), (part + 1) * job.images_per_task))):
         try:
             crops.append(evaluation_crop(decode(row.image), job.size))
             good.append((int(row.id), str(row.path), int(row.label)))
@@ -176,8 +176,8 @@ def _cut_window(batch: dict[str, np.ndarray], *, job: _Job) -> dict[str, list[An
     return {"part": [part], "crops": [pixels.tobytes()], "good": [json.dumps(good)], "bad": [json.dumps(bad)]}
 
 
-def _embed_window(batch: dict[str, np.ndarray], *, job: _Job) -> dict[str, list[Any]]:
-    """Embed the crops of one window and write their file."""
+def _embed_part(batch: dict[str, np.ndarray], *, job: _Job) -> dict[str, list[Any]]:
+    """Embed the crops of one part and write their file."""
     backbone, spec = _load(job)
     good = [tuple(row) for row in json.loads(batch["good"][0])]
     pixels = np.frombuffer(batch["crops"][0], np.uint8).reshape(len(good), spec.size, spec.size, 3)
@@ -195,17 +195,17 @@ def _embed_window(batch: dict[str, np.ndarray], *, job: _Job) -> dict[str, list[
 
 
 class _Embedder:
-    """An actor on a GPU, which holds the model while windows come and go."""
+    """An actor on a GPU, which holds the model for all parts that it gets."""
 
     def __init__(self, job: _Job) -> None:
         self.job = job
         _load(job)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        return _embed_window(batch, job=self.job)
+        return _embed_part(batch, job=self.job)
 
 
-_loaded: dict[str, tuple[Any, Any]] = {}  # backbone and spec; of this process: windows follow each other in the same workers
+_loaded: dict[str, tuple[Any, Any]] = {}  # backbone and spec; of this process, for the parts that it gets
 
 
 def _load(job: _Job) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ from torch import nn
 from methods.parts.errors import ConfigError
 from pipeline.config import RunConfig
 from pipeline.data.augment import finish_views
-from pipeline.data.crops import COLUMN, cut_window, draw_views
+from pipeline.data.crops import COLUMN, cut_crops, draw_views
 from pipeline.data.decode import BadImage, decode
 from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.loader import Batch
@@ -46,7 +46,7 @@ def views_sheet(config: RunConfig, dataset: ImageDataset, path: Path, *, images:
         raise ConfigError(f"data.path={config.data.path}: none of {len(tried)} images tried can be decoded; see manyviews doctor")
     heights, widths = (np.array([image.shape[axis] for image in originals]) for axis in (0, 1))
     tables = draw_views(config.train.seed, 0, np.array(chosen), heights, widths, config.views)
-    crops = {name: torch.from_numpy(cut) for name, cut in cut_window(originals, tables, config.views).items()}
+    crops = {name: torch.from_numpy(cut) for name, cut in cut_crops(originals, tables, config.views).items()}
     unknown = torch.full((len(chosen),), -1)
     batch = Batch(crops=crops, tables=tables, ids=torch.tensor(chosen), labels=unknown, epoch=0, step=0, bad=[])
     finished = finish_views(batch, config.views, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), torch.device("cpu"))

@@ -9,8 +9,8 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from methods.parts.views import CropGroup
-from pipeline.data.crop_task import cut_images
-from pipeline.data.crops import COLUMN, COLUMNS, cut_window, draw_views, shrink_factor, shrunk
+from pipeline.data.crop_task import make_crops
+from pipeline.data.crops import COLUMN, COLUMNS, cut_crops, draw_views, shrink_factor, shrunk
 from pipeline.data.decode import ORIENTATION, large_size
 from pipeline.data.image_dataset import Sample
 from pipeline.data.sources.patches import CLASS_NAMES, load_photo
@@ -96,7 +96,7 @@ def expected_crop(image: np.ndarray, row: np.ndarray, group: CropGroup) -> np.nd
 def test_pixels_are_those_of_torch(shape: tuple[int, int]) -> None:
     images = pictures(12, *shape)
     tables = draw_views(0, 0, np.arange(12), np.full(12, shape[0]), np.full(12, shape[1]), VIEWS)
-    cut = cut_window(images, tables, VIEWS)
+    cut = cut_crops(images, tables, VIEWS)
     for name, crops in cut.items():
         assert crops.shape == (12, VIEWS[name].count, VIEWS[name].size, VIEWS[name].size, 3) and crops.dtype == np.uint8
         for i, v in np.ndindex(*crops.shape[:2]):
@@ -107,9 +107,9 @@ def test_pixels_are_those_of_torch(shape: tuple[int, int]) -> None:
 def test_small_path_is_within_one_level_of_the_general_path(monkeypatch: pytest.MonkeyPatch) -> None:
     images = pictures(40, 32, 32)
     tables = draw_views(0, 0, np.arange(40), np.full(40, 32), np.full(40, 32), VIEWS)
-    small = cut_window(images, tables, VIEWS)
+    small = cut_crops(images, tables, VIEWS)
     monkeypatch.setattr("pipeline.data.crops.SMALL", 0)
-    general = cut_window(images, tables, VIEWS)
+    general = cut_crops(images, tables, VIEWS)
     for name in small:
         difference = np.abs(small[name].astype(int) - general[name])
         assert difference.max() <= 1 and difference.mean() < 0.05
@@ -120,12 +120,12 @@ def test_pixels_do_not_depend_on_the_batch() -> None:
     order = np.random.default_rng(0).permutation(len(images))
     sizes = [np.array([image.shape[axis] for image in images]) for axis in (0, 1)]
     tables = draw_views(0, 0, np.arange(len(images)), *sizes, VIEWS)
-    whole = cut_window(images, tables, VIEWS)
-    shuffled = cut_window([images[i] for i in order], {name: table[order] for name, table in tables.items()}, VIEWS)
+    whole = cut_crops(images, tables, VIEWS)
+    shuffled = cut_crops([images[i] for i in order], {name: table[order] for name, table in tables.items()}, VIEWS)
     for name in whole:
         assert (shuffled[name] == whole[name][order]).all()
         for i in (0, 69, 71, 75):
-            assert (cut_window([images[i]], {n: t[[i]] for n, t in tables.items()}, VIEWS)[name][0] == whole[name][i]).all()
+            assert (cut_crops([images[i]], {n: t[[i]] for n, t in tables.items()}, VIEWS)[name][0] == whole[name][i]).all()
 
 
 def test_read_only_images_are_left_alone() -> None:
@@ -133,7 +133,7 @@ def test_read_only_images_are_left_alone() -> None:
     image.flags.writeable = False
     tables = draw_views(0, 0, np.arange(1), np.array([90]), np.array([90]), VIEWS)
     before = image.copy()
-    cut_window([image], tables, VIEWS)
+    cut_crops([image], tables, VIEWS)
     assert (image == before).all()
 
 
@@ -149,7 +149,7 @@ def test_pixels_are_those_of_pillow(shape: tuple[int, int], interpolation: str) 
     size, resampling = views["g"].size, getattr(Image.Resampling, interpolation.upper())
     images = pictures(16, *shape)
     tables = draw_views(0, 0, np.arange(16), np.full(16, shape[0]), np.full(16, shape[1]), views)
-    cut = cut_window(images, tables, views)["g"]
+    cut = cut_crops(images, tables, views)["g"]
     differences = []
     for i, v in np.ndindex(*cut.shape[:2]):
         top, left, height, width, flip = tables["g"][i, v, :5].astype(int).tolist()
@@ -181,12 +181,12 @@ def test_no_box_is_shrunk_below_twice_its_view() -> None:
 
 
 @pytest.mark.parametrize("size", [32, 700])
-def test_a_window_of_nothing_but_damaged_large_photographs_is_black(size: int) -> None:
+def test_a_task_of_nothing_but_damaged_large_photographs_is_black(size: int) -> None:
     """Their headers are whole: the boxes must lie in the pixel that stands for them, shrunk or not."""
     file = io.BytesIO()
     load_photo(0).resize((2400, 1800)).save(file, "JPEG")
     rows = [Sample(i, file.getvalue()[:3000], -1, "") for i in range(2)]
-    columns = cut_images(rows, 0, {"global": CropGroup(size=size, scale=(0.3, 1.0))}, 0, 1)
+    columns = make_crops(rows, 0, {"global": CropGroup(size=size, scale=(0.3, 1.0))}, 0, 1)
     assert not columns["crops/global"].any() and all(columns["reason"])
 
 
@@ -198,9 +198,9 @@ def test_views_of_a_large_photograph_are_those_of_the_whole_one(orientation: int
     row = Sample(5, file.getvalue(), -1, "")
     assert large_size(row.image) == ((1800, 2400) if orientation == 1 else (2400, 1800))
     views = {"global": CropGroup(size=64, scale=(0.3, 1.0)), "local": CropGroup(size=32, scale=(0.1, 0.3))}
-    small = cut_images([row], 0, views, 0, 1)
+    small = make_crops([row], 0, views, 0, 1)
     monkeypatch.setattr("pipeline.data.decode.LARGE_PIXELS", 10**9)
-    whole = cut_images([row], 0, views, 0, 1)
+    whole = make_crops([row], 0, views, 0, 1)
     for name in views:
         assert (small[f"table/{name}"] == whole[f"table/{name}"]).all()
         difference = np.abs(small[f"crops/{name}"].astype(int) - whole[f"crops/{name}"])

@@ -55,7 +55,7 @@ def opened(file: Path, function: str) -> ImageDataset:
 
 
 def stream(dataset: ImageDataset) -> TrainLoader:
-    sampler = dataset.make_sampler(seed=0, held_out=0.1, global_batch=16, num_shards=4, window=8, steps_per_epoch=3)
+    sampler = dataset.make_sampler(seed=0, held_out=0.1, global_batch=16, num_shards=4, images_per_task=8, steps_per_epoch=3)
     return TrainLoader(dataset, sampler, load_recipe("swav-small").views, 0, 7, execution_steps=4)
 
 
@@ -83,7 +83,7 @@ def test_two_workers_and_a_resumed_run_see_the_same(ray_local: None, file: Path)
         assert (batch.ids == again.ids).all() and (batch.crops["global"] == again.crops["global"]).all()
 
 
-def test_a_function_that_ends_is_called_again_and_lost_windows_are_read_again(file: Path) -> None:
+def test_a_function_that_ends_is_called_again_and_lost_tasks_are_read_again(file: Path) -> None:
     source = opened(file, "three")
     assert isinstance(source, IterableDataset)
     reader = Reader(source.function, 4)

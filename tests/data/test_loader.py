@@ -24,7 +24,7 @@ from methods.parts.views import CropGroup
 from pipeline.config import DataConfig
 from pipeline.data import loader, ray_data
 from pipeline.data.augment import Normalisation, finish_views
-from pipeline.data.crop_task import cut_images, substitutes
+from pipeline.data.crop_task import make_crops, substitutes
 from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.loader import Batch, TrainLoader, evaluation_images
 from pipeline.data.sampler import Sampler
@@ -47,8 +47,10 @@ def write(path: Path, count: int, bad: tuple[int, ...] = (), size: int = 12) -> 
     return open_source(DataConfig(path=str(path)))
 
 
-def make_sampler(dataset: ImageDataset, window: int = 32, num_shards: int = 4, batch: int = 32) -> Sampler:
-    return Sampler(dataset.spans, dataset.training_ids(0), seed=3, global_batch=batch, num_shards=num_shards, window=window)
+def make_sampler(dataset: ImageDataset, images_per_task: int = 32, num_shards: int = 4, batch: int = 32) -> Sampler:
+    return Sampler(
+        dataset.spans, dataset.training_ids(0), seed=3, global_batch=batch, num_shards=num_shards, images_per_task=images_per_task
+    )
 
 
 def collect(
@@ -97,7 +99,7 @@ def test_batches_are_the_planned_ones(ray_local: None, tmp_path: Path) -> None:
         assert (batch.labels.numpy() == batch.ids.numpy() % 7).all() and not batch.bad
         assert batch.crops["global"].shape == (32, 2, 16, 16, 3) and batch.crops["local"].dtype == torch.uint8
     first = batches[0]  # the pixels belong to the ids, and the views to the epoch
-    expected = cut_images(dataset.read(first.ids.numpy()), 0, VIEWS, 3, chunk=8)
+    expected = make_crops(dataset.read(first.ids.numpy()), 0, VIEWS, 3, shard_batch=8)
     assert (first.crops["global"].numpy() == expected["crops/global"]).all()
     assert (first.tables["local"] == expected["table/local"]).all()
 
@@ -116,7 +118,7 @@ def test_views_finished_by_the_tasks_are_those_finished_on_the_device(ray_local:
 
 def test_resume_and_many_executions_give_the_same_batches(ray_local: None, tmp_path: Path) -> None:
     dataset = write(tmp_path, 500)
-    sampler = make_sampler(dataset, window=16)  # two chunks; the last of an epoch's 8 groups has one
+    sampler = make_sampler(dataset, images_per_task=16)  # two steps; the last of an epoch has one
     assert sampler.steps_per_epoch == 15
     whole = collect(dataset, sampler, 34)
     for start, steps in ((0, 16), (14, 1000), (34, 1000)):  # the end of an epoch lies inside an execution, or at its end
@@ -126,7 +128,7 @@ def test_resume_and_many_executions_give_the_same_batches(ray_local: None, tmp_p
 
 def test_any_number_of_ranks_shares_the_global_batch(ray_local: None, tmp_path: Path) -> None:
     dataset = write(tmp_path, 300, bad=(3, 250))
-    sampler = make_sampler(dataset, window=16)
+    sampler = make_sampler(dataset, images_per_task=16)
     whole = collect(dataset, sampler, 20)
     for ranks, start, steps, executions in ((2, 3, 7, 3), (4, 0, 1000, 1)):
         parts, times = collect_ranks(TrainLoader(dataset, sampler, VIEWS, 3, 20, execution_steps=steps), ranks, start)
@@ -140,14 +142,14 @@ def test_any_number_of_ranks_shares_the_global_batch(ray_local: None, tmp_path: 
 
 
 def test_executions_are_few_and_end_with_groups() -> None:
-    # 4 chunks, 39 groups of 156 steps
-    sampler = Sampler(np.array([[0, 10_000]]), np.arange(10_000), seed=0, global_batch=64, num_shards=8, window=32)
+    # 4 steps a group, 39 groups of 156 steps
+    sampler = Sampler(np.array([[0, 10_000]]), np.arange(10_000), seed=0, global_batch=64, num_shards=8, images_per_task=32)
     parts = list(TrainLoader(None, sampler, VIEWS, 0, 0).executions(101, 5_000))  # type: ignore[arg-type]
     assert parts[0][0] == 101 and parts[-1][1] == 5_000 and all(one[1] == next[0] for one, next in itertools.pairwise(parts))
     assert all(end % 156 % 4 == 0 for _, end in parts[:-1])
     lengths = [end - first for first, end in parts]
     assert 100 <= lengths[0] < 104 and all(1000 <= length < 1004 for length in lengths[1:-1]), "the first batch waits for the first one"
-    few = Sampler(np.array([[0, 10_000]]), np.arange(10_000), seed=0, global_batch=64, num_shards=8, window=512)
+    few = Sampler(np.array([[0, 10_000]]), np.arange(10_000), seed=0, global_batch=64, num_shards=8, images_per_task=512)
     assert len(list(TrainLoader(None, few, VIEWS, 0, 0).executions(0, 1_000))) == 1  # type: ignore[arg-type]
 
 
@@ -170,11 +172,11 @@ def test_micro_batches_lie_in_one_piece(ray_local: None, tmp_path: Path) -> None
         collect(dataset, sampler, 3, micro_batches=3)
 
 
-def test_views_do_not_depend_on_the_window(ray_local: None, tmp_path: Path) -> None:
+def test_views_do_not_depend_on_the_size_of_tasks(ray_local: None, tmp_path: Path) -> None:
     dataset = write(tmp_path, 200)
     by_id = []
-    for window in (8, 1000):
-        batches = collect(dataset, make_sampler(dataset, window), 6)
+    for images_per_task in (8, 1000):
+        batches = collect(dataset, make_sampler(dataset, images_per_task), 6)
         by_id.append({int(i): batch.crops["global"][k] for batch in batches for k, i in enumerate(batch.ids)})
     shared = by_id[0].keys() & by_id[1].keys()
     assert len(shared) > 100 and all((by_id[0][i] == by_id[1][i]).all() for i in shared)
@@ -217,7 +219,7 @@ def test_a_wrong_block_is_refused(tmp_path: Path) -> None:
     sampler = make_sampler(dataset)
     blocks = []
     for (epoch, group), shard in itertools.product(sampler.groups_between(0, 4), range(sampler.num_shards)):
-        block = cut_images(dataset.read(sampler.window(epoch, group, shard)), epoch, VIEWS, 3, sampler.chunk)
+        block = make_crops(dataset.read(sampler.task_ids(epoch, group, shard)), epoch, VIEWS, 3, sampler.shard_batch)
         slots = sampler.first_slot(group, shard) + np.arange(len(block["id"]))
         blocks.append(block | {"epoch": np.full(len(slots), epoch), "slot": slots})
     sliced = TrainLoader(dataset, sampler, VIEWS, 3, 4).sliced
@@ -231,7 +233,7 @@ def test_a_wrong_block_is_refused(tmp_path: Path) -> None:
 def test_the_trainer_only_waits_while_two_batches_are_ready(ray_local: None, tmp_path: Path) -> None:
     """One shard for each of two workers: no executor in this process, next to no time of it, and the loop does not wait."""
     dataset = write(tmp_path, 200)
-    sampler = make_sampler(dataset, window=16, num_shards=2)  # a window is one chunk
+    sampler = make_sampler(dataset, images_per_task=16, num_shards=2)  # a task serves one step
     shared, source = Shared(2), TrainLoader(dataset, sampler, VIEWS, 3, 100)  # one execution
     streams = [source.batches(rank=rank, world_size=2, tasks=1, share=shared.by(rank)) for rank in range(2)]
     with ThreadPoolExecutor(2) as pool:
@@ -319,7 +321,7 @@ def test_long_streams_hold_little_memory(ray_local: None, tmp_path: Path, monkey
 
     dataset = write(tmp_path, 400, size=40)
     views = {"global": CropGroup(count=2, size=96)}
-    sampler = make_sampler(dataset, window=64)
+    sampler = make_sampler(dataset, images_per_task=64)
     block = 64 * 2 * 96 * 96 * 3
     used = []
     for batch in TrainLoader(dataset, sampler, views, 3, 120, buffer_bytes=16 * block).batches(tasks=2):

@@ -100,7 +100,7 @@ def test_every_good_image_arrives_and_every_bad_one_is_listed(ray_local: None, t
     dataset = open_source(DataConfig(path=str(tmp_path)))
     count = len(good) + len(bad) + len(plain)
     assert len(dataset) == count == 96
-    sampler = dataset.make_sampler(seed=0, held_out=0.0, global_batch=24, num_shards=2, window=24, steps_per_epoch=0)
+    sampler = dataset.make_sampler(seed=0, held_out=0.0, global_batch=24, num_shards=2, images_per_task=24, steps_per_epoch=0)
     batches = list(TrainLoader(dataset, sampler, VIEWS, 0, sampler.steps_per_epoch).batches(tasks=2))
     names = [Path(dataset.path(i)).name for i in range(count)]
     listed = {Path(slot.path).name: slot.reason for batch in batches for slot in batch.bad}

@@ -202,12 +202,12 @@ def test_a_deleted_object_is_a_bad_image(tmp_path: Path, s3: object, make: objec
 
 def test_training_goes_on_past_a_deleted_object(tmp_path: Path, s3: object) -> None:
     from methods.parts.views import CropGroup
-    from pipeline.data.crop_task import cut_images
+    from pipeline.data.crop_task import make_crops
 
     make_folder(tmp_path / "data")
     dataset = open_path(upload(s3, tmp_path / "data", "gone"))
     s3.delete_object(Bucket="pictures", Key="gone/ant/z.png")  # type: ignore[attr-defined]
-    columns = cut_images(dataset.read([0, 4]), 0, {"global": CropGroup(count=1, size=8)}, 0, 1)
+    columns = make_crops(dataset.read([0, 4]), 0, {"global": CropGroup(count=1, size=8)}, 0, 1)
     assert columns["planned"].tolist() == [0, 4] and columns["id"].tolist() == [4, 4] and columns["reason"][0]
 
 

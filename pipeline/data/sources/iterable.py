@@ -50,8 +50,10 @@ class IterableDataset(ImageDataset):
     def path(self, id: int) -> str:
         return f"{self.source}, image {id}"
 
-    def make_sampler(self, *, seed: int, held_out: float, global_batch: int, num_shards: int, window: int, steps_per_epoch: int) -> Sampler:
-        return SequentialSampler(global_batch, num_shards, window, steps_per_epoch)
+    def make_sampler(
+        self, *, seed: int, held_out: float, global_batch: int, num_shards: int, images_per_task: int, steps_per_epoch: int
+    ) -> Sampler:
+        return SequentialSampler(global_batch, num_shards, images_per_task, steps_per_epoch)
 
     def bind_to_run(self, sampler: Sampler, first_step: int) -> IterableDataset:
         """This source with the one reader of the run, which ends when nobody holds what is returned."""
@@ -77,13 +79,13 @@ class IterableDataset(ImageDataset):
 class SequentialSampler(Sampler):
     """Deals images in their order of arrival: batch s is the images s * global_batch and on, a chunk to each shard in turn."""
 
-    def __init__(self, global_batch: int, num_shards: int, window: int, steps_per_epoch: int) -> None:
-        self._cut(global_batch, num_shards, window, steps_per_epoch)
+    def __init__(self, global_batch: int, num_shards: int, images_per_task: int, steps_per_epoch: int) -> None:
+        self._cut(global_batch, num_shards, images_per_task, steps_per_epoch)
 
-    def window(self, epoch: int, group: int, shard: int) -> np.ndarray:
-        first = epoch * self.steps_per_epoch + group * self.chunks_per_window
-        steps = np.arange(first, first + self.chunks(group), dtype=np.int64)
-        return (steps[:, None] * self.global_batch + shard * self.chunk + np.arange(self.chunk)).reshape(-1)
+    def task_ids(self, epoch: int, group: int, shard: int) -> np.ndarray:
+        first = epoch * self.steps_per_epoch + group * self.steps_per_group
+        steps = np.arange(first, first + self.steps_in(group), dtype=np.int64)
+        return (steps[:, None] * self.global_batch + shard * self.shard_batch + np.arange(self.shard_batch)).reshape(-1)
 
 
 class Reader:
