@@ -73,11 +73,11 @@ class Worker:
         raise_priority()
         exchanged = iter(range(10**6))
 
-        def share(value: Any) -> Any:
+        def broadcast(value: Any) -> Any:
             return ray.get(board.exchange.remote(next(exchanged), value))
 
         images = waited = steps = 0
-        with contextlib.closing(loader.batches(rank=rank, world_size=workers, share=share)) as batches:
+        with contextlib.closing(loader.batches(rank=rank, world_size=workers, broadcast=broadcast)) as batches:
             begin = asked = time.perf_counter()
             for number, batch in enumerate(batches):
                 if number >= warm:

@@ -65,7 +65,7 @@ def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = 
         config.views,
         config.train.seed,
         facts.total_steps,
-        earlier=config.train.first_epoch * facts.steps_per_epoch,
+        step_offset=config.train.first_epoch * facts.steps_per_epoch,
         finish=(data.mean, data.std) if data.augment_on == "workers" else None,
         buffer_bytes=data.buffer_bytes,
     )

@@ -96,7 +96,7 @@ class Life:
             stop=lambda: stopped(task),
             local_workers=task["concurrent"],
             pointer=pointer,
-            kept=kept,
+            cache=kept,
         )
         self.batches: Iterator[Batch] = batches(self.ready, self.trainer, task["tasks"])
         self.train_until_eval = self.trainer.train_until_eval(self.batches)

@@ -20,7 +20,7 @@ from pipeline.data.augment import Normalisation
 from pipeline.data.crop_task import block_bytes, decode_all, finish_columns, make_crops
 from pipeline.data.decode import evaluation_crop
 from pipeline.data.image_dataset import ImageDataset
-from pipeline.data.prefetch import CLOSE_S, Ahead, DeviceCopies, in_background
+from pipeline.data.prefetch import CLOSE_S, DeviceCopies, Prefetcher, in_background
 from pipeline.data.ray_data import blocks, execution, start_ray
 from pipeline.data.sampler import Sampler
 
@@ -33,10 +33,10 @@ FIRST_STEPS = 100  # that the first one serves, where there are more windows tha
 FIRST_TASKS = 512
 HAND_OVER_STEPS = 50  # before the end of an execution the next one begins: its first blocks take seconds
 BUILD_STEPS = 150  # before the end of an execution the next one is built
-READY = 2  # global batches that wait for the loop
+PREFETCH_BATCHES = 2  # global batches that wait for the loop
 EVALUATION_BYTES = 16 * 2**20  # pixels one evaluation task returns
-ALONE_S = 3.0  # an evaluation that this process can decode in so many s is not worth the start of tasks
-OWN_PART = 64  # images decoded here between two looks at the clock
+LOCAL_DECODE_S = 3.0  # an evaluation that this process can decode in so many s is not worth the start of tasks
+LOCAL_BLOCK = 64  # images decoded here between two looks at the clock
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class EvaluationImages:
 # ---------------------------------------------------------------------------- training
 
 
-def alone(value: T) -> T:
+def identity(value: T) -> T:
     """Return what rank 0 has, in a run of one worker."""
     return value
 
@@ -114,7 +114,7 @@ class TrainLoader:
     """What the batches of a run come from; it needs no network.
 
     Attributes:
-        earlier: steps of a continued run's earlier phases, before the first one.
+        step_offset: steps of a continued run's earlier phases, before the first one.
         finish: mean and standard deviation with which the tasks finish the views too; None = left to `finish_views`.
         buffer_bytes: views that are ready or in flight in Ray's object stores; None = what these hold. See `execution_bytes`.
         execution_steps: steps that one Ray Data execution serves at least.
@@ -125,7 +125,7 @@ class TrainLoader:
     views: ViewsConfig
     seed: int
     total_steps: int
-    earlier: int = 0
+    step_offset: int = 0
     finish: Normalisation | None = None
     buffer_bytes: int | None = None
     execution_steps: int = EXECUTION_STEPS
@@ -137,17 +137,17 @@ class TrainLoader:
         rank: int = 0,
         world_size: int = 1,
         tasks: int | None = None,
-        share: Callable[[Any], Any] = alone,
+        broadcast: Callable[[Any], Any] = identity,
         micro_batches: int = 1,
         device: torch.device | None = None,
     ) -> Generator[Batch]:
         """Yield one rank's batches of steps `start_step` to `total_steps - 1`, the same whether or not the run was interrupted.
 
-        Rank 0 builds the executions that all ranks read. `READY` batches wait for the loop, on the device if it is a GPU.
+        Rank 0 builds the executions that all ranks read. `PREFETCH_BATCHES` batches wait for the loop, on the device if it is a GPU.
 
         Args:
             tasks: windows cut at the same time, for all ranks together; None = as many as the resources allow.
-            share: takes a small value, and returns on every rank what rank 0 gave. All ranks call it before the same steps.
+            broadcast: takes a small value, and returns on every rank what rank 0 gave. All ranks call it before the same steps.
             micro_batches: the rows lie so that `Batch.split` into so many makes contiguous parts, and part i holds the rows i, i +
                 micro_batches, i + 2 * micro_batches ... of the order of shards: each shard gives to each part.
             device: where crops, ids and labels are wanted; None = the CPU.
@@ -161,7 +161,7 @@ class TrainLoader:
             raise ValueError(f"{self.sampler.num_shards} shards cannot be shared by {world_size} workers")
         if self.sampler.shard_batch % micro_batches:
             raise ValueError(f"{micro_batches} micro-batches cannot share the {self.sampler.shard_batch} images of a shard")
-        parts = list(self.executions(start_step + self.earlier, self.total_steps + self.earlier))
+        parts = list(self.executions(start_step + self.step_offset, self.total_steps + self.step_offset))
         if not parts:
             return
         copies = DeviceCopies(device) if device is not None and device.type == "cuda" else None
@@ -171,11 +171,11 @@ class TrainLoader:
         with contextlib.ExitStack() as stack:
             # a thread that outlives the run would find Ray shut down, and `ray.put` would start it again
             stack.callback(lambda: wait([building] if building else [], timeout=CLOSE_S))
-            kept: list[Any] = []  # with rank 0's the reference to the iterators would end
+            references: list[Any] = []  # with rank 0's the reference to the iterators would end
 
-            def begin(part: tuple[int, int]) -> Ahead[Arriving]:
-                kept[:] = share(building.result() if building else None)
-                reading = Ahead(partial(slices, ray.get(kept[0])[rank], part), READY)
+            def begin(part: tuple[int, int]) -> Prefetcher[CopiedBatch]:
+                references[:] = broadcast(building.result() if building else None)
+                reading = Prefetcher(partial(slices, ray.get(references[0])[rank], part), PREFETCH_BATCHES)
                 stack.callback(reading.close)
                 return reading
 
@@ -227,7 +227,7 @@ class TrainLoader:
 
     def _slices(
         self, iterator: DataIterator, part: tuple[int, int], shards: range, micro_batches: int, copies: DeviceCopies | None
-    ) -> Generator[Arriving]:
+    ) -> Generator[CopiedBatch]:
         with contextlib.closing(blocks(iterator, prefetch=len(shards))) as found:
             for batch in self.sliced(found, part, shards, micro_batches, pin=copies is not None):
                 if copies is None:
@@ -266,7 +266,7 @@ class TrainLoader:
         raise RuntimeError(f"the loader is out of order: planned epoch {epoch}, slot {first}, got {got}; please report this")
 
 
-Arriving = tuple[Batch, "torch.cuda.Event | None"]
+CopiedBatch = tuple[Batch, "torch.cuda.Event | None"]
 
 
 def _collated(
@@ -358,14 +358,14 @@ def evaluation_images(dataset: ImageDataset, ids: np.ndarray, size: int, tasks: 
 
 
 def _evaluation_blocks(dataset: ImageDataset, ids: np.ndarray, size: int, tasks: int | None) -> Iterator[dict[str, np.ndarray]]:
-    """Blocks in the order of `ids`: decoded here while all of them would take `ALONE_S` at this rate, then by tasks."""
+    """Blocks in the order of `ids`: decoded here while all of them would take `LOCAL_DECODE_S` at this rate, then by tasks."""
     begin, done = time.monotonic(), 0
     while done < len(ids):
         spent = time.monotonic() - begin
-        if spent > ALONE_S / 6 and spent * len(ids) > ALONE_S * done:  # the first ones pay for imports and open files
+        if spent > LOCAL_DECODE_S / 6 and spent * len(ids) > LOCAL_DECODE_S * done:  # the first ones pay for imports and open files
             break
-        yield _evaluation_block(dataset, ids[done : done + OWN_PART], size)
-        done += OWN_PART
+        yield _evaluation_block(dataset, ids[done : done + LOCAL_BLOCK], size)
+        done += LOCAL_BLOCK
     rest = ids[done:]
     if len(rest):
         import ray

@@ -15,27 +15,27 @@ T = TypeVar("T")
 CLOSE_S = 10.0  # a thread that waits for a block ends with it; a lost one is left behind after so long
 
 
-class Ahead(Generic[T]):
-    """Runs a generator in a thread of its own, which keeps the next `ready` values. Iterating raises what the generator raised.
+class Prefetcher(Generic[T]):
+    """Runs a generator in a thread of its own, which keeps the next `size` values. Iterating raises what the generator raised.
 
     Attributes:
         waits: how often the consumer had to wait for a value.
     """
 
-    def __init__(self, values: Callable[[], Generator[T]], ready: int) -> None:
-        self.ready, self.waits = ready, 0
+    def __init__(self, values: Callable[[], Generator[T]], size: int) -> None:
+        self.size, self.waits = size, 0
         self._queue: deque[T] = deque()
         self._change = threading.Condition()
         self._closed = self._ended = False
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, args=(values,), name="manyviews-ahead", daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(values,), name="manyviews-prefetch", daemon=True)
         self._thread.start()
 
     def __len__(self) -> int:
         """Values that are ready."""
         return len(self._queue)
 
-    def __iter__(self) -> Ahead[T]:
+    def __iter__(self) -> Prefetcher[T]:
         return self
 
     def __next__(self) -> T:
@@ -81,7 +81,7 @@ class Ahead(Generic[T]):
 
     def _has_room(self) -> bool:
         with self._change:
-            self._change.wait_for(lambda: self._closed or len(self._queue) < self.ready)
+            self._change.wait_for(lambda: self._closed or len(self._queue) < self.size)
             return not self._closed
 
     def _put(self, value: T) -> None:
@@ -101,7 +101,7 @@ def in_background(function: Callable[[], T]) -> Future[T]:
         except BaseException as error:  # raised again by `future.result()`
             future.set_exception(error)
 
-    threading.Thread(target=work, name="manyviews-ahead", daemon=True).start()
+    threading.Thread(target=work, name="manyviews-prefetch", daemon=True).start()
     return future
 
 

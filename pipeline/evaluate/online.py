@@ -23,13 +23,13 @@ from pipeline.evaluate.probes import linear_accuracy
 
 
 class Online:
-    """Measures in the precision of training, on images that are read when first asked for and kept.
+    """Measures in the precision of training, on images that are read when first asked for and then cached.
 
     A run that goes on after a loss does not wait for them.
 
     Args:
-        found_bad: told of the images that could not be decoded.
-        kept: where the images stay for others with the same data; None = they go with this object.
+        on_bad_images: told of the images that could not be decoded.
+        cache: where the images stay for others with the same data; None = they go with this object.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class Online:
         dataset: ImageDataset,
         device: torch.device,
         dtype: torch.dtype,
-        found_bad: Callable[[list[DecodeFailure]], None] = lambda bad: None,
-        kept: dict[Any, Any] | None = None,
+        on_bad_images: Callable[[list[DecodeFailure]], None] = lambda bad: None,
+        cache: dict[Any, Any] | None = None,
     ) -> None:
-        self.config, self.dataset, self.device, self.found_bad = config, dataset, device, found_bad
-        self.kept = {} if kept is None else kept
+        self.config, self.dataset, self.device, self.on_bad_images = config, dataset, device, on_bad_images
+        self.cache = {} if cache is None else cache
         self.precision: Precision = "bf16" if dtype is torch.bfloat16 else "float32"
 
     @cached_property
@@ -85,7 +85,7 @@ class Online:
         return found
 
     def features(self, backbone: nn.Module, part: EvaluationImages) -> Tensor:
-        """Features `(N, D)` of images kept here."""
+        """Features `(N, D)` of images cached here."""
         mean, std = self.config.data.mean, self.config.data.std
         return extract(backbone, part.images, mean=mean, std=std, device=self.device, precision=self.precision)
 
@@ -99,10 +99,10 @@ class Online:
     def knn_data(self) -> KNNData:
         settings = self.config.evaluate
         key = ("knn", self.config.data, self.config.evaluation_size, settings.online_bank, settings.knn_queries)
-        data = self.kept.get(key) or KNNData.load(self.config, self.dataset, settings.online_bank)
+        data = self.cache.get(key) or KNNData.load(self.config, self.dataset, settings.online_bank)
         assert data is not None
-        self.kept[key] = data
-        self.found_bad([*data.bank.bad, *data.queries.bad])
+        self.cache[key] = data
+        self.on_bad_images([*data.bank.bad, *data.queries.bad])
         return data
 
     @cached_property
@@ -113,7 +113,7 @@ class Online:
         most = min(self.config.evaluate.online_bank, max(1, MEMORY_LIMIT // (size * size * 3)))
         ids = np.random.default_rng(0).permutation(self.dataset.training_ids(self.config.data.held_out))[:most]
         key = ("clusters", self.config.data, size, most)
-        found: EvaluationImages = self.kept.get(key) or evaluation_images(self.dataset, np.sort(ids), size)
-        self.kept[key] = found
-        self.found_bad(found.bad)
+        found: EvaluationImages = self.cache.get(key) or evaluation_images(self.dataset, np.sort(ids), size)
+        self.cache[key] = found
+        self.on_bad_images(found.bad)
         return found

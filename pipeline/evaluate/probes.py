@@ -72,14 +72,14 @@ class Probes:
         mean, std = config.data.mean, config.data.std
         calibrated = calibrate_batchnorm(untrained.to(device), data.bank.images, mean=mean, std=std, device=device)
         self.backbones = {"trained": backbone, "untrained": calibrated}
-        self.kept: dict[tuple[str, str], Tensor] = {}
+        self.cached_features: dict[tuple[str, str], Tensor] = {}
 
     def features(self, key: str, name: str, images: Tensor) -> np.ndarray:
         """Features of the images called `name`, `(N, D)`."""
-        if (key, name) not in self.kept:
+        if (key, name) not in self.cached_features:
             mean, std = self.config.data.mean, self.config.data.std
-            self.kept[key, name] = extract(self.backbones[key], images, mean=mean, std=std, device=self.device)
-        return self.kept[key, name].numpy()
+            self.cached_features[key, name] = extract(self.backbones[key], images, mean=mean, std=std, device=self.device)
+        return self.cached_features[key, name].numpy()
 
     def linear(self) -> ProbeScores:
         """Features standardised; C chosen on a tenth of the training images, then fitted to all of them."""

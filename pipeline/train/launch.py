@@ -187,20 +187,20 @@ def _train_and_evaluate(
         batch=facts.global_batch_size,
         chance=context.method.chance_loss(),
     )
-    kept: dict[Any, Any] = {}
+    cache: dict[Any, Any] = {}
     with display:
         if context.config.train.worker_range[1]:
             result = train_with_workers(
                 context, folder, state, reporter=display, stop=stop, on_message=tracker.wake, on_attempt=tracker.rewind
             )
         else:
-            result = train(context, folder, state, reporter=display, report=tracker.log, stop=stop, tasks=default_tasks(), kept=kept)
+            result = train(context, folder, state, reporter=display, report=tracker.log, stop=stop, tasks=default_tasks(), cache=cache)
         if not result.complete:
             return result.step, None
         display.info("evaluating ...")
         if context.config.train.worker_range[1]:
             return result.step, evaluate_in_task(context, folder, stop=stop)
-        return result.step, evaluate_and_export(context, folder, kept=kept)
+        return result.step, evaluate_and_export(context, folder, cache=cache)
 
 
 def _open_tracker(context: RunContext, folder: RunFolder) -> Tracker:

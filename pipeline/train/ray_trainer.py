@@ -25,7 +25,7 @@ from pipeline.storage import mirror
 from pipeline.train.health import TrainingAborted
 from pipeline.train.placement import Resources, place_workers, worker_resources
 from pipeline.train.progress import ProgressReporter
-from pipeline.train.reporting import RemoteReporter, deliver, open_channel, share_through
+from pipeline.train.reporting import RemoteReporter, broadcast_through, deliver, open_channel
 from pipeline.train.work import Evaluation, TrainResult, evaluate_checkpoint, train
 
 POLL_S = 0.25  # between two looks of the driver at its workers
@@ -275,7 +275,7 @@ def worker_main(settings: dict[str, Any]) -> TrainResult:
             device=get_device(),
             local_workers=train_context.get_local_world_size(),
             tasks=settings["tasks"],
-            share=share_through(settings["channel"], train_context.get_world_rank()),
+            broadcast=broadcast_through(settings["channel"], train_context.get_world_rank()),
         )
     finally:
         reporter.close()

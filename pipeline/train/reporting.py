@@ -22,15 +22,15 @@ class Channel:
     def __init__(self) -> None:
         self.messages: list[Message] = []
         self.stop = False
-        self.offer: Any = None
+        self.value: Any = None
 
-    def set_offer(self, value: Any) -> None:
+    def set_value(self, value: Any) -> None:
         """From rank 0, for the other workers."""
-        self.offer = value
+        self.value = value
 
-    def get_offer(self) -> Any:
+    def get_value(self) -> Any:
         """From a worker."""
-        return self.offer
+        return self.value
 
     def post(self, messages: list[Message]) -> bool:
         """From a worker. Return whether to stop."""
@@ -53,7 +53,7 @@ def open_channel() -> Any:
     return ray.remote(num_cpus=0, scheduling_strategy=here)(Channel).remote()
 
 
-def share_through(channel: Any, rank: int) -> Callable[[Any], Any]:
+def broadcast_through(channel: Any, rank: int) -> Callable[[Any], Any]:
     """Return a collective function of all workers: it takes a value, and returns on every rank what rank 0 gave.
 
     The value may hold object references. `ray.train.collective.broadcast_from_rank_zero` would keep these, and what they stand for, as long
@@ -62,17 +62,17 @@ def share_through(channel: Any, rank: int) -> Callable[[Any], Any]:
     import ray
     from ray.train.collective import barrier
 
-    def share(value: Any) -> Any:
+    def broadcast(value: Any) -> Any:
         if rank == 0:
-            ray.get(channel.set_offer.remote(value))
+            ray.get(channel.set_value.remote(value))
         barrier()
-        found = ray.get(channel.get_offer.remote())
+        found = ray.get(channel.get_value.remote())
         barrier()
         if rank == 0:
-            channel.set_offer.remote(None)
+            channel.set_value.remote(None)
         return found
 
-    return share
+    return broadcast
 
 
 class RemoteReporter:

@@ -60,13 +60,13 @@ def train(
     report: Report,
     stop: Callable[[], bool],
     tasks: int | None = None,
-    share: Callable[[Any], Any] = lambda value: value,
+    broadcast: Callable[[Any], Any] = lambda value: value,
     **how: Any,
 ) -> TrainResult:
     """Train to the end, or until `stop`.
 
     Args:
-        tasks, share: see `TrainLoader.batches`.
+        tasks, broadcast: see `TrainLoader.batches`.
 
     The others are those of `build_trainer`.
 
@@ -76,7 +76,7 @@ def train(
     """
     try:
         trainer = build_trainer(context, folder, state, reporter=reporter, report=report, stop=stop, **how)
-        with contextlib.closing(batches(context, trainer, tasks, share)) as own_batches:
+        with contextlib.closing(batches(context, trainer, tasks, broadcast)) as own_batches:
             trainer.run(own_batches)
     except torch.OutOfMemoryError as error:
         raise TrainingAborted(memory_advice(error, context.config)) from error
@@ -95,7 +95,7 @@ def build_trainer(
     device: torch.device | None = None,
     local_workers: int = 1,
     pointer: Place | None = None,
-    kept: dict[Any, Any] | None = None,
+    cache: dict[Any, Any] | None = None,
 ) -> Trainer:
     """Return a trainer at the step from which the run goes on.
 
@@ -105,7 +105,7 @@ def build_trainer(
         device: None = this process's best.
         local_workers: workers on this machine, which share its cores.
         pointer: a checkpoint, of another run perhaps, from which to go on whatever the run has itself.
-        kept: evaluation images, for later runs and evaluations of this process.
+        cache: evaluation images, for later runs and evaluations of this process.
 
     Raises:
         ConfigError: `evaluate.score` cannot be measured, or another thread count than a deterministic run began with.
@@ -139,7 +139,7 @@ def build_trainer(
         ask_every=ask_every,
     )
     if rank() == 0:
-        online = Online(config, context.dataset, device, precision, trainer.record_bad_images, kept)
+        online = Online(config, context.dataset, device, precision, trainer.record_bad_images, cache)
         trainer.online = online.measure if online.measures else None
         trainer.online_clusters = online.clusters if method.has_clusters else None
     if state is not None:
@@ -151,7 +151,7 @@ def build_trainer(
 
 
 def batches(
-    context: RunContext, trainer: Trainer, tasks: int | None = None, share: Callable[[Any], Any] = lambda value: value
+    context: RunContext, trainer: Trainer, tasks: int | None = None, broadcast: Callable[[Any], Any] = lambda value: value
 ) -> Generator[Batch]:
     """This worker's batches from the trainer's step on."""
     return context.loader.batches(
@@ -159,7 +159,7 @@ def batches(
         rank=rank(),
         world_size=world_size(),
         tasks=tasks,
-        share=share,
+        broadcast=broadcast,
         micro_batches=context.config.train.accumulation_steps,
         device=trainer.device,
     )
@@ -168,7 +168,7 @@ def batches(
 # ---------------------------------------------------------------------------- after training
 
 
-def evaluate_and_export(context: RunContext, folder: RunFolder, *, kept: dict[Any, Any] | None = None) -> Evaluation:
+def evaluate_and_export(context: RunContext, folder: RunFolder, *, cache: dict[Any, Any] | None = None) -> Evaluation:
     """Final evaluation, pictures and export of a complete run, whose method `context` holds."""
     config, method = context.config, context.method
     device, precision = choose_device(config)
@@ -176,7 +176,7 @@ def evaluate_and_export(context: RunContext, folder: RunFolder, *, kept: dict[An
     backbone = method.evaluation_backbone()
     scores = final_scores(config, context.dataset, backbone, untrained(config, context.resolved), device)
     write_json(folder.path / "evaluation.json", scores.to_dict())
-    clusters = Online(config, context.dataset, device, precision, kept=kept).clusters(method) if method.has_clusters else None
+    clusters = Online(config, context.dataset, device, precision, cache=cache).clusters(method) if method.has_clusters else None
     pictures = run_figures(context, folder, backbone, scores, clusters, device)
     export_backbone(context, folder, scores.tags())
     mirror.push(folder.path)

@@ -16,7 +16,7 @@ class Shared:
         self.barrier, self.value, self.times = threading.Barrier(ranks, timeout=300), None, 0
 
     def by(self, rank: int) -> Any:
-        def share(value: Any) -> Any:
+        def broadcast(value: Any) -> Any:
             assert (value is not None) == (rank == 0)
             if rank == 0:
                 self.value, self.times = value, self.times + 1
@@ -25,7 +25,7 @@ class Shared:
             self.barrier.wait()
             return found
 
-        return share
+        return broadcast
 
 
 def collect_ranks(stream: TrainLoader, ranks: int, start: int = 0) -> tuple[list[list[Batch]], int]:
@@ -33,7 +33,7 @@ def collect_ranks(stream: TrainLoader, ranks: int, start: int = 0) -> tuple[list
     shared = Shared(ranks)
 
     def one(rank: int) -> list[Batch]:
-        return list(stream.batches(start, rank=rank, world_size=ranks, tasks=2, share=shared.by(rank)))
+        return list(stream.batches(start, rank=rank, world_size=ranks, tasks=2, broadcast=shared.by(rank)))
 
     with ThreadPoolExecutor(ranks) as pool:
         return list(pool.map(one, range(ranks))), shared.times

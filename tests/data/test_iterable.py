@@ -92,7 +92,7 @@ def test_a_function_that_ends_is_called_again_and_lost_tasks_are_read_again(file
     assert late == [first.image, second.image]
     assert reader.read([4, 5]) == [second.image, third.image]
     assert reader.read([6, 7]) == late, "handed out once already"
-    assert not reader.kept
+    assert not reader.buffer
 
 
 @pytest.mark.parametrize(

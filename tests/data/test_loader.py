@@ -235,7 +235,7 @@ def test_the_trainer_only_waits_while_two_batches_are_ready(ray_local: None, tmp
     dataset = write(tmp_path, 200)
     sampler = make_sampler(dataset, images_per_task=16, num_shards=2)  # a task serves one step
     shared, source = Shared(2), TrainLoader(dataset, sampler, VIEWS, 3, 100)  # one execution
-    streams = [source.batches(rank=rank, world_size=2, tasks=1, share=shared.by(rank)) for rank in range(2)]
+    streams = [source.batches(rank=rank, world_size=2, tasks=1, broadcast=shared.by(rank)) for rank in range(2)]
     with ThreadPoolExecutor(2) as pool:
 
         def step() -> None:
@@ -268,7 +268,7 @@ def test_leaving_early_ends_the_stream(ray_local: None, tmp_path: Path) -> None:
     with closing(TrainLoader(dataset, make_sampler(dataset), VIEWS, 3, 10_000, execution_steps=20).batches(tasks=2)) as batches:
         assert next(batches).step == 0 and coordinators() >= 1
         assert [batch.step for batch in itertools.islice(batches, 10)] == list(range(1, 11)), "the next execution has begun"
-    assert wait_until(lambda: not any(thread.name == "manyviews-ahead" for thread in threading.enumerate()))
+    assert wait_until(lambda: not any(thread.name == "manyviews-prefetch" for thread in threading.enumerate()))
     assert wait_until(lambda: not coordinators()), "executors end with their stream"
 
 
@@ -285,8 +285,8 @@ def test_leaving_waits_for_an_execution_that_is_being_built(ray_local: None, tmp
     dataset = write(tmp_path, 200)
     with closing(TrainLoader(dataset, make_sampler(dataset), VIEWS, 3, 10_000, execution_steps=20).batches(tasks=2)) as batches:
         assert [batch.step for batch in itertools.islice(batches, 2)] == [0, 1]
-        assert sum(thread.name == "manyviews-ahead" for thread in threading.enumerate()) == 2, "the stream and the next execution"
-    assert not any(thread.name == "manyviews-ahead" for thread in threading.enumerate())
+        assert sum(thread.name == "manyviews-prefetch" for thread in threading.enumerate()) == 2, "the stream and the next execution"
+    assert not any(thread.name == "manyviews-prefetch" for thread in threading.enumerate())
 
 
 def test_a_failing_task_reaches_the_trainer(ray_local: None, tmp_path: Path) -> None:
@@ -301,8 +301,8 @@ def test_a_failing_task_reaches_the_trainer(ray_local: None, tmp_path: Path) -> 
 def test_evaluation_images(ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone_s: float) -> None:
     dataset = write(tmp_path, 150, (7, 80))
     monkeypatch.setattr(loader, "EVALUATION_BYTES", 3 * 16 * 16 * 20)  # several tasks
-    monkeypatch.setattr(loader, "OWN_PART", 50)
-    monkeypatch.setattr(loader, "ALONE_S", alone_s)
+    monkeypatch.setattr(loader, "LOCAL_BLOCK", 50)
+    monkeypatch.setattr(loader, "LOCAL_DECODE_S", alone_s)
     by_tasks: list[int] = []
     execution = ray_data.execution
     monkeypatch.setattr(loader, "execution", lambda *one, **others: by_tasks.append(len(one[1])) or execution(*one, **others))

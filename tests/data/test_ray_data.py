@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import machine
 from pipeline.data import ray_data
-from pipeline.data.prefetch import Ahead, in_background
+from pipeline.data.prefetch import Prefetcher, in_background
 
 GIB = 2**30
 
@@ -48,7 +48,7 @@ def test_values_are_ready_ahead_and_errors_arrive_behind_them() -> None:
         finally:
             closed.set()
 
-    ahead = Ahead(values, ready=2)
+    ahead = Prefetcher(values, size=2)
     while len(ahead) < 2:
         pass
     assert made == [0, 1] and not third.wait(0.1), "no more than two"
@@ -70,7 +70,7 @@ def test_closing_ends_the_generator_in_its_thread() -> None:
         finally:
             ended.append(threading.current_thread().name)
 
-    ahead = Ahead(values, ready=2)
+    ahead = Prefetcher(values, size=2)
     assert next(ahead) == 0
     ahead.close()
-    assert ended == ["manyviews-ahead"] and list(ahead) == []
+    assert ended == ["manyviews-prefetch"] and list(ahead) == []

@@ -98,8 +98,8 @@ class Reader:
 
     def __init__(self, function: bytes, first: int) -> None:
         self.function, self.next = function, first
-        self.arriving: Iterator[bytes] | None = None
-        self.kept: dict[int, bytes] = {}
+        self.iterator: Iterator[bytes] | None = None
+        self.buffer: dict[int, bytes] = {}
         self.lock = threading.Lock()
 
     def read(self, ids: list[int]) -> list[bytes]:
@@ -109,16 +109,16 @@ class Reader:
             ValueError: the function yields nothing, or something that is no image.
         """
         with self.lock:
-            if self.arriving is None:
-                self.arriving = itertools.islice(arrivals(self.function), self.next, None)
+            if self.iterator is None:
+                self.iterator = itertools.islice(arrivals(self.function), self.next, None)
             while self.next <= max(ids):
-                self.kept[self.next] = next(self.arriving)
+                self.buffer[self.next] = next(self.iterator)
                 self.next += 1
-            gone = {id for id in ids if id not in self.kept}
+            gone = {id for id in ids if id not in self.buffer}
             if gone:  # a task that was lost asks again, or this reader was: read from the beginning once more
                 again = itertools.islice(arrivals(self.function), max(gone) + 1)
-                self.kept |= {id: image for id, image in enumerate(again) if id in gone}
-            return [self.kept.pop(id) for id in ids]
+                self.buffer |= {id: image for id, image in enumerate(again) if id in gone}
+            return [self.buffer.pop(id) for id in ids]
 
 
 def arrivals(function: bytes) -> Iterator[bytes]:

@@ -110,15 +110,15 @@ def _remembered(path: str, part: File) -> _Index:
     from pipeline.storage.place import write_atomic
 
     key = hashlib.blake2b(f"{path}:{part.size}:{part.written}".encode(), digest_size=16).hexdigest()
-    kept = files.cache_folder() / "tars" / f"{key}.json"
+    index_file = files.cache_folder() / "tars" / f"{key}.json"
     try:
-        samples, skipped = json.loads(kept.read_text())
+        samples, skipped = json.loads(index_file.read_text())
         return _Index([_Location(*sample) for sample in samples], [(where, reason) for where, reason in skipped])
     except (OSError, ValueError, TypeError):  # not there, or not whole
         index = _index(path)
     with contextlib.suppress(OSError):  # a full or read-only disk only costs the next run some time
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(kept, json.dumps(index).encode())
+        index_file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(index_file, json.dumps(index).encode())
     return index
 
 
