@@ -38,13 +38,14 @@ class DataConfig:
     num_shards: int = at_least(1, 8)  # V: each global batch is one chunk from each shard; worker counts that divide V see the same batches
     images_per_task: int | None = at_least(1, None)  # images cut by one Ray Data task; None = 512 small or 128 large ones
     #: where colour, blur and normalisation are done: on the training device, or by the Ray Data tasks, which then send four times the bytes
-    augment_on: Literal["device", "workers"] = "device"
+    augment_on: Literal["device", "tasks"] = "device"
     #: bytes of views in Ray's object stores, ready or in flight; None = as much as these hold: 30 % of the memory. Tasks begin while
     #: their views are less than half of it
     buffer_bytes: int | None = at_least(2**26, None)
 
     def __post_init__(self) -> None:
         check_limits(self, "data.")
+        require(self.augment_on in ("device", "tasks"), "data.augment_on", self.augment_on, "use device, or tasks (called workers before)")
         require(bool(self.path), "data.path", self.path, "give a folder, Parquet or tar files, a URI, or patches")
         require(all(s > 0 for s in self.std), "data.std", self.std, "use three positive numbers")
 
@@ -270,8 +271,9 @@ def from_yaml(text: str) -> RunConfig:
     for old, new in RENAMED.items():
         (section, key), (_, name) = old.split("."), new.split(".")
         if key in tree.get(section, {}):
-            value = tree[section].pop(key)
-            tree[section][name] = "workers" if (old, value) == ("data.finish", "tasks") else value
+            tree[section][name] = tree[section].pop(key)
+    if tree.get("data", {}).get("augment_on") == "workers":  # its name before
+        tree["data"]["augment_on"] = "tasks"
     method = dict(tree.pop("method"))
     entry = find(method.pop("name"))
     config: RunConfig = _build(RunConfig, tree, "")

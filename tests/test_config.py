@@ -164,13 +164,8 @@ def test_flat_names_are_unique_and_complete() -> None:
 
 
 def test_settings_that_had_other_names_are_read_in_old_files_and_refused_by_them() -> None:
-    config = override(load_recipe("msn-small"), {"data.num_shards": 4, "data.augment_on": "workers", "train.resource_timeout_s": 7.0})
-    old = (
-        to_yaml(config)
-        .replace("num_shards:", "lanes:")
-        .replace("images_per_task:", "window:")
-        .replace("augment_on: workers", "finish: tasks")
-    )
+    config = override(load_recipe("msn-small"), {"data.num_shards": 4, "data.augment_on": "tasks", "train.resource_timeout_s": 7.0})
+    old = to_yaml(config).replace("num_shards:", "lanes:").replace("images_per_task:", "window:").replace("augment_on:", "finish:")
     old = old.replace("zero_lr_epochs:", "idle_epochs:").replace("schedule_stretch:", "horizon:").replace("resource_timeout_s:", "wait_s:")
     assert from_yaml(old) == config and set(RENAMED) <= {
         f"{s}.{k}" for s, keys in yaml.safe_load(old).items() if isinstance(keys, dict) for k in keys
@@ -178,3 +173,14 @@ def test_settings_that_had_other_names_are_read_in_old_files_and_refused_by_them
     for key, new in RENAMED.items():
         with pytest.raises(ConfigError, match=f"^{re.escape(key)}: is called {re.escape(new)} now$"):
             override(config, {key: 1})
+
+
+def test_a_value_that_had_another_name_is_read_in_old_files_and_refused_by_it(capsys: pytest.CaptureFixture[str]) -> None:
+    import manyviews
+
+    config = override(load_recipe("msn-small"), {"data.augment_on": "tasks"})
+    assert from_yaml(to_yaml(config).replace("augment_on: tasks", "augment_on: workers")) == config
+    with pytest.raises(ConfigError, match=r"^data\.augment_on=workers: use device, or tasks "):
+        override(config, {"data.augment_on": "workers"})
+    assert manyviews.main(["pretrain", "msn-small", "--data.augment-on", "workers"]) == 2
+    assert "tasks" in capsys.readouterr().err

@@ -62,7 +62,7 @@ def measure(config: RunConfig, samples: Sequence[Sample], num_images: int | None
         make_crops(some[:1], 0, config.views, 0, 1)  # pays for imports
         begin = time.thread_time()  # CPU time: other work on this machine does not count
         columns = make_crops(some, 0, config.views, 0, 1)
-        if config.data.augment_on == "workers":
+        if config.data.augment_on == "tasks":
             finish_columns(columns, config.views, (config.data.mean, config.data.std))
         cut_s = (time.thread_time() - begin) / size
         torch.set_num_threads(threads)
@@ -145,7 +145,7 @@ def loader(config: RunConfig, num_images: int | None) -> Check:
     from pipeline.data.ray_data import object_store_bytes
 
     images = resolve(config, num_images).window
-    block = block_bytes(config.views, images, finished=config.data.augment_on == "workers")
+    block = block_bytes(config.views, images, finished=config.data.augment_on == "tasks")
     group, buffer = config.data.num_shards * block, config.data.buffer_bytes or object_store_bytes()
     workers = max(1, config.train.worker_range[1])
     why = "data.images_per_task" if config.data.images_per_task else "so that the cost of a task hardly counts"
