@@ -163,7 +163,7 @@ def _prune(checkpoints: Place, keep_every: int | None) -> None:
 
 
 def _pointed(checkpoints: Place) -> set[str]:
-    return {name for which in ("last", "best") if (name := named(checkpoints, which))}
+    return {name for which in ("last", "best") if (name := _named(checkpoints, which))}
 
 
 # ---------------------------------------------------------------------------- reading
@@ -173,7 +173,7 @@ def _step(name: str) -> int:
     return int(name.split("-")[1])
 
 
-def named(checkpoints: Place, which: str = "last") -> str | None:
+def _named(checkpoints: Place, which: str = "last") -> str | None:
     """Return the name of the folder that `last` or `best` points to, or None."""
     try:
         return str(json.loads((checkpoints / f"{which}.json").read())["folder"])
@@ -194,7 +194,7 @@ def pointed_to(checkpoints: Place, which: str = "last") -> Place | None:
         ConfigError: the store does not answer.
     """
     with files.explained(checkpoints.uri, "runs_dir"):
-        name = named(checkpoints, which)
+        name = _named(checkpoints, which)
         return checkpoints / name if name and (checkpoints / name / STATE).is_file() else None
 
 

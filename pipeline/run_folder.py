@@ -96,19 +96,19 @@ class RunFolder:
             state["status"] = "interrupted"  # its process is gone: killed, or the machine went down
         return state
 
-    def keep(self, **changes: Any) -> None:
+    def update_local(self, **changes: Any) -> None:
         """Change the run's facts here; if the folder is a copy, the next `push` sends them to the object store."""
         with _changing:
             (self.place / "run.json").write(as_json(self.state() | changes))
 
     def update(self, **changes: Any) -> None:
         """Change the run's facts, and send them to the object store at once."""
-        self.keep(**changes)
+        self.update_local(**changes)
         if not self.place.is_remote:
             with contextlib.suppress(ConfigError):  # the next checkpoint sends it, or says why not
                 mirror.push(self.path, only="run.json")
 
-    def saved(self, *, step: int, bad_images: bytes = b"", **facts: Any) -> None:
+    def record_checkpoint(self, *, step: int, bad_images: bytes = b"", **facts: Any) -> None:
         """Note a whole checkpoint, list the images that could not be decoded until then, and send the small files to the object store.
 
         Raises:
@@ -116,7 +116,7 @@ class RunFolder:
         """
         if bad_images:
             self.bad_images.write(bad_images)
-        self.keep(step=step, **facts)
+        self.update_local(step=step, **facts)
         if not self.place.is_remote:
             mirror.push(self.path)
 

@@ -199,7 +199,7 @@ def test_a_worker_reads_and_changes_a_run_by_its_uri(bucket: tuple[Any, dict[str
     run = RunFolder("s3://lake/seen/mine")
     assert (run.name, run.config_text(), run.state()["status"]) == ("mine", "method: x\n", "running")
     assert run.checkpoints == Place("s3://lake/seen/mine/checkpoints")
-    run.saved(step=4, bad_images=b'{"id": 3}\n', total_steps=8)
+    run.record_checkpoint(step=4, bad_images=b'{"id": 3}\n', total_steps=8)
     found = json.loads(client.get_object(Bucket="lake", Key="seen/mine/run.json")["Body"].read())
     assert found == {"status": "running", "recipe": "toy", "step": 4, "total_steps": 8}
     assert run.bad_images.read() == b'{"id": 3}\n'

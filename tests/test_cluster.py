@@ -233,18 +233,18 @@ def test_results_are_not_left_in_the_copy_of_a_job(tmp_path: Path) -> None:
 
 def test_versions_that_differ_are_told_with_their_nodes() -> None:
     same = {"Python": "3.12.3", "ray": "2.60.0", "Manyviews": "0a1b"}
-    good = cluster.versions({"a": same, "b": same | {"Python": "3.12.9"}})
+    good = cluster.check_versions({"a": same, "b": same | {"Python": "3.12.9"}})
     assert good.ok == "ok" and "2 nodes" in good.found and "Python 3.12," in good.found
-    bad = cluster.versions({"a": same, "b": same | {"ray": "2.61.0"}, "c": same})
+    bad = cluster.check_versions({"a": same, "b": same | {"ray": "2.61.0"}, "c": same})
     assert bad.ok == "fail" and bad.found == "ray: 2.60.0 on a, c; 2.61.0 on b"
 
 
 def test_storage_that_a_node_does_not_see_fails_with_its_name(tmp_path: Path) -> None:
     seen = cluster.Node(versions={"ray": "2.60.0"})
     nodes = {"10.0.0.1": seen, "10.0.0.2": cluster.Node(versions=seen.versions, storage="No such file or directory")}
-    check = find(list(cluster.answers(nodes, tmp_path, None)), "shared runs")
+    check = find(list(cluster.check_nodes(nodes, tmp_path, None)), "shared runs")
     assert check.ok == "fail" and "10.0.0.2: No such file" in check.found and "10.0.0.1" not in check.found
-    broken = list(cluster.answers({"10.0.0.1": cluster.Node(error="ModuleNotFoundError: No module named 'torch'")}, tmp_path, None))
+    broken = list(cluster.check_nodes({"10.0.0.1": cluster.Node(error="ModuleNotFoundError: No module named 'torch'")}, tmp_path, None))
     assert [c.name for c in broken] == ["nodes"] and "torch" in broken[0].found
 
 
@@ -262,7 +262,7 @@ def test_storage_that_a_node_does_not_see_fails_with_its_name(tmp_path: Path) ->
 def test_resources_against_the_plan(workers: int | str, nodes: list[dict[str, float]], verdict: str) -> None:
     config = RunConfig(train=TrainConfig(workers=workers))
     have = {key: sum(node.get(key, 0) for node in nodes) for key in ("CPU", "GPU")}
-    (check,) = cluster.plan(config, have, nodes)
+    (check,) = cluster.check_workers(config, have, nodes)
     assert check.name == "workers" and check.ok == verdict
 
 

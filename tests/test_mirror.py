@@ -45,7 +45,7 @@ def test_small_files_go_to_the_store_and_checkpoints_never_lie_in_the_copy(
     (folder.figures / "curves.png").write_bytes(b"picture")
     assert folder.checkpoints == Place(f"{URI}/mine/checkpoints")
     checkpoint.save(folder.checkpoints, {"step": 2}, step=2)
-    folder.saved(step=2)
+    folder.record_checkpoint(step=2)
     assert json.loads(stored(client, "mine/run.json"))["step"] == 2
     assert (stored(client, "mine/metrics.jsonl"), stored(client, "mine/figures/curves.png")) == (b"{}\n", b"picture")
     assert not list(folder.path.rglob("*.pt"))
@@ -68,7 +68,7 @@ def test_only_what_has_changed_is_sent_and_the_facts_last(client: Any, monkeypat
     monkeypatch.setattr(mirror.files, "copy", lambda source, to: sent.append(Path(source).name) or copy(source, to))
     mirror.push(folder.path)
     assert sent == []
-    folder.keep(step=4)
+    folder.update_local(step=4)
     (folder.path / "zebra.json").write_bytes(b"22")
     mirror.push(folder.path)
     assert sent == ["zebra.json", "run.json"]
@@ -77,7 +77,7 @@ def test_only_what_has_changed_is_sent_and_the_facts_last(client: Any, monkeypat
 
 def test_a_local_run_is_left_alone(tmp_path: Path) -> None:
     folder = create_run(tmp_path, "mine", "toy")
-    folder.saved(step=2)
+    folder.record_checkpoint(step=2)
     mirror.pull(folder.path)
     assert folder.checkpoints == Place.of(tmp_path / "mine/checkpoints") and folder.state()["step"] == 2
 

@@ -52,9 +52,9 @@ def checks(runs_dir: Path, config: RunConfig | None = None, uri: str | None = No
         have = ray.cluster_resources()
         words = f"{_count(len(alive), 'node')}, {have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs; joined in {seconds:.1f} s"
         yield Check("cluster", "ok", words)
-        nodes = ask(alive, runs_dir, config)
-        yield from answers(nodes, runs_dir, config)
-        yield from plan(config, have, [node["Resources"] for node in alive])
+        nodes = inspect_nodes(alive, runs_dir, config)
+        yield from check_nodes(nodes, runs_dir, config)
+        yield from check_workers(config, have, [node["Resources"] for node in alive])
         if len(nodes) > 1 and (uri is None or uri.startswith("sqlite:")):
             remedy = "start `mlflow server` on the head and give its address: --track.uri http://HEAD:5000"
             yield Check("tracking", "warn", "a SQLite file, and more than one machine: locks of network file systems are unsure", remedy)
@@ -66,7 +66,7 @@ def checks(runs_dir: Path, config: RunConfig | None = None, uri: str | None = No
 # ---------------------------------------------------------------------------- every node
 
 
-def ask(alive: list[Mapping[str, Any]], runs_dir: Path, config: RunConfig | None) -> dict[str, Node]:
+def inspect_nodes(alive: list[Mapping[str, Any]], runs_dir: Path, config: RunConfig | None) -> dict[str, Node]:
     """One small task pinned to each node, by the node's name; it takes no CPU, so that it also runs on a busy node or the head."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -158,7 +158,7 @@ def local_images(config: RunConfig | None) -> str | None:
     return absolute(config.data.path) if config is not None and is_local_path(config.data.path) else None
 
 
-def on_gpu(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+def run_on_gpu(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
     """`function(*arguments)` in a task with a GPU, or None if no GPU is here or free now; and the cluster's CPUs."""
     import ray
 
@@ -185,7 +185,7 @@ def on_gpu(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
 # ---------------------------------------------------------------------------- findings
 
 
-def answers(nodes: Mapping[str, Node], runs_dir: Path, config: RunConfig | None) -> Iterable[Check]:
+def check_nodes(nodes: Mapping[str, Node], runs_dir: Path, config: RunConfig | None) -> Iterable[Check]:
     """Rows about what the nodes said."""
     silent = {name: node.error for name, node in nodes.items() if node.error}
     if silent:
@@ -205,10 +205,10 @@ def answers(nodes: Mapping[str, Node], runs_dir: Path, config: RunConfig | None)
         remedy = "put the images where every node sees them at the same path, such as /shared/data" if blind else ""
         found = f"{images}\n{_listed(blind)}" if blind else f"{_count(len(spoke), 'node')} see {images}"
         yield Check("shared images", "fail" if blind else "ok", found, remedy)
-    yield versions({name: node.versions for name, node in spoke.items()})
+    yield check_versions({name: node.versions for name, node in spoke.items()})
 
 
-def versions(found: Mapping[str, Mapping[str, str]]) -> Check:
+def check_versions(found: Mapping[str, Mapping[str, str]]) -> Check:
     """Are packages and code alike everywhere? A difference in the last place of Python's version does not count."""
     lines, common = [], []
     for package in next(iter(found.values())):
@@ -226,7 +226,7 @@ def versions(found: Mapping[str, Mapping[str, str]]) -> Check:
     return Check("versions", "ok", f"alike on {_count(len(found), 'node')}: {', '.join(common)}")
 
 
-def plan(config: RunConfig | None, have: Mapping[str, float], nodes: list[Mapping[str, float]]) -> Iterable[Check]:
+def check_workers(config: RunConfig | None, have: Mapping[str, float], nodes: list[Mapping[str, float]]) -> Iterable[Check]:
     """The workers that `train.workers` asks for against the CPUs and GPUs that are here.
 
     Args:
@@ -236,7 +236,7 @@ def plan(config: RunConfig | None, have: Mapping[str, float], nodes: list[Mappin
     from pipeline.train.placement import CPU_WORKER, GPU_WORKER, fits
 
     if config is not None:
-        yield from placement(config, int(have.get("GPU", 0)), len(nodes))
+        yield from check_placement(config, int(have.get("GPU", 0)), len(nodes))
     low, high = config.train.worker_range if config else (0, 0)
     if high == 0:
         return
@@ -253,7 +253,7 @@ def plan(config: RunConfig | None, have: Mapping[str, float], nodes: list[Mappin
     yield Check("workers", "warn", found, remedy)
 
 
-def placement(config: RunConfig, gpus: int | None = None, nodes: int = 1) -> Iterable[Check]:
+def check_placement(config: RunConfig, gpus: int | None = None, nodes: int = 1) -> Iterable[Check]:
     """Yield a row for what `placement_advice` says, and one for a run in the job's own process where there are several nodes."""
     from pipeline.train.placement import count_gpus, idle_gpus, large_share
 

@@ -52,7 +52,7 @@ def diagnose(
         checks += _guard("cluster", lambda: cluster.checks(runs_dir, config, uri))
     else:
         checks += _guard("Ray", _ray) if ray else []
-        checks += _guard("workers", lambda: cluster.placement(config)) if config else []
+        checks += _guard("workers", lambda: cluster.check_placement(config)) if config else []
     if data is not None:
         checks += _guard("data", lambda: _data(data, config))
     return checks

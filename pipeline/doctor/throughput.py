@@ -120,7 +120,7 @@ def report(config: RunConfig, dataset: Any, ids: Sequence[int]) -> Iterable[Chec
     num_images = dataset.num_training(config.data.held_out)
     facts = resolve(config, num_images).facts
     samples = dataset.read(list(ids)[:32])
-    cost, cores = cluster.on_gpu(measure, config, samples, num_images) if joins_cluster() else (None, available_cores())
+    cost, cores = cluster.run_on_gpu(measure, config, samples, num_images) if joins_cluster() else (None, available_cores())
     place = "on a GPU node" if cost else "on this machine"
     cost = cost or measure(config, samples, num_images)
     workers = max(1, config.train.worker_range[1])

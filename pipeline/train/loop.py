@@ -302,7 +302,9 @@ class Trainer:
         self.writer.wait()  # before the tables are gathered: memory holds one copy of the state
         state = self.state()
         if rank() == 0:
-            note = partial(self.folder.saved, step=step, total_steps=self.resolved.facts.total_steps, bad_images=self.bad_list())
+            note = partial(
+                self.folder.record_checkpoint, step=step, total_steps=self.resolved.facts.total_steps, bad_images=self.bad_list()
+            )
             self.writer.save(state, step=step, best=best, then=note)
         self.saved_step = step
 
