@@ -143,8 +143,8 @@ def device() -> Iterable[Check]:
     else:
         yield Check("GPU", "warn", "none", "the -small recipes are made for a CPU; for larger ones use a machine with a GPU")
     bf16 = native_bf16(torch.device("cpu"))
-    words = "fast on this CPU (AMX)" if bf16 else "slow on this CPU, without AMX: train.precision=auto uses float32"
-    yield Check("bf16", "ok", words)
+    text = "fast on this CPU (AMX)" if bf16 else "slow on this CPU, without AMX: train.precision=auto uses float32"
+    yield Check("bf16", "ok", text)
 
 
 def cpu_has(feature: str) -> bool:
@@ -282,5 +282,5 @@ def memory_advice(error: BaseException, config: RunConfig) -> str:
     if choose_device(config)[1] is torch.float32:
         settings.append("use train.precision=bf16")
     settings.append(f"share the batch among more GPUs than train.workers={train.workers} has")
-    words = ". ".join(str(error).split(". ")[:3]).rstrip(".")
-    return f"{words}. To need less memory, {', '.join(settings[:-1])}, or {settings[-1]}"
+    text = ". ".join(str(error).split(". ")[:3]).rstrip(".")
+    return f"{text}. To need less memory, {', '.join(settings[:-1])}, or {settings[-1]}"

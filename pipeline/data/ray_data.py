@@ -185,13 +185,13 @@ def execution(
     with DataContext.current(context):
         rows = ray.data.from_items(list(items), override_num_blocks=len(items))
         # no task pool of fixed size: it would not be fused with what comes before
-        apply = partial(_apply, held=[ray.put(function)])
+        apply = partial(_apply, references=[ray.put(function)])
         splits: list[DataIterator] = rows.map_batches(apply, batch_size=None).streaming_split(consumers, equal=True)
     return splits
 
 
-def _apply(item: dict[str, np.ndarray], held: list[ObjectRef]) -> dict[str, np.ndarray]:
-    return _function(held[0])(item)
+def _apply(item: dict[str, np.ndarray], references: list[ObjectRef]) -> dict[str, np.ndarray]:
+    return _function(references[0])(item)
 
 
 @lru_cache(maxsize=2)  # of this execution, and of the next one

@@ -50,8 +50,8 @@ def checks(runs_dir: Path, config: RunConfig | None = None, uri: str | None = No
         seconds = time.perf_counter() - begin
         alive = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeID"])
         have = ray.cluster_resources()
-        words = f"{_count(len(alive), 'node')}, {have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs; joined in {seconds:.1f} s"
-        yield Check("cluster", "ok", words)
+        text = f"{_count(len(alive), 'node')}, {have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs; joined in {seconds:.1f} s"
+        yield Check("cluster", "ok", text)
         nodes = inspect_nodes(alive, runs_dir, config)
         yield from check_nodes(nodes, runs_dir, config)
         yield from check_workers(config, have, [node["Resources"] for node in alive])

@@ -63,13 +63,13 @@ def render(checks: Iterable[Check]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    words = {"ok": ("✓ ok", "green"), "warn": ("! look", "yellow"), "fail": ("✗ fix", "bold red")}
+    verdicts = {"ok": ("✓ ok", "green"), "warn": ("! look", "yellow"), "fail": ("✗ fix", "bold red")}
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("check", "", "found", "what to do"):
         table.add_column(heading, overflow="fold")
     for check in checks:
         # Text, because paths may hold square brackets, which rich takes for markup
-        table.add_row(Text(check.name), Text(*words[check.ok]), Text(check.found), Text(check.remedy))
+        table.add_row(Text(check.name), Text(*verdicts[check.ok]), Text(check.found), Text(check.remedy))
     return table
 
 
@@ -80,8 +80,8 @@ def _guard(name: str, look: Callable[[], Iterable[Check]]) -> list[Check]:
         key, _, remedy = str(error).partition(": ")
         return [Check(name, "fail", key, remedy or key)]
     except Exception as error:  # a doctor that dies of the illness helps nobody
-        words = (str(error).strip().splitlines() or [""])[0][:200]
-        return [Check(name, "fail", f"{type(error).__name__}: {words}", "this check itself broke; the words on the left say why")]
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        return [Check(name, "fail", f"{type(error).__name__}: {reason}", "this check itself broke; the error is on the left")]
 
 
 # ---------------------------------------------------------------------------- services
@@ -125,14 +125,14 @@ def _server(uri: str, timeout_s: float = 3.0) -> Check:
     remedy = "start it (mlflow server), or check --track.uri; training goes on without it, `sync RUN` sends the figures later"
     try:
         with urllib.request.urlopen(f"{uri}/health", timeout=timeout_s) as answer:
-            words = answer.read(64).decode(errors="replace").strip()
+            body = answer.read(64).decode(errors="replace").strip()
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
         return Check("tracking", "fail", f"{uri} answers {error.code} {error.reason}", remedy)
     except (OSError, ValueError) as error:
         return Check("tracking", "fail", f"{uri}: {getattr(error, 'reason', error)}", remedy)
-    if words != "OK":
+    if body != "OK":
         return Check("tracking", "warn", f"{uri} answers, but not as MLflow does", remedy)
     return Check("tracking", "ok", f"{uri} answers in {1000 * (time.perf_counter() - start):.0f} ms")
 
@@ -183,8 +183,8 @@ def _data(data: DataConfig, config: RunConfig | None) -> Iterable[Check]:
     dataset = open_source(data)
     seconds = time.perf_counter() - begin
     labelled = int((dataset.labels >= 0).sum())
-    words = f"{labelled:,} labelled in {len(dataset.class_names)} classes" if labelled else "no labels"
-    found = f"{dataset.describe()}, {words}; opened in {seconds:.1f} s"
+    labels = f"{labelled:,} labelled in {len(dataset.class_names)} classes" if labelled else "no labels"
+    found = f"{dataset.describe()}, {labels}; opened in {seconds:.1f} s"
     yield Check("data", "ok", found, "" if labelled else "fine for training; kNN figures need labels (class folders, or a label column)")
     if dataset.skipped:
         listed = _listed(dataset.skipped)

@@ -67,8 +67,8 @@ class Clusters:
 
     def nearest(self, cluster: int, most: int) -> np.ndarray:
         """At most so many images of a cluster, the most typical first: rows of `images`."""
-        held = np.flatnonzero(self.assignments == cluster)
-        return held[np.argsort(-self.scores[held], kind="stable")[:most]]
+        rows = np.flatnonzero(self.assignments == cluster)
+        return rows[np.argsort(-self.scores[rows], kind="stable")[:most]]
 
     def commonest(self, cluster: int) -> tuple[int, float] | None:
         """The label that most images of a cluster have, and its share of those with a label; None without labels."""

@@ -37,7 +37,7 @@ class ProbeRow:
 
 @dataclass(frozen=True)
 class ProbeScores:
-    """What one protocol measured, and its settings in words."""
+    """What one protocol measured, and its settings as text."""
 
     name: str
     rows: tuple[ProbeRow, ...]
@@ -89,11 +89,11 @@ class Probes:
             x, queries = self.features(key, "bank", bank.images), self.features(key, "asked", asked.images)
             accuracy, chosen[key] = linear_accuracy(x, bank.labels.numpy(), queries, asked.labels.numpy())
             rows.append(ProbeRow(key, f"{key} backbone", accuracy))
-        words = (
+        text = (
             f"logistic regression on standardised features, C {chosen['trained']:g} of {CHOICES[0]:g} to {CHOICES[-1]:g} by a tenth of the "
-            f"{len(bank.labels):,} training images, refitted to all; {self.asked_words()}"
+            f"{len(bank.labels):,} training images, refitted to all; {self.query_description()}"
         )
-        return ProbeScores("linear", tuple(rows), words, self.data.split)
+        return ProbeScores("linear", tuple(rows), text, self.data.split)
 
     def lowshot(self) -> ProbeScores:
         """MSN's protocol: rows centred and of unit length, no intercept, a fixed penalty; several draws of images."""
@@ -112,15 +112,15 @@ class Probes:
                 for drawn in draws:
                     own = [place[i] for i in drawn[:, :count].flatten().tolist() if i in place]  # without those that cannot be decoded
                     accuracies.append(lowshot_accuracy(x[own], found.labels.numpy()[own], queries, asked.labels.numpy()))
-                words = f"{key} backbone, {count} image{'s' if count > 1 else ''} per class"
-                rows.append(ProbeRow(f"{key}_{count}", words, float(np.mean(accuracies)), spread_of(accuracies)))
-        words = (
+                text = f"{key} backbone, {count} image{'s' if count > 1 else ''} per class"
+                rows.append(ProbeRow(f"{key}_{count}", text, float(np.mean(accuracies)), spread_of(accuracies)))
+        text = (
             f"logistic regression on rows centred and of unit length, no intercept, lambda {LOWSHOT_PENALTY:g} / n; mean and standard "
-            f"deviation of {len(draws)} draws; {self.asked_words()}"
+            f"deviation of {len(draws)} draws; {self.query_description()}"
         )
-        return ProbeScores("lowshot", tuple(rows), words, self.data.split)
+        return ProbeScores("lowshot", tuple(rows), text, self.data.split)
 
-    def asked_words(self) -> str:
+    def query_description(self) -> str:
         known = int((self.data.queries.labels >= 0).sum())
         return f"{known:,} {self.data.split} images asked, {self.config.evaluation_size} px"
 

@@ -35,9 +35,9 @@ def attention_maps(images: np.ndarray, attention: np.ndarray, path: Path, *, sou
     with picture_at(path, width, height) as figure:
         write(figure, margin, 0.36, "Where the last CLS token looks", size=13, weight="bold")
         rows, columns = attention.shape[2:]
-        words = f"{source}, {rows} × {columns} patches; each map from 0 (dark) to its largest (bright)"
-        words += f"; {drawn} of {heads} heads" if drawn < heads else ""
-        write(figure, margin, 0.58, words, size=8, color=GRAY)
+        text = f"{source}, {rows} × {columns} patches; each map from 0 (dark) to its largest (bright)"
+        text += f"; {drawn} of {heads} heads" if drawn < heads else ""
+        write(figure, margin, 0.58, text, size=8, color=GRAY)
         for left, title in zip(lefts, titles, strict=True):
             write(figure, left, head - 0.1, title, size=8.5, weight="bold")
         for i, image in enumerate(images):

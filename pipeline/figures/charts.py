@@ -191,8 +191,8 @@ def curves(metrics_jsonl: Path, path: Path, *, chance: tuple[float, str] | None 
                 axes.set_ylim(bottom=0)
             if name == "loss" and chance:
                 axes.axhline(chance[0], color=VERMILLION, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1)
-                words = f"chance: {chance[1]} = {chance[0]:.2f}"
-                note(axes, words, (1, chance[0]), ("axes fraction", "data"), (0, 3), ha="right", size=8, color=VERMILLION)
+                text = f"chance: {chance[1]} = {chance[0]:.2f}"
+                note(axes, text, (1, chance[0]), ("axes fraction", "data"), (0, 3), ha="right", size=8, color=VERMILLION)
                 axes.margins(y=0.14)
     return path
 
@@ -312,13 +312,13 @@ def neighbours(
                 left = start + column * (side + gap)
                 axes = cell(figure, left, top, side, side)
                 show(axes, images[near], side)
-                words, colour = f"{similarity[row, near]:.2f}", INK
+                text, colour = f"{similarity[row, near]:.2f}", INK
                 if known[query] >= 0 and known[near] >= 0:
                     same = known[query] == known[near]
                     colour = GREEN if same else VERMILLION
                     frame(axes, colour, 2.4)
-                    words += " ✓" if same else f" ✗ {class_of(near)}"
-                write(figure, left + side / 2, top + side + 0.06, words, size=7.5, color=colour, ha="center", va="top")
+                    text += " ✓" if same else f" ✗ {class_of(near)}"
+                write(figure, left + side / 2, top + side + 0.06, text, size=7.5, color=colour, ha="center", va="top")
     return path
 
 
@@ -350,6 +350,6 @@ def score_bars(
         axes.spines["bottom"].set_visible(False)
         if chance:
             axes.axvline(100 * chance, color=VERMILLION, linestyle=(0, (4, 3)), linewidth=1.2)
-            words = f"guessing: {100 * chance:.1f} %"
-            note(axes, words, (100 * chance, 0), ("data", "axes fraction"), (0, -3), va="top", size=8, color=VERMILLION)
+            text = f"guessing: {100 * chance:.1f} %"
+            note(axes, text, (100 * chance, 0), ("data", "axes fraction"), (0, -3), va="top", size=8, color=VERMILLION)
     return path

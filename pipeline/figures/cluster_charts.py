@@ -24,7 +24,7 @@ def gallery(clusters: Clusters, class_names: Sequence[str], path: Path, *, most:
         most: images in a row.
     """
     side, step, margin, head, heading = 0.85, 0.93, 0.2, 0.85, 0.34  # inches
-    columns = most + 2  # the words take two
+    columns = most + 2  # the text takes two
     places: list[tuple[int, np.ndarray, int, float]] = []  # cluster, its images, column, top
     headings, top = [], head
     for why, members in clusters.worth_showing().items():
@@ -47,10 +47,10 @@ def gallery(clusters: Clusters, class_names: Sequence[str], path: Path, *, most:
             write(figure, margin, top + 0.21, why.capitalize(), size=10, weight="bold", color=BLUE)
         for cluster, shown, column, top in places:
             left, size, common = margin + (column + 2) * step, clusters.sizes[cluster], clusters.commonest(cluster)
-            words = [f"cluster {cluster}", "1 image" if size == 1 else f"{size:,} images"]
-            words += [f"{100 * common[1]:.0f} % {_name(common[0], class_names)}"] if common else []
+            lines = [f"cluster {cluster}", "1 image" if size == 1 else f"{size:,} images"]
+            lines += [f"{100 * common[1]:.0f} % {_name(common[0], class_names)}"] if common else []
             x, side_of = (left - 0.1, "right") if column else (margin, "left")  # in a shared row, close to their own images
-            for line, text in enumerate(words):
+            for line, text in enumerate(lines):
                 style = {"size": 8} if line else {"size": 9, "weight": "bold"}
                 write(figure, x, top + 0.24 + 0.18 * line, text, ha=side_of, **style)
             for place, image in enumerate(shown):
@@ -97,9 +97,9 @@ def size_histogram(clusters: Clusters, path: Path, *, bins: int = 30) -> Path:
 def _summary(clusters: Clusters) -> str:
     """One line: how many images and clusters, sizes, agreement with labels."""
     found, held = clusters.metrics(), clusters.sizes[clusters.sizes > 0]
-    words = f"{len(clusters.assignments):,} images; {len(held):,} clusters hold {held.min():,} to {held.max():,}"
-    words += f", {clusters.count - len(held):,} are empty" if len(held) < clusters.count else ""
-    return words + (f"; NMI with labels {found['nmi']:.2f}, purity {found['purity']:.2f}" if "nmi" in found else "")
+    summary = f"{len(clusters.assignments):,} images; {len(held):,} clusters hold {held.min():,} to {held.max():,}"
+    summary += f", {clusters.count - len(held):,} are empty" if len(held) < clusters.count else ""
+    return summary + (f"; NMI with labels {found['nmi']:.2f}, purity {found['purity']:.2f}" if "nmi" in found else "")
 
 
 def _name(label: int, class_names: Sequence[str]) -> str:

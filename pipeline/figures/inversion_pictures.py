@@ -47,7 +47,7 @@ def keeps(subject: FigureContext, path: Path) -> Path:
     found, (held_out, source) = subject.training_images(IMAGES), subject.a_few_images(64)
     side, (_, precision) = min(held_out.shape[1], LARGEST), choose_device(subject.config)
     truth, shown = small(held_out, side), torch.from_numpy(np.linspace(0, len(held_out) - 1, min(SHOWN, len(held_out))).astype(int))
-    samples, words, count, steps = {}, {}, len(found.images), STEPS
+    samples, captions, count, steps = {}, {}, len(found.images), STEPS
     for name, network in (("trained", subject.backbone), ("untrained", subject.calibrated)):
         features = Looks(subject, seed=0).of(network, found.images[:count], LOOKS, seconds=SECONDS)
         count = features.shape[1]
@@ -57,14 +57,14 @@ def keeps(subject: FigureContext, path: Path) -> Path:
         looks = Looks(subject, seed=1)
         drawn = fitted.decoder.sample(looks.of(network, held_out, SAMPLES), each=8)  # (S, 8, B, 3, side, side)
         colours, shapes = explained(truth, drawn.flatten(0, 1).mean(dim=0))
-        words[name] = [
+        captions[name] = [
             f"kept: {percent(colours)} of colours, {percent(shapes)} of shapes",
             f"samples of a row: {percent(alike(drawn[:, 0]))} alike",
         ]
-        words[name] += [f"decoder stopped at step {fitted.steps} of {STEPS}"] if fitted.steps < STEPS else []
+        captions[name] += [f"decoder stopped at step {fitted.steps} of {STEPS}"] if fitted.steps < STEPS else []
         samples[name] = drawn[:, 0][:, shown].permute(1, 0, 3, 4, 2).numpy()
     seen = torch.stack(looks.seen)[:, shown].transpose(0, 1).numpy()
-    return draw(held_out[shown].numpy(), seen, samples, words, path, source=source)
+    return draw(held_out[shown].numpy(), seen, samples, captions, path, source=source)
 
 
 class Looks:
@@ -148,7 +148,7 @@ def draw(
     images: np.ndarray,
     seen: np.ndarray,
     samples: dict[str, np.ndarray],
-    words: dict[str, list[str]],
+    captions: dict[str, list[str]],
     path: Path,
     *,
     source: str = "held-out images",
@@ -159,7 +159,7 @@ def draw(
         images: uint8 `(B, H, W, 3)`.
         seen: `(B, S, H, W, 3)` in [0, 1], NaN where nothing was seen.
         samples: by the backbone's name, `(B, S, h, w, 3)` in [0, 1]; values outside are cut.
-        words: by the backbone's name, up to three lines about it.
+        captions: by the backbone's name, up to three lines about it.
         path: the PNG to write.
         source: what the images are.
     """
@@ -172,7 +172,7 @@ def draw(
         write(figure, margin, 0.6, about + "what a row has in common is kept, what differs is lost", size=8, color=GRAY)
         write(figure, margin, 0.99, "image", size=8.5, weight="bold")
         write(figure, lefts[0], 0.99, "parts that are seen", size=8.5, weight="bold")
-        for left, (name, lines) in zip(lefts[1:], words.items(), strict=True):
+        for left, (name, lines) in zip(lefts[1:], captions.items(), strict=True):
             write(figure, left, 0.99, f"{name} backbone", size=8.5, weight="bold", color=BLUE if name == "trained" else INK)
             for line, text in enumerate(lines):
                 write(figure, left, 1.16 + 0.16 * line, text, size=8, color=GRAY)

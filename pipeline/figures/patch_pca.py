@@ -58,8 +58,8 @@ def draw(images: np.ndarray, maps: dict[str, np.ndarray], path: Path, *, source:
     with picture_at(path, 2 * margin + blocks * across * step + (blocks - 1) * gap, head + rows * step + margin) as figure:
         write(figure, margin, 0.36, "What the patches' features tell apart", size=13, weight="bold")
         shares = ", ".join(f"{name} {100 * share:.0f} %" for name, (_, share) in found.items())
-        words = f"{source}; three principal components of all patches as colours; they hold of the variance: {shares}"
-        write(figure, margin, 0.58, words, size=8, color=GRAY)
+        text = f"{source}; three principal components of all patches as colours; they hold of the variance: {shares}"
+        write(figure, margin, 0.58, text, size=8, color=GRAY)
         for block in range(blocks):
             left = margin + block * (across * step + gap)
             for column, title in enumerate(("image", *found)):

@@ -66,6 +66,6 @@ def run_figures(
     from pipeline.figures.pictures import draw_for_run
 
     subject = FigureContext(context.config, device, folder)
-    held = {"dataset": context.dataset, "method": context.method, "backbone": backbone, "scores": scores, "clusters": clusters}
-    vars(subject).update({name: part for name, part in held.items() if part is not None})  # instead of reading them again
+    parts = {"dataset": context.dataset, "method": context.method, "backbone": backbone, "scores": scores, "clusters": clusters}
+    vars(subject).update({name: part for name, part in parts.items() if part is not None})  # instead of reading them again
     return draw_for_run(subject, folder.figures)

@@ -66,9 +66,9 @@ def cell(figure: Figure, left: float, top: float, width: float, height: float) -
     return axes
 
 
-def write(figure: Figure, left: float, top: float, words: str, **style: Any) -> None:
+def write(figure: Figure, left: float, top: float, text: str, **style: Any) -> None:
     full_width, full_height = figure.get_size_inches()
-    figure.text(left / full_width, 1 - top / full_height, words, **style)
+    figure.text(left / full_width, 1 - top / full_height, text, **style)
 
 
 def show(axes: Axes, image: np.ndarray, inches: float) -> None:
@@ -96,6 +96,6 @@ def frame(axes: Axes, colour: str, width: float) -> None:
     axes.spines[:].set(visible=True, color=colour, linewidth=width)
 
 
-def note(axes: Axes, words: str, at: tuple[float, float], coordinates: Any, offset: tuple[float, float], **style: Any) -> None:
-    """Words beside a spot of the axes, `offset` points away from it."""
-    axes.annotate(words, at, xycoords=coordinates, xytext=offset, textcoords="offset points", annotation_clip=False, **style)
+def note(axes: Axes, text: str, at: tuple[float, float], coordinates: Any, offset: tuple[float, float], **style: Any) -> None:
+    """Write text beside a spot of the axes, `offset` points away from it."""
+    axes.annotate(text, at, xycoords=coordinates, xytext=offset, textcoords="offset points", annotation_clip=False, **style)

@@ -103,8 +103,8 @@ _KINDS = {  # what libraries say; the order matters, because a missing credentia
 }
 
 
-def _kind(words: str) -> str:
-    return next((kind for kind, pattern in _KINDS.items() if re.search(pattern, words)), "other")
+def _kind(text: str) -> str:
+    return next((kind for kind, pattern in _KINDS.items() if re.search(pattern, text)), "other")
 
 
 def missing(error: Exception) -> bool:
@@ -133,11 +133,11 @@ def _remedies(scheme: str) -> tuple[str, str]:
 
 def short(error: Exception) -> str:
     """The first line of an error without the values of secrets."""
-    words = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     for name, value in os.environ.items():
         if len(value) >= 6 and re.search(r"KEY|SECRET|TOKEN|PASSWORD", name):
-            words = words.replace(value, "***")
-    return re.sub(r"\s*\(Request ID[^)]*\)", "", words)[:200]
+            text = text.replace(value, "***")
+    return re.sub(r"\s*\(Request ID[^)]*\)", "", text)[:200]
 
 
 @contextlib.contextmanager

@@ -81,8 +81,8 @@ class Tracker:
         if former and (former["uri"], former["experiment"]) == (uri, experiment):
             state |= former  # MLflow's parameters cannot change: those of the first life stand
         else:
-            state["params"] = _words(params())
-        state["tags"] |= _words(tags)
+            state["params"] = _as_strings(params())
+        state["tags"] |= _as_strings(tags)
         state |= {"status": "RUNNING", "ended": None, "attached": False}
         drop_torn_line(folder / "metrics.jsonl")
         tracker = cls(folder, state)
@@ -141,7 +141,7 @@ class Tracker:
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
         """Set tags of the MLflow run."""
-        self._change(lambda state: state["tags"].update(_words(tags)))
+        self._change(lambda state: state["tags"].update(_as_strings(tags)))
 
     def rewind(self, step: int) -> None:
         """Forget every point after `step`, the position of the checkpoint that the run goes on from."""
@@ -228,7 +228,7 @@ class Tracker:
         run_id = self._state["run_id"]
         if run_id and not is_active(client, run_id):
             run_id, self._state["sent"] = None, 0  # deleted on the server: it gets a new run with everything
-            self._state["params"] = _words(self._params()) | self._state["params"]
+            self._state["params"] = _as_strings(self._params()) | self._state["params"]
         if run_id is None:
             where = experiment_id(client, self._state["uri"], self._state["experiment"])
             # a request that timed out may have made the run all the same
@@ -338,7 +338,7 @@ def _mlflow_metrics(lines: Iterable[bytes]) -> list[Any]:
     ]
 
 
-def _words(values: Mapping[str, object]) -> dict[str, str]:
+def _as_strings(values: Mapping[str, object]) -> dict[str, str]:
     """As MLflow takes them."""
     return {key: str(value)[:VALUE_CHARACTERS] for key, value in values.items()}
 

@@ -65,7 +65,7 @@ def place_workers(
             break
         if not waiting:
             waiting = True
-            room = f"{choices[0]} workers with {_words(resources)} each"
+            room = f"{choices[0]} workers with {_describe(resources)} each"
             info(f"waiting up to {config.resource_timeout_s:.0f} s until the cluster has room for {room}")
             request_resources(bundles=[*[resources] * choices[-1], {"CPU": 1}])  # an autoscaler, if there is one, makes room
         time.sleep(2.0)
@@ -77,9 +77,9 @@ def place_workers(
         return max(fitting), resources
     if stop():
         return None
-    there = "; ".join(_words({k: n.get(k, 0) for k in ("CPU", "GPU") if n.get(k)}) or "none" for n in nodes)
+    there = "; ".join(_describe({k: n.get(k, 0) for k in ("CPU", "GPU") if n.get(k)}) or "none" for n in nodes)
     raise ConfigError(
-        f"train.workers={config.workers}: {choices[0]} workers with {_words(resources)} each, beside one whole free CPU for cutting "
+        f"train.workers={config.workers}: {choices[0]} workers with {_describe(resources)} each, beside one whole free CPU for cutting "
         f"images, do not fit on the nodes there are ({there}); use fewer workers or add nodes"
     )
 
@@ -113,7 +113,7 @@ def responsive_nodes(nodes: list[dict[str, Any]], timeout_s: float = 10.0) -> li
     return found
 
 
-def _words(resources: Resources) -> str:
+def _describe(resources: Resources) -> str:
     return ", ".join(f"{amount:g} {key}" for key, amount in resources.items())
 
 

@@ -157,8 +157,8 @@ def open_iterable(path: str) -> IterableDataset:
     try:
         module = _import_file(place) if place.endswith(".py") else _import_module(place)
     except Exception as error:
-        words = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"data.path={path}: {place} cannot be imported ({words}); repair it, or check the name") from error
+        text = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"data.path={path}: {place} cannot be imported ({text}); repair it, or check the name") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise ConfigError(f"data.path={path}: {place} has no function {name}; give one that yields the bytes of images")

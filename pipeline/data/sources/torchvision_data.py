@@ -91,7 +91,7 @@ def _prepare(name: str, folder: Path) -> None:
         _write(images, folder / f"{split}.parquet", f"{name}, {split}")
 
 
-def _write(images: Any, file: Path, words: str) -> None:
+def _write(images: Any, file: Path, description: str) -> None:
     """Images `(N, H, W, 3)` uint8 and their labels to a Parquet file of PNG bytes, whole or not at all."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -100,7 +100,7 @@ def _write(images: Any, file: Path, words: str) -> None:
     from rich.progress import track
 
     cells = []
-    for pixels in track(images.data, words, console=Console(stderr=True), transient=True):
+    for pixels in track(images.data, description, console=Console(stderr=True), transient=True):
         out = io.BytesIO()
         Image.fromarray(pixels).save(out, "PNG")
         cells.append(out.getvalue())
