@@ -1,4 +1,4 @@
 """From a source to batches of views: sources, order, decoding, crops (CPU), augmentation (device), loader.
 
-Not here: what a method makes of the views (`methods`), reading and writing of files and object stores (`pipeline.storage`).
+Not here: losses of views (`methods`), reading and writing of files and object stores (`pipeline.storage`).
 """

@@ -1,10 +1,10 @@
-"""Colour, blur and normalisation on the training device, one batched pass per size of crops; no random numbers here.
+"""Augmentation of crops on the training device: colour, blur and normalisation, one batched pass for each size of crops.
 
-The arithmetic is torchvision's float semantics (`transforms.v2.functional`), with every sample's own factors and order.
+The operations are those of torchvision for floats (`transforms.v2.functional`), with factors and an order for every sample. The random
+numbers are drawn before (`crops.py`).
 
-Which operation a sample has, and where in its order, is known on the host: everything the device needs to know is made there
-and sent in one copy, and nothing is read back. So how many samples an operation gets differs from step to step, but no step
-waits for the device. The number of kernel launches hardly depends on the number of crops (`benchmarks/launches.py`).
+The host makes the index lists and factors of all operations and sends them in one copy. Nothing is read back, so no step waits for
+the device. The number of kernel launches hardly depends on the number of crops (`benchmarks/launches.py`).
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from pipeline.data.normalise import normalise_into, send, to_float
 
 ORDERS = np.array(list(itertools.permutations(range(4))))  # (24, 4): 0 brightness, 1 contrast, 2 saturation, 3 hue
 CONTRAST, SATURATION, HUE = 1, 2, 3
-HUE_PLACE = np.argmax(ORDERS == HUE, axis=1)  # (24,): which of the four operations is the hue
-RANK = np.argsort(np.argsort(HUE_PLACE, kind="stable"))  # (24,): of each order among all, sorted by the place of the hue
+HUE_PLACE = np.argmax(ORDERS == HUE, axis=1)  # (24,): position of the hue in each order
+RANK = np.argsort(np.argsort(HUE_PLACE, kind="stable"))  # (24,): rank of each order if sorted by the position of the hue
 HUE_OFFSETS = np.array([0, 4, 2])  # sixths of a turn, see `_hue_`
-CHUNK_VALUES = 2**20  # float32 values worked on at a time on a CPU: fewer miss its cache, more pay less overhead (measured)
-BLUR_BLOCK = 56  # pixels of a row or column blurred at a time: smaller blocks multiply fewer zeros, larger ones are fewer calls
+CHUNK_VALUES = 2**20  # float32 values of one pass on a CPU: fewer fit its cache, more have less overhead
+BLUR_BLOCK = 56  # pixels of a row or column blurred at a time: smaller blocks multiply fewer zeros, larger ones need fewer calls
 
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean and standard deviation, in [0, 1]
-Recipes = dict[str, np.ndarray]  # what is done to each of N crops: by name, each (N,)
+Recipes = dict[str, np.ndarray]  # parameters of N crops by name, each (N,)
 
 
 class CutBatch(Protocol):
-    """What `finish_views` needs of a batch (see `loader.Batch`)."""
+    """The attributes of a batch that `finish_views` reads (see `loader.Batch`)."""
 
     @property
     def crops(self) -> Mapping[str, Tensor]: ...
@@ -56,9 +56,9 @@ def finish_views(
     device: torch.device | str,
     channels_last: bool = True,
 ) -> Views:
-    """Turn uint8 crops `(B, V, H, W, 3)` and their tables into finished views on `device`; finished crops are only taken there.
+    """Augment and normalise uint8 crops `(B, V, H, W, 3)` on `device`. Crops that the tasks have augmented are only copied.
 
-    Groups of one size are worked on together.
+    Groups of one size are processed together.
 
     Args:
         mean, std: normalisation in [0, 1].
@@ -94,12 +94,12 @@ def finish_crops(
     std: tuple[float, float, float],
     channels_last: bool = True,
 ) -> Tensor:
-    """Finish crops `(N, H, W, 3)` uint8 by their rows of the table `(N, len(COLUMNS))`: `(N, 3, H, W)` float32."""
+    """Augment and normalise crops `(N, H, W, 3)` uint8 by their rows of the table `(N, len(COLUMNS))`: `(N, 3, H, W)` float32."""
     return _finish([pixels], [_recipes(table, group)], [np.arange(len(pixels))], mean, std, channels_last)[0]
 
 
 def _recipes(table: np.ndarray, group: CropGroup) -> Recipes:
-    """The columns of a table `(N, len(COLUMNS))` by name, with the group's own settings beside them."""
+    """Return the columns of a table `(N, len(COLUMNS))` by name, and the settings of the group."""
     columns = {name: table[:, place] for name, place in COLUMN.items()}
     settings = {"grayscale_first": group.grayscale_first, "radius": blur_radius(group), "threshold": np.float32(group.solarize_threshold)}
     return columns | {name: np.full(len(table), value) for name, value in settings.items()}
@@ -114,20 +114,20 @@ def _finish(
     std: tuple[float, float, float],
     channels_last: bool,
 ) -> list[Tensor]:
-    """Finish groups of crops of one size, each `(N_g, H, W, 3)` uint8; output row i of a group is its crop `places[i]`."""
+    """Augment and normalise groups of crops of one size, each `(N_g, H, W, 3)` uint8. Output row i of a group is its crop `places[i]`."""
     counts, device = [len(part) for part in parts], parts[0].device
     height, width = parts[0].shape[1:3]
     total = sum(counts)
     recipe = {name: np.concatenate([one[name][place] for one, place in zip(recipes, places, strict=True)]) for name in recipes[0]}
     source = np.concatenate([first + place for first, place in zip(np.cumsum([0, *counts]), places, strict=False)])
     pixels = parts[0] if len(parts) == 1 else torch.cat(list(parts))
-    # samples whose hue has the same place lie together, those without jitter at the end
+    # sorted by the position of the hue, samples without jitter at the end
     sorted_rows = np.argsort(np.where(recipe["jitter"] > 0, RANK[recipe["order"].astype(int)], len(ORDERS)), kind="stable")
     step = total if device.type != "cpu" else max(1, CHUNK_VALUES // (3 * height * width))
-    # allocated once: new memory for every operation would cost as much as the operation
+    # allocated once: allocating for every operation costs as much as the operation
     work = torch.empty((min(step, total), 3, height, width), device=device)
     planes = torch.empty((5, min(step, total), height, width), device=device)
-    # rows of an image's bytes in their final order; copied as such, which is three times as fast as copies that look at channels
+    # images in their final memory layout: `index_copy_` is faster on contiguous rows
     shape = (height, width, 3) if channels_last else (3, height, width)
     done, out = planes.view(-1)[: work.numel()].view(-1, *shape), torch.empty((total, *shape), device=device)
     for first in range(0, total, step):
@@ -150,7 +150,7 @@ def _finish(
 
 
 def _arrays(recipe: Recipes) -> dict[str, np.ndarray]:
-    """The numbers and index lists of n crops that the operations below use."""
+    """Return the factors and index lists of n crops for the operations below."""
     kinds = ORDERS[recipe["order"].astype(int)].T  # (4, n): the operation at each place of a sample's order
     factors = np.stack([recipe[name] for name in ("brightness", "contrast", "saturation", "hue")])
     factors = np.take_along_axis(factors, kinds, axis=0)
@@ -175,17 +175,17 @@ def _arrays(recipe: Recipes) -> dict[str, np.ndarray]:
 
 
 def _gray(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """`(n, 3, H, W)` to `(n, H, W)`, the luma of ITU-R 601."""
+    """Return the luma of ITU-R 601: `(n, 3, H, W)` to `(n, H, W)`."""
     return torch.mul(x[:, 0], 0.2989, out=out).add_(x[:, 1], alpha=0.587).add_(x[:, 2], alpha=0.114)
 
 
 def _jitter_(x: Tensor, recipe: Recipes, host: dict[str, np.ndarray], sent: dict[str, Tensor], planes: Tensor) -> None:
-    """Brightness, contrast, saturation and hue of every sample in its order: what precedes its hue, the hue of all, what follows.
+    """Apply brightness, contrast, saturation and hue to every sample in its order: the operations before its hue, the hue, the others.
 
-    Sorted by the place of their hue, the samples that have an operation left on either side of it lie in one piece.
+    Samples are sorted by the position of their hue, so those that have an operation at a position before or after it are contiguous.
 
     Args:
-        host, sent: what `_arrays` gives, here and on the device.
+        host, sent: the result of `_arrays` on the host and on the device.
         planes: `(5, n, H, W)`, scratch memory.
     """
     count = int((recipe["jitter"] > 0).sum())
@@ -199,9 +199,9 @@ def _jitter_(x: Tensor, recipe: Recipes, host: dict[str, np.ndarray], sent: dict
 
 
 def _blend_(x: Tensor, place: int, at: slice, host: dict[str, np.ndarray], sent: dict[str, Tensor], plane: Tensor) -> None:
-    """Brightness, contrast or saturation of the samples `at`, all of the form x factor + gray gray_share + mean(gray) mean_share."""
+    """Apply brightness, contrast or saturation to the samples `at`: x factor + gray gray_share + mean(gray) mean_share."""
     factor, gray_share, mean_share = (sent[name][place, at, None, None, None] for name in ("factor", "gray_share", "mean_share"))
-    if (host["factor"][place, at] == 1).all():  # also where there is no sample
+    if (host["factor"][place, at] == 1).all():  # also if there is no sample
         return
     x, gray = x[at], plane[at, None]
     if not host["gray_share"][place, at].any():  # no saturation, as happens in the small chunks of a CPU
@@ -217,7 +217,7 @@ def _blend_(x: Tensor, place: int, at: slice, host: dict[str, np.ndarray], sent:
 
 
 def _hue_(x: Tensor, offsets: Tensor, planes: Tensor) -> None:
-    """Turn the hue, without branches.
+    """Shift the hue, without branches.
 
     With low, high and e the least, the greatest and their difference, and the hue h in sixths of a turn, 0 at red:
     w = h - 3 = +-(2 - (g + b - r - low) / e), minus where g > b. Back to a channel: low + e clamp(2 - y, 0, 1), where
@@ -252,17 +252,17 @@ def _solarize_(x: Tensor, sent: dict[str, Tensor]) -> None:
 
 
 def blur_radius(group: CropGroup) -> int:
-    """Taps on each side of the Gaussian, pixels: as declared, else four of the largest standard deviations, less than the crop.
+    """Return the taps on each side of the Gaussian, pixels: as declared, else four of the largest standard deviations, less than the crop.
 
-    Beyond four lie 6e-5 of a Gaussian, a sixtieth of a level of 255.
+    6e-5 of a Gaussian lie beyond four, which is a sixtieth of a level of 255.
     """
     return group.blur_taps // 2 if group.blur_taps else min(math.ceil(4 * group.blur_sigma[1]), group.size - 1)
 
 
 def _taps(sigma: np.ndarray, radius: int) -> np.ndarray:
-    """Gaussians of standard deviations `(n,)`, pixels: `(n, 2 * radius + 1)` float32, rows sum to 1."""
+    """Return Gaussians of standard deviations `(n,)`, pixels: `(n, 2 * radius + 1)` float32, rows sum to 1."""
     taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma[:, None].astype(np.float64)) ** 2)
-    taps = np.where(taps > 1e-12, taps, 0)  # float32's subnormal numbers make the products many times slower
+    taps = np.where(taps > 1e-12, taps, 0)  # subnormal numbers slow the products down
     return (taps / taps.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
@@ -274,7 +274,7 @@ def _blur_(x: Tensor, sent: dict[str, Tensor]) -> None:
 
 @lru_cache(maxsize=16)
 def _placement(size: int, radius: int, device: torch.device) -> Tensor:
-    """Where a tap falls: `(2 * radius + 1, size * size)`, one at (output pixel, input pixel), mirrored at the border."""
+    """Return the position of every tap as `(2 * radius + 1, size * size)`: 1 at (output pixel, input pixel), mirrored at the border."""
     place = torch.zeros(2 * radius + 1, size, size)
     for tap in range(2 * radius + 1):
         source = torch.arange(size) + tap - radius
@@ -285,7 +285,7 @@ def _placement(size: int, radius: int, device: torch.device) -> Tensor:
 
 
 def _blur_by_matrix(x: Tensor, weights: Tensor) -> Tensor:
-    """Rows and columns by one banded matrix of every sample, the border inside it, a block of the band at a time."""
+    """Blur rows and columns by a banded matrix of every sample, which includes the border, one block of the band at a time."""
     count, _, size, _ = x.shape
     radius = weights.shape[1] // 2
     matrix = (weights @ _placement(size, radius, x.device)).view(count, size, size)

@@ -1,4 +1,4 @@
-"""What a task makes of one window of images: decoded, their views cut, and finished if it is asked to."""
+"""The work of one Ray Data task: decode images, cut their crops, and augment these if `data.augment_on=tasks`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from pipeline.data.image_dataset import Sample
 
 
 def make_crops(samples: list[Sample], epoch: int, views: ViewsConfig, seed: int, shard_batch: int) -> dict[str, np.ndarray]:
-    """Decode a window of images and cut their views; bad slots get a good image from another chunk.
+    """Decode images and cut their views. A bad image is replaced by a good one of another batch.
 
     Large JPEGs are decoded at the smallest size in which every box is twice as large as its view. Their tables hold the boxes
     in the whole image.
 
+    Args:
+        shard_batch: images of each batch.
+
     Returns:
         Columns of `len(samples)` entries: `crops/GROUP` and `table/GROUP`, `id` and `label` of the image shown, `planned` id,
-        and `reason`, empty unless the planned image is bad.
+        and `reason`, which is empty unless the planned image is bad.
     """
     sizes = [large_size(sample.image) for sample in samples]
     factors = [
@@ -48,7 +51,7 @@ def make_crops(samples: list[Sample], epoch: int, views: ViewsConfig, seed: int,
 
 
 def finish_columns(columns: dict[str, np.ndarray], views: ViewsConfig, finish: Normalisation) -> None:
-    """Replace uint8 crops by finished ones, `(n, V, 3, size, size)` float32."""
+    """Replace uint8 crops by augmented and normalised ones, `(n, V, 3, size, size)` float32."""
     for name, group in views.items():
         if group.count:
             crops, table = torch.from_numpy(columns[f"crops/{name}"]), columns[f"table/{name}"]
@@ -57,8 +60,11 @@ def finish_columns(columns: dict[str, np.ndarray], views: ViewsConfig, finish: N
 
 
 def substitutes(good: list[bool], shard_batch: int) -> np.ndarray:
-    """Which place of a window each slot shows, `(n,)`: itself if good, else a good one at the same place of the nearest
-    later chunk (cyclic), else any good one after it; itself if none is good."""
+    """Return the index of the image that each slot shows, `(n,)`.
+
+    A good image shows itself. A bad one is replaced by a good one at the same place of the nearest later batch (cyclic), else
+    by the next good one. If none is good, each shows itself.
+    """
     count = len(good)
     shown = np.arange(count)
     for slot in np.flatnonzero(~np.array(good, bool)):
@@ -69,7 +75,7 @@ def substitutes(good: list[bool], shard_batch: int) -> np.ndarray:
 
 
 def decode_all(samples: list[Sample], factors: Sequence[int] | None = None) -> tuple[list[np.ndarray], list[str]]:
-    """Pixels of every sample, and why it has none: an empty string, or the reason beside one black pixel."""
+    """Return the pixels of every sample and an empty string, or for a bad one a black pixel and the reason."""
     images, reasons = [], []
     for sample, factor in zip(samples, factors or [1] * len(samples), strict=True):
         try:
@@ -87,6 +93,6 @@ def _draw(samples: list[Sample], sizes: list[tuple[int, ...]], seed: int, epoch:
 
 
 def block_bytes(views: ViewsConfig, images: int, finished: bool) -> int:
-    """Size of what one task returns for so many images."""
+    """Return the bytes of a block of `images` rows."""
     pixels = sum(g.count * (3 * g.size * g.size * (4 if finished else 1) + 4 * len(COLUMNS)) for g in views.values())
     return images * (pixels + 64)

@@ -11,7 +11,7 @@ from torch import Tensor
 from methods.parts.views import CropGroup, ViewsConfig
 from pipeline.data.philox import uniforms
 
-# One row of a table of views: the box, then what photometric.py needs. Float32 holds every value exactly enough.
+# One row of a table of views: the box, then the parameters of `augment.py`. float32 is exact enough for all of them.
 COLUMNS = (
     *("top", "left", "height", "width", "flip"),
     *("brightness", "contrast", "saturation", "hue", "order", "jitter", "grayscale", "blur_sigma", "solarize"),
@@ -20,21 +20,21 @@ COLUMN = {name: place for place, name in enumerate(COLUMNS)}
 TRIES = 10  # torchvision's RandomResizedCrop gives up after ten boxes that do not fit
 DRAWS = 16 + 2 * TRIES  # random numbers of one view: photometric and position, then area and ratio of every try
 SMALL = 64  # pixels; images up to this side are cut in batches by matrix products
-SMALL_BATCH = 64  # of them at a time: the weights stay in the cache
+SMALL_BATCH = 64  # small images cut at a time: their weights stay in the cache
 UNIT = 2.0**15  # weights of the small path are whole numbers of 1/UNIT
 
 
 def draw_views(
     seed: int, epoch: int, ids: np.ndarray, heights: np.ndarray, widths: np.ndarray, views: ViewsConfig
 ) -> dict[str, np.ndarray]:
-    """Draw the recipe of every view of every image, keyed by (seed, epoch, id, position of the view).
+    """Draw the parameters of every view of every image, keyed by (seed, epoch, id, position of the view).
 
     Args:
         ids, heights, widths: `(B,)`, pixels.
 
     Returns:
         For every group in use, `(B, V, len(COLUMNS))` float32. `order` is one of the 24 orders of the four jitter
-        operations (see `photometric.ORDERS`), `blur_sigma` 0 means no blur.
+        operations (see `augment.ORDERS`), `blur_sigma` 0 means no blur.
     """
     tables, position = {}, 0
     heights, widths = np.asarray(heights, np.float64), np.asarray(widths, np.float64)
@@ -47,7 +47,7 @@ def draw_views(
 
 
 def _table(u: np.ndarray, heights: np.ndarray, widths: np.ndarray, group: CropGroup) -> np.ndarray:
-    """One view of every image: uniforms `(B, DRAWS)` to `(B, len(COLUMNS))` float32."""
+    """Map the uniforms of one view of every image, `(B, DRAWS)`, to its parameters, `(B, len(COLUMNS))` float32."""
     table = np.empty((len(u), len(COLUMNS)), np.float32)
 
     def put(name: str, values: np.ndarray | float) -> None:
@@ -76,7 +76,7 @@ def _table(u: np.ndarray, heights: np.ndarray, widths: np.ndarray, group: CropGr
 
 
 def _box(areas: np.ndarray, ratios: np.ndarray, heights: np.ndarray, widths: np.ndarray, group: CropGroup) -> tuple[np.ndarray, np.ndarray]:
-    """Height and width `(B,)` of the first try that fits; 0 where none does."""
+    """Return height and width `(B,)` of the first try that fits; 0 if none does."""
     low, high = np.log(group.ratio)
     area = (heights * widths)[:, None] * (group.scale[0] + areas * (group.scale[1] - group.scale[0]))
     ratio = np.exp(low + ratios * (high - low))
@@ -89,7 +89,7 @@ def _box(areas: np.ndarray, ratios: np.ndarray, heights: np.ndarray, widths: np.
 
 
 def _fallback(heights: np.ndarray, widths: np.ndarray, group: CropGroup) -> tuple[np.ndarray, np.ndarray]:
-    """The largest central box whose ratio is allowed; the whole image if its ratio is."""
+    """Return the largest central box whose ratio is allowed; the whole image if its ratio is."""
     low, high = group.ratio
     ratio = widths / heights
     height = np.where(ratio < low, np.minimum(np.rint(widths / low), heights), heights)
@@ -98,9 +98,9 @@ def _fallback(heights: np.ndarray, widths: np.ndarray, group: CropGroup) -> tupl
 
 
 def shrink_factor(tables: Mapping[str, np.ndarray], views: ViewsConfig) -> int:
-    """The greatest of 1, 2, 4, 8 by which one image may be shrunk before it is cut: every box stays twice as large as its view.
+    """Return the greatest of 1, 2, 4, 8 by which one image may be shrunk so that every box stays twice as large as its view.
 
-    So boxes, which are rounded to whole pixels of the shrunk image, move by a quarter of a pixel of the view at most.
+    Boxes are rounded to whole pixels of the shrunk image, so they move by a quarter of a pixel of the view at most.
 
     Args:
         tables: of this image, `(1, V, len(COLUMNS))` for every group.
@@ -111,7 +111,7 @@ def shrink_factor(tables: Mapping[str, np.ndarray], views: ViewsConfig) -> int:
 
 
 def shrunk(table: np.ndarray, factors: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    """A table whose boxes lie in images shrunk by `factors` `(B,)` to `heights` and `widths` `(B,)`, to the nearest pixel."""
+    """Return a table with boxes in images shrunk by `factors` `(B,)` to `heights` and `widths` `(B,)`, to the nearest pixel."""
     table = table.copy()
     for start, extent, limit in (("top", "height", heights), ("left", "width", widths)):
         first, size = table[..., COLUMN[start]], table[..., COLUMN[extent]]
@@ -127,7 +127,7 @@ def shrunk(table: np.ndarray, factors: np.ndarray, heights: np.ndarray, widths: 
 def cut_crops(images: Sequence[np.ndarray], tables: Mapping[str, np.ndarray], views: ViewsConfig) -> dict[str, np.ndarray]:
     """Cut, resize (antialiased) and flip every view of every image.
 
-    The result of an image does not depend on the other images of the window.
+    The crops of an image do not depend on the other images.
 
     Args:
         images: `(H, W, 3)` uint8 each.
@@ -153,7 +153,7 @@ def cut_crops(images: Sequence[np.ndarray], tables: Mapping[str, np.ndarray], vi
     return cut
 
 
-# `interpolate` has no `out=`; the operators behind it write straight into the window's buffer
+# `interpolate` has no `out=`; the operators behind it write into the buffer of all images
 RESIZE = {"bilinear": torch.ops.aten._upsample_bilinear2d_aa.out, "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out}
 
 
@@ -174,10 +174,10 @@ def _cut_large(image: np.ndarray, place: int, tables: Mapping[str, np.ndarray], 
 def _cut_small(
     images: np.ndarray, places: list[int], tables: Mapping[str, np.ndarray], views: ViewsConfig, cut: dict[str, np.ndarray]
 ) -> None:
-    """All views of equal small images `(n, H, W, 3)` as two batched matrix products, columns first, as torch does.
+    """Cut all views of small images of one size, `(n, H, W, 3)`, by two batched matrix products, columns first, as torch does.
 
-    Weights and pixels are whole numbers whose sums stay below 2^24, so float32 is exact and the result is the same
-    in whatever order a library adds.
+    Weights and pixels are whole numbers whose sums stay below 2^24. So float32 is exact, and the result does not depend on
+    the order in which a library adds.
     """
     count, rows, columns, _ = images.shape
     for first in range(0, count, SMALL_BATCH):
@@ -199,7 +199,7 @@ def _round(sums: Tensor) -> Tensor:
 
 
 def _weights(start: Tensor, length: Tensor, pixels: int, group: CropGroup) -> Tensor:
-    """Antialiased resampling of boxes to `group.size` as matrices of whole numbers `(n, V, size, pixels)`.
+    """Return the antialiased resampling of boxes to `group.size` as matrices of whole numbers `(n, V, size, pixels)`.
 
     Args:
         start, length: `(n, V)`, first pixel and extent of every box.

@@ -1,4 +1,4 @@
-"""Encoded bytes to pixels. The served model uses this file too: no Ray here."""
+"""Decoding of images. The served model includes this file, so it must not import Ray."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb
 PPM_HEADER = re.compile(rb"P6\s(\d{1,5})\s(\d{1,5})\s255\s")
-LARGE_PIXELS = 4_000_000  # JPEGs of more may be decoded at a fraction of their size: see benchmarks/views.py
+LARGE_PIXELS = 4_000_000  # JPEGs with more pixels may be decoded at a fraction of their size (benchmarks/views.py)
 ORIENTATION = 0x0112  # of EXIF; 5 and above turn an image by a right angle
 SMALL = 64  # pixels; images up to this side are not enlarged before the centre crop
 
@@ -25,7 +25,7 @@ class BadImage(ValueError):
 
 
 def large_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width, as it is shown, of a JPEG of more than `LARGE_PIXELS`; None for every other image, good or bad."""
+    """Return height and width, after EXIF orientation, of a JPEG of more than `LARGE_PIXELS`; None for every other image."""
     try:
         if data[:2] != b"\xff\xd8":
             return None
@@ -34,7 +34,7 @@ def large_size(data: bytes) -> tuple[int, int] | None:
             return None
         turned = Image.open(io.BytesIO(data)).getexif().get(ORIENTATION, 1) >= 5
         return (width, height) if turned else (height, width)
-    except Exception:  # `decode` says what is wrong with it
+    except Exception:  # `decode` raises the reason
         return None
 
 
@@ -46,8 +46,8 @@ def decode(data: bytes, shrink: int = 1) -> np.ndarray:
 
     Args:
         data: an encoded image of any format that Pillow reads.
-        shrink: 2, 4 or 8 for a JPEG of `large_size` at that fraction of its height and width, rounded up: fewer coefficients of its
-            blocks are used, which is a low-pass filter.
+        shrink: 2, 4 or 8 divides height and width of a JPEG that has a `large_size`, rounded up. Only the low frequencies of its blocks
+            are used, which is a low-pass filter.
 
     Returns:
         `(H, W, 3)` uint8; may be read-only.
@@ -113,7 +113,7 @@ def _jpeg(data: bytes) -> np.ndarray:
 
 
 def _jpeg_frame(data: bytes) -> tuple[int, int, int, int]:
-    """Width, height, bits and components from the frame header; Pillow takes as long for it as for a small image."""
+    """Return width, height, bits and components from the frame header, in less time than Pillow takes."""
     place = 2
     while place + 10 <= len(data):
         marker = data[place + 1]
@@ -143,7 +143,7 @@ def _pillow(image: Image.Image) -> np.ndarray:
 
 
 def _to_8_bits(image: Image.Image) -> np.ndarray:
-    """16-bit, 32-bit and floating-point gray to `(H, W)` uint8: 16 bits by their full range, others by their largest value."""
+    """Return 16-bit, 32-bit or floating-point gray as `(H, W)` uint8: 16 bits scaled by their full range, others by their maximum."""
     orientation = ImageOps.exif_transpose(image)
     values = np.nan_to_num(np.asarray(orientation, dtype=np.float64), posinf=0, neginf=0)
     largest = values.max(initial=0)
@@ -158,7 +158,7 @@ def _to_8_bits(image: Image.Image) -> np.ndarray:
 
 
 def evaluation_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """The centre of an image at evaluation size.
+    """Return the centre crop of an image at evaluation size.
 
     The short side is resized (antialiased, bilinear) to `size` up to 64 pixels and to `size * 256 / 224` above.
 

@@ -1,4 +1,4 @@
-"""The training batches: Ray Data tasks cut windows of images, a thread of each worker slices them ahead of the loop."""
+"""Training batches: Ray Data tasks decode images and make their crops, and a thread of each worker forms batches ahead of the loop."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
     from ray.data import DataIterator
 
 T = TypeVar("T")
-EXECUTION_STEPS = 1000  # that one Ray Data execution serves at least
-FIRST_STEPS = 100  # that the first one serves, where there are more windows than FIRST_TASKS: an execution takes 2 ms a window to build
+EXECUTION_STEPS = 1000  # least steps of one Ray Data execution
+FIRST_STEPS = 100  # least steps of the first one if it would have more than FIRST_TASKS tasks: the first batch waits until it is built
 FIRST_TASKS = 512
-HAND_OVER_STEPS = 50  # before the end of an execution the next one begins: its first blocks take seconds
-BUILD_STEPS = 150  # before the end of an execution the next one is built
-PREFETCH_BATCHES = 2  # global batches that wait for the loop
-EVALUATION_BYTES = 16 * 2**20  # pixels one evaluation task returns
-LOCAL_DECODE_S = 3.0  # an evaluation that this process can decode in so many s is not worth the start of tasks
-LOCAL_BLOCK = 64  # images decoded here between two looks at the clock
+HAND_OVER_STEPS = 50  # an execution starts this many steps before the last one ends: its first blocks take seconds
+BUILD_STEPS = 150  # an execution is built this many steps before the last one ends
+PREFETCH_BATCHES = 2  # batches that wait for the loop
+EVALUATION_BYTES = 16 * 2**20  # pixels that one evaluation task returns
+LOCAL_DECODE_S = 3.0  # images that this process decodes within this time are not sent to tasks, which take as long to start
+LOCAL_BLOCK = 64  # images decoded in this process before the time is checked
 
 
 @dataclass(frozen=True)
 class DecodeFailure:
-    """An image that could not be decoded; another image of its window took its place."""
+    """An image that could not be decoded; another image of its task is shown instead."""
 
     id: int
     path: str
@@ -52,10 +52,10 @@ class DecodeFailure:
 class Batch:
     """One rank's part of a global batch.
 
-    `crops[group]` is `(B, V, size, size, 3)` uint8, or `(B, V, 3, size, size)` float32 where the tasks have finished it,
-    and `tables[group]` `(B, V, len(COLUMNS))` float32. `ids` and `labels` `(B,)` int64 are those of the images shown: in a
-    bad slot, those of its substitute (if its whole window is bad, zeros with the planned id). `step` counts from the start
-    of the run. The rows lie in order of shards, or as `TrainLoader.batches` says for micro-batches.
+    `crops[group]` is `(B, V, size, size, 3)` uint8, or `(B, V, 3, size, size)` float32 if the tasks augment.
+    `tables[group]` is `(B, V, len(COLUMNS))` float32. `ids` and `labels` `(B,)` int64 are those of the images shown. A bad
+    image is replaced by another one of its task; if all are bad, its pixels are zeros and its id is kept. `step` counts
+    from the start of the run. Rows are in order of shards, unless `TrainLoader.batches` makes micro-batches.
     """
 
     crops: dict[str, Tensor]
@@ -67,16 +67,16 @@ class Batch:
     bad: list[DecodeFailure]
 
     def tensors(self) -> list[Tensor]:
-        """Return what a device needs: crops, ids and labels."""
+        """Return the tensors that a device needs: crops, ids and labels."""
         return [*self.crops.values(), self.ids, self.labels]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Batch:
-        """Return this batch with others in their places."""
+        """Return this batch with other tensors, in the order of `tensors`."""
         *crops, ids, labels = tensors
         return replace(self, crops=dict(zip(self.crops, crops, strict=True)), ids=ids, labels=labels)
 
     def split(self, count: int) -> list[Batch]:
-        """Return the micro-batches of a batch that was made for so many: equal contiguous parts, which share its memory."""
+        """Return `count` micro-batches, which are views of this batch. It must have been made for as many."""
         size = len(self.ids) // count
         pieces = [slice(i * size, (i + 1) * size) for i in range(count)]
         tables = [{name: table[piece] for name, table in self.tables.items()} for piece in pieces]
@@ -97,27 +97,27 @@ class EvaluationImages:
 
 
 def identity(value: T) -> T:
-    """Return what rank 0 has, in a run of one worker."""
+    """Return the value: the broadcast of a single worker."""
     return value
 
 
 def execution_bytes(buffer_bytes: int, group_bytes: int) -> int:
-    """Return the blocks, in bytes, that one execution may hold in the object stores.
+    """Return the bytes of blocks that one execution may hold in the object stores.
 
-    One group of windows is with the workers. Half of the rest, because for a moment two executions run; two groups at the least.
+    The workers hold one group of tasks. The rest is halved, because two executions overlap for a moment. The least is two groups.
     """
     return max(2 * group_bytes, (buffer_bytes - group_bytes) // 2)
 
 
 @dataclass(frozen=True)
 class TrainLoader:
-    """What the batches of a run come from; it needs no network.
+    """The training batches of a run.
 
     Attributes:
-        step_offset: steps of a continued run's earlier phases, before the first one.
-        finish: mean and standard deviation with which the tasks finish the views too; None = left to `finish_views`.
-        buffer_bytes: views that are ready or in flight in Ray's object stores; None = what these hold. See `execution_bytes`.
-        execution_steps: steps that one Ray Data execution serves at least.
+        step_offset: steps of the earlier phases of a continued run.
+        finish: mean and standard deviation if the tasks augment the views; None = `finish_views` does it on the device.
+        buffer_bytes: bytes of views in Ray's object stores; None = as many as these hold. See `execution_bytes`.
+        execution_steps: least steps of one Ray Data execution.
     """
 
     dataset: ImageDataset
@@ -141,19 +141,19 @@ class TrainLoader:
         micro_batches: int = 1,
         device: torch.device | None = None,
     ) -> Generator[Batch]:
-        """Yield one rank's batches of steps `start_step` to `total_steps - 1`, the same whether or not the run was interrupted.
+        """Yield one rank's batches of steps `start_step` to `total_steps - 1`. They do not depend on interruptions of the run.
 
         Rank 0 builds the executions that all ranks read. `PREFETCH_BATCHES` batches wait for the loop, on the device if it is a GPU.
 
         Args:
-            tasks: windows cut at the same time, for all ranks together; None = as many as the resources allow.
-            broadcast: takes a small value, and returns on every rank what rank 0 gave. All ranks call it before the same steps.
-            micro_batches: the rows lie so that `Batch.split` into so many makes contiguous parts, and part i holds the rows i, i +
-                micro_batches, i + 2 * micro_batches ... of the order of shards: each shard gives to each part.
-            device: where crops, ids and labels are wanted; None = the CPU.
+            tasks: tasks that run at the same time, for all ranks together; None = as many as the resources allow.
+            broadcast: collective function that takes a small value and returns rank 0's. All ranks call it before the same steps.
+            micro_batches: number of micro-batches for `Batch.split`. Micro-batch i gets the rows i, i + micro_batches,
+                i + 2 * micro_batches ... of the order of shards, so that each holds images of every shard.
+            device: where crops, ids and labels are copied; None = the CPU.
 
         Raises:
-            RuntimeError: Ray Data returned other windows than planned.
+            RuntimeError: Ray Data returned a block of another task than expected.
         """
         import ray
 
@@ -169,9 +169,9 @@ class TrainLoader:
         build = self._builder(parts[0][0], world_size, tasks) if rank == 0 else None
         building = in_background(partial(build, parts[0])) if build else None
         with contextlib.ExitStack() as stack:
-            # a thread that outlives the run would find Ray shut down, and `ray.put` would start it again
+            # if the thread outlived the run, its `ray.put` would start Ray again
             stack.callback(lambda: wait([building] if building else [], timeout=CLOSE_S))
-            references: list[Any] = []  # with rank 0's the reference to the iterators would end
+            references: list[Any] = []  # the iterators are deleted with rank 0's last reference to them
 
             def begin(part: tuple[int, int]) -> Prefetcher[CopiedBatch]:
                 references[:] = broadcast(building.result() if building else None)
@@ -192,10 +192,10 @@ class TrainLoader:
                     yield batch
 
     def executions(self, first: int, last: int) -> Iterator[tuple[int, int]]:
-        """Yield the first step and the one after the last of every execution that serves the steps `first` to `last - 1`."""
+        """Yield the first step of every execution, and the step after its last, for the steps `first` to `last - 1`."""
         sampler, length = self.sampler, self.execution_steps
         if len(sampler.groups_between(first, first + length)) * sampler.num_shards > FIRST_TASKS:
-            length = min(length, FIRST_STEPS)  # the first batch waits for it
+            length = min(length, FIRST_STEPS)
         while first < last:
             epoch, group = sampler.groups_between(first + length - 1, first + length)[0]
             end = min(sampler.first_step(epoch, group) + sampler.steps_in(group), last)
@@ -203,7 +203,7 @@ class TrainLoader:
             first, length = end, self.execution_steps
 
     def _builder(self, first: int, world_size: int, tasks: int | None) -> Callable[[tuple[int, int]], list[Any]]:
-        """What builds the execution of some steps, on rank 0: it gives one reference to the iterators of all ranks."""
+        """Return a function that builds the execution of some steps, on rank 0, and returns a reference to the iterators of all ranks."""
         import ray
 
         sampler = self.sampler
@@ -222,14 +222,14 @@ class TrainLoader:
         return build
 
     def task(self, shared: Any) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
-        """What cuts one window in a task; `shared` is a reference to the dataset and the sampler."""
+        """Return the function that a Ray Data task runs; `shared` is a reference to the dataset and the sampler."""
         return partial(_cut_item, shared=shared, views=self.views, seed=self.seed, finish=self.finish)
 
     def _slices(
         self, iterator: DataIterator, part: tuple[int, int], shards: range, micro_batches: int, copies: DeviceCopies | None
     ) -> Generator[CopiedBatch]:
-        with contextlib.closing(blocks(iterator, prefetch=len(shards))) as found:
-            for batch in self.sliced(found, part, shards, micro_batches, pin=copies is not None):
+        with contextlib.closing(blocks(iterator, prefetch=len(shards))) as own_blocks:
+            for batch in self.sliced(own_blocks, part, shards, micro_batches, pin=copies is not None):
                 if copies is None:
                     yield batch, None
                 else:
@@ -237,33 +237,33 @@ class TrainLoader:
                     yield batch.with_tensors(sent), arrived
 
     def sliced(
-        self, found: Iterator[dict[str, np.ndarray]], part: tuple[int, int], shards: range, micro_batches: int = 1, pin: bool = False
+        self, blocks: Iterator[dict[str, np.ndarray]], part: tuple[int, int], shards: range, micro_batches: int = 1, pin: bool = False
     ) -> Generator[Batch]:
-        """Slice blocks, one for each of a rank's shards in turn, into the batches of some steps.
+        """Slice blocks, one of each of a rank's shards in turn, into the batches of the steps `part[0]` to `part[1] - 1`.
 
         Raises:
-            RuntimeError: a block is not the planned one.
+            RuntimeError: a block is not the expected one.
         """
         sampler = self.sampler
         names = [name for name, group in self.views.items() if group.count]
         for epoch, group in sampler.groups_between(*part):
-            held = [self._checked(next(found, None), epoch, group, shard) for shard in shards]
+            group_blocks = [self._checked(next(blocks, None), epoch, group, shard) for shard in shards]
             for i in range(sampler.steps_in(group)):
                 step = sampler.first_step(epoch, group) + i
                 if part[0] <= step < part[1]:
                     rows = slice(i * sampler.shard_batch, (i + 1) * sampler.shard_batch)
-                    parts = [{key: column[rows] for key, column in block.items()} for block in held]
+                    parts = [{key: column[rows] for key, column in block.items()} for block in group_blocks]
                     yield _collated(parts, names, self.dataset, epoch, step, micro_batches, pin)
-            held = parts = []  # frees the group's blocks before the next is waited for
-        if next(found, None) is not None:  # only who asks for the end lets Ray's threads end too
-            raise RuntimeError("the loader is out of order: it has more windows than planned; please report this")
+            group_blocks = parts = []  # frees the blocks before the next ones are awaited
+        if next(blocks, None) is not None:  # Ray's threads end when the end of the iterator has been asked for
+            raise RuntimeError("the loader is out of order: it has more blocks than expected; please report this")
 
     def _checked(self, block: dict[str, np.ndarray] | None, epoch: int, group: int, shard: int) -> dict[str, np.ndarray]:
         rows, first = self.sampler.steps_in(group) * self.sampler.shard_batch, self.sampler.first_slot(group, shard)
         if block and len(block["slot"]) == rows and block["epoch"][0] == epoch and block["slot"][0] == first:
             return block
         got = f"epoch {block['epoch'][:1]}, slot {block['slot'][:1]}, {len(block['slot'])} rows" if block else "no more"
-        raise RuntimeError(f"the loader is out of order: planned epoch {epoch}, slot {first}, got {got}; please report this")
+        raise RuntimeError(f"the loader is out of order: expected epoch {epoch}, slot {first}, got {got}; please report this")
 
 
 CopiedBatch = tuple[Batch, "torch.cuda.Event | None"]
@@ -272,7 +272,7 @@ CopiedBatch = tuple[Batch, "torch.cuda.Event | None"]
 def _collated(
     parts: list[dict[str, np.ndarray]], names: list[str], dataset: ImageDataset, epoch: int, step: int, micro_batches: int, pin: bool
 ) -> Batch:
-    """One batch from a chunk of every shard, copied out of shared memory, into pinned memory if a GPU is to fetch it from there."""
+    """Return one batch from the images of every shard, copied out of shared memory, into pinned memory if `pin`."""
 
     def column(key: str) -> np.ndarray:
         return _ordered([part[key] for part in parts], micro_batches)
@@ -298,7 +298,7 @@ def _collated(
 
 
 def _ordered(parts: list[np.ndarray], micro_batches: int, out: np.ndarray | None = None) -> np.ndarray:
-    """The rows of all shards so that each micro-batch is one piece: row j of a shard belongs to micro-batch j mod `micro_batches`."""
+    """Return the rows of all shards in order of micro-batches: row j of a shard belongs to micro-batch j mod `micro_batches`."""
     rest = parts[0].shape[1:]
     by_micro_batch = [part.reshape(-1, micro_batches, *rest).swapaxes(0, 1) for part in parts]
     shape = (micro_batches, len(parts), len(parts[0]) // micro_batches, *rest)
@@ -310,17 +310,17 @@ def _ordered(parts: list[np.ndarray], micro_batches: int, out: np.ndarray | None
 
 @lru_cache(maxsize=1)
 def _get(reference: Any) -> Any:
-    """A shared object, once per process."""
+    """Return a shared object, which is fetched once per process."""
     import ray
 
-    torch.set_num_threads(1)  # the tasks themselves are the parallelism
+    torch.set_num_threads(1)  # tasks run in parallel, one on each core
     return ray.get(reference)
 
 
 def _cut_item(
     item: dict[str, np.ndarray], shared: Any, views: ViewsConfig, seed: int, finish: Normalisation | None = None
 ) -> dict[str, np.ndarray]:
-    """Cut one window: one item in, one block of `chunks * chunk` rows out."""
+    """Make the crops of one task: one item in, one block of `steps_in(group) * shard_batch` rows out."""
     dataset, sampler = _get(shared)
     epoch, group, shard = (int(item[key][0]) for key in ("epoch", "group", "shard"))
     ids = sampler.task_ids(epoch, group, shard)
@@ -336,9 +336,9 @@ def _cut_item(
 
 
 def evaluation_images(dataset: ImageDataset, ids: np.ndarray, size: int, tasks: int | None = None) -> EvaluationImages:
-    """Decode and centre-crop images through Ray Data, in the order of `ids`; bad ones are left out and reported.
+    """Decode and centre-crop images, in the order of `ids`. Bad images are left out and reported.
 
-    As many as take no longer than tasks take to start are decoded here, part by part; the tasks do the rest.
+    This process decodes what takes no longer than tasks take to start; Ray Data tasks decode the rest.
     """
     ids = np.asarray(ids, dtype=np.int64)
     images = np.empty((len(ids), size, size, 3), np.uint8)
@@ -358,7 +358,7 @@ def evaluation_images(dataset: ImageDataset, ids: np.ndarray, size: int, tasks: 
 
 
 def _evaluation_blocks(dataset: ImageDataset, ids: np.ndarray, size: int, tasks: int | None) -> Iterator[dict[str, np.ndarray]]:
-    """Blocks in the order of `ids`: decoded here while all of them would take `LOCAL_DECODE_S` at this rate, then by tasks."""
+    """Yield blocks in the order of `ids`, decoded in this process if all take less than `LOCAL_DECODE_S` at this rate, else by tasks."""
     begin, done = time.monotonic(), 0
     while done < len(ids):
         spent = time.monotonic() - begin

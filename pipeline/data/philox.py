@@ -1,7 +1,7 @@
 """Counter-based random numbers: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
 
-A number depends only on its key and counter, never on how many were drawn before. So an image gets the same views on
-one or a thousand workers, after a resume, and in a test.
+A number depends only on its key and counter, not on the numbers drawn before. So the views of an image do not depend on
+the number of workers or on a resume.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 WEYL = (0x9E3779B9, 0xBB67AE85)
 MASK = 0xFFFFFFFF
 
-# The fourth counter word of `uniforms` is view * 2^16 + block. Views from here up are other users' streams.
+# The fourth counter word of `uniforms` is view * 2^16 + block. Numbers of views from here up are streams for other purposes.
 FIRST_RESERVED_VIEW = 0xF000
 HELD_OUT, PATCH, TILE, SPAN_ORDER, ROW_ORDER, TASK_ORDER = range(FIRST_RESERVED_VIEW, FIRST_RESERVED_VIEW + 6)
 
 
 def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Ten rounds of Philox4x32 on every counter.
+    """Apply ten rounds of Philox4x32 to every counter.
 
     Args:
         counter: `(n, 4)` uint32.
@@ -43,7 +43,7 @@ def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
 
 
 def words(seed: int, epoch: int, ids: np.ndarray, view: int, draws: int) -> np.ndarray:
-    """Random 32-bit words `(len(ids), draws)` uint32, one row per id, keyed by (seed, epoch, id, view, draw)."""
+    """Return random 32-bit words `(len(ids), draws)` uint32, one row for each id, keyed by (seed, epoch, id, view, draw)."""
     ids = np.asarray(ids).astype(np.uint64)
     blocks = -(-draws // 4)
     counter = np.empty((len(ids), blocks, 4), np.uint32)
@@ -56,15 +56,15 @@ def words(seed: int, epoch: int, ids: np.ndarray, view: int, draws: int) -> np.n
 
 
 def uniforms(seed: int, epoch: int, ids: np.ndarray, view: int, draws: int) -> np.ndarray:
-    """Uniform numbers in [0, 1) with 32 random bits, `(len(ids), draws)` float64, keyed by (seed, epoch, id, view, draw)."""
+    """Return uniform numbers in [0, 1) with 32 random bits, `(len(ids), draws)` float64, keyed by (seed, epoch, id, view, draw)."""
     return words(seed, epoch, ids, view, draws) * (1 / 2**32)
 
 
 def permutation(seed: int, epoch: int, count: int, view: int, first: int = 0) -> np.ndarray:
-    """A random order of 0 .. count-1, `(count,)` int64; `first` starts another stream (say, a window's number).
+    """Return a random order of 0 .. count-1, `(count,)` int64.
 
     Args:
-        first: below 2^32.
+        first: number of the stream, below 2^32.
     """
     blocks = np.arange(-(-count // 4), dtype=np.uint64) + (np.uint64(first) << np.uint64(32))
     return np.argsort(words(seed, epoch, blocks, view, 4).reshape(-1)[:count], kind="stable")

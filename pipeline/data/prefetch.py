@@ -1,4 +1,4 @@
-"""Work done ahead of the training loop: batches made in a thread, and copied to a GPU on a stream of their own."""
+"""Prefetching: threads that work ahead of the training loop, and copies to a GPU on a separate CUDA stream."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
-CLOSE_S = 10.0  # a thread that waits for a block ends with it; a lost one is left behind after so long
+CLOSE_S = 10.0  # a thread that still waits for a block after this time is left behind
 
 
 class Prefetcher(Generic[T]):
-    """Runs a generator in a thread of its own, which keeps the next `size` values. Iterating raises what the generator raised.
+    """Runs a generator in a thread and keeps its next `size` values. Iterating raises what the generator raised.
 
     Attributes:
-        waits: how often the consumer had to wait for a value.
+        waits: values that the consumer had to wait for.
     """
 
     def __init__(self, values: Callable[[], Generator[T]], size: int) -> None:
@@ -32,7 +32,7 @@ class Prefetcher(Generic[T]):
         self._thread.start()
 
     def __len__(self) -> int:
-        """Values that are ready."""
+        """Return the number of values that are ready."""
         return len(self._queue)
 
     def __iter__(self) -> Prefetcher[T]:
@@ -106,9 +106,9 @@ def in_background(function: Callable[[], T]) -> Future[T]:
 
 
 class DeviceCopies:
-    """Copies tensors to a GPU on a stream of its own, while another thread computes there.
+    """Copies tensors to a GPU on a separate CUDA stream.
 
-    `send` is called by the thread that reads, `receive` by the one that computes; neither waits for the device.
+    The prefetching thread calls `send`, and the training thread `receive`. Neither waits for the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -116,13 +116,13 @@ class DeviceCopies:
         self.stream = torch.cuda.Stream(device)
 
     def send(self, tensors: Iterable[Tensor]) -> tuple[list[Tensor], torch.cuda.Event]:
-        """Begin to copy tensors in pinned memory; the event is reached when they have arrived."""
+        """Start to copy tensors from pinned memory. Return the copies, and the event that marks their completion."""
         with torch.cuda.stream(self.stream):
             sent = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
             return sent, self.stream.record_event()
 
     def receive(self, tensors: Iterable[Tensor], arrived: torch.cuda.Event) -> None:
-        """Let the current stream wait for the copies, and keep their memory until it is done with them."""
+        """Make the current CUDA stream wait for the copies, and keep their memory until it has used them."""
         current = torch.cuda.current_stream(self.device)
         current.wait_event(arrived)
         for tensor in tensors:

@@ -1,4 +1,4 @@
-"""How this project uses Ray and Ray Data: quietly, in order, one block for each task."""
+"""Ray and Ray Data as this project starts them: with few log lines, blocks in order, one block for each task."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from ray.data import DataIterator
 
 QUIET = {
-    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread of Ray Data's that outlives `ray.shutdown` would join the cluster again, and say so
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # else a thread of Ray Data that outlives `ray.shutdown` joins the cluster again
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
 }
-THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # of workers: each task has one core
-# A local Ray has no dashboard. Asked for the state of its controller, Ray Train would take that of any other Ray on this machine, not
-# find the controller there and end the workers. An address where nothing listens makes the question fail, which it takes as no answer.
+THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # for Ray's workers: each task has one core
+# A local Ray has no dashboard. Ray Train asks the dashboard for the state of its controller. It would ask that of another Ray on this
+# machine, miss the controller there and end the workers. At an address where nothing listens the request fails, and it goes on.
 NO_DASHBOARD = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
 STORE_PART = 0.3  # of the memory, for Ray's object store
 LEAST_STORE = 512 * 2**20  # bytes; where /dev/shm is smaller, Ray takes a file
@@ -37,12 +37,12 @@ ROOT = Path(__file__).resolve().parents[2]  # the checkout, or site-packages
 
 
 def start_ray(num_cpus: int | None = None, extra_cpus: int = 0, resources: dict[str, float] | None = None) -> None:
-    """Start Ray in this process, quietly, or join the cluster that RAY_ADDRESS names. Does nothing if Ray runs.
+    """Start a local Ray, or join the cluster that RAY_ADDRESS names. Do nothing if Ray runs.
 
     Args:
-        num_cpus: logical CPUs of a local Ray; None = the machine's, at least 2.
-        extra_cpus: more of them, for training workers, which take a part of one each.
-        resources: others by name that a local Ray shall have.
+        num_cpus: logical CPUs of a local Ray; None = those of the machine, at least 2.
+        extra_cpus: logical CPUs in addition, for training workers.
+        resources: custom resources of a local Ray.
 
     Raises:
         ConfigError: no cluster can be joined at RAY_ADDRESS.
@@ -60,7 +60,7 @@ def start_ray(num_cpus: int | None = None, extra_cpus: int = 0, resources: dict[
     if len(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "") > 40:  # Unix sockets allow 107 bytes
         workers["RAY_TMPDIR"] = "/tmp"
     before = {key: os.environ.get(key) for key in workers}
-    os.environ.update(workers)  # a local Ray hands its environment to its workers, at no cost
+    os.environ.update(workers)  # the workers of a local Ray inherit it
     try:
         for last in (False, False, True):
             try:
@@ -74,7 +74,7 @@ def start_ray(num_cpus: int | None = None, extra_cpus: int = 0, resources: dict[
                     logging_level="ERROR",
                 )
                 break
-            except Exception as error:  # Ray gives its own agents 15 s to start, too little where other programs keep the cores
+            except Exception as error:  # Ray's agents have 15 s to start, which is too little on a busy machine
                 if last or "timed out during startup" not in str(error):
                     raise
     finally:
@@ -86,7 +86,7 @@ def start_ray(num_cpus: int | None = None, extra_cpus: int = 0, resources: dict[
 
 
 def object_store_bytes() -> int:
-    """Return the size of a local Ray's object store: 30 % of the memory that this process may use, and never more than /dev/shm holds."""
+    """Return the size of a local Ray's object store: 30 % of the memory of this process, at most what /dev/shm holds."""
     wanted = STORE_PART * total_memory()
     if os.path.ismount("/dev/shm"):
         wanted = min(wanted, 0.9 * shutil.disk_usage("/dev/shm").total)
@@ -94,7 +94,7 @@ def object_store_bytes() -> int:
 
 
 def joins_cluster() -> bool:
-    """Does RAY_ADDRESS name a cluster? In a submitted job Ray sets it."""
+    """Return whether RAY_ADDRESS names a cluster. Ray sets it in submitted jobs."""
     return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
 
 
@@ -117,11 +117,11 @@ def _join(address: str) -> None:
 
 
 def cluster_environment() -> dict[str, Any]:
-    """Ray's runtime environment for workers on other machines: this process's code, quiet processes of one thread.
+    """Return Ray's runtime environment for workers on other machines: the code of this process, and one thread each.
 
-    The code travels as `working_dir`: with the job, or uploaded here from a checkout; an installed package is expected
-    on every node. No path of this machine is sent along. What a job was submitted with stands, because Ray refuses a
-    key that is given twice.
+    The code is sent as `working_dir`, by the submitted job or from this checkout. An installed package must be on every
+    node. No path of this machine is sent. Keys of the submitted job are left out, because Ray refuses a key that is
+    given twice.
     """
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
     given = job.get("env_vars") or {}
@@ -132,15 +132,15 @@ def cluster_environment() -> dict[str, Any]:
 
 
 def default_tasks() -> int | None:
-    """Return how many tasks may run at the same time: one per core of this machine, or None, without a limit, in a cluster that may grow.
+    """Return how many tasks may run at the same time: one per core on one machine, None (as many as the resources allow) in a cluster.
 
-    Only the driver asks: elsewhere the environment does not tell whether Ray was joined. Everywhere None means no limit but the resources.
+    Only the driver may call it: in other processes the environment does not say whether Ray was joined.
     """
     return None if joins_cluster() else max(1, int(available_cores()))
 
 
 def raise_priority() -> None:
-    """Run this thread, and those it starts, at niceness 0 where the system allows it: Ray starts trainers and tasks alike at 15."""
+    """Set this thread, and the threads that it starts, to niceness 0 if the system allows it. Ray starts workers and tasks at 15."""
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, 0)
 
@@ -156,19 +156,19 @@ def execution(
     tasks: int | None = None,
     buffer_bytes: int | None = None,
 ) -> list[DataIterator]:
-    """Prepare one Ray Data execution: `function` on every item, each in a task of its own, whose block goes to one of the consumers.
+    """Prepare one Ray Data execution: one task for each item, which runs `function` and gives one block to one consumer.
 
-    Block k is for consumer k mod `consumers`, if the blocks of every round have equally many rows; each consumer gets its own in order.
-    The executor lives in an actor of Ray's, on this machine. It begins when all consumers iterate, and ends when they have ended or
-    nobody holds the iterators any more. `function` reaches the tasks by reference, so that the executor does not load what it imports.
+    Block k goes to consumer k mod `consumers` if the blocks of every round have equally many rows. Each consumer gets its blocks in order.
+    The executor runs in an actor on this machine. It starts when all consumers iterate, and ends when all have ended or the iterators are
+    deleted. `function` is sent to the tasks by reference, so that the executor does not import its modules.
 
     Args:
-        items: columns of one row each.
-        tasks: how many run at the same time; None = as many as the resources allow.
-        buffer_bytes: blocks in the object store at which no task begins any more; None = a part of the store, as Ray has it.
+        items: rows, as one value for each column.
+        tasks: tasks that run at the same time; None = as many as the resources allow.
+        buffer_bytes: no task starts while this many bytes of blocks are in the object store; None = Ray's default part of the store.
 
     Returns:
-        An iterator for every consumer, which may be sent to another process.
+        An iterator for every consumer, which can be sent to another process.
     """
     import ray
     from ray.data import DataContext, ExecutionResources
@@ -177,14 +177,14 @@ def execution(
     context = DataContext.get_current().copy()
     context.enable_progress_bars = context.print_on_execution_start = False
     context.target_max_block_size = None  # one task gives one block, however large
-    context.execution_no_progress_timeout_s = -1  # a consumer may take its time
+    context.execution_no_progress_timeout_s = -1  # consumers may pause
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources(cpu=tasks, object_store_memory=buffer_bytes)
     if buffer_bytes is not None:
         context.override_object_store_memory_limit_fraction = 0.9  # else half of the store would be the limit
     with DataContext.current(context):
         rows = ray.data.from_items(list(items), override_num_blocks=len(items))
-        # no task pool of fixed size: it would not be fused with what comes before
+        # not a task pool of fixed size: Ray Data would not fuse it with the operator before it
         apply = partial(_apply, references=[ray.put(function)])
         splits: list[DataIterator] = rows.map_batches(apply, batch_size=None).streaming_split(consumers, equal=True)
     return splits
@@ -194,7 +194,7 @@ def _apply(item: dict[str, np.ndarray], references: list[ObjectRef]) -> dict[str
     return _function(references[0])(item)
 
 
-@lru_cache(maxsize=2)  # of this execution, and of the next one
+@lru_cache(maxsize=2)  # the functions of this execution and of the next one
 def _function(reference: ObjectRef) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
     import ray
 
@@ -203,7 +203,7 @@ def _function(reference: ObjectRef) -> Callable[[dict[str, np.ndarray]], dict[st
 
 
 def blocks(iterator: DataIterator, prefetch: int) -> Generator[dict[str, np.ndarray]]:
-    """Yield a consumer's blocks in order, with as many as `prefetch` on their way to this machine; close it to end early."""
+    """Yield a consumer's blocks in order, and fetch `prefetch` of them ahead. Close the generator to end early."""
     found: Generator[dict[str, np.ndarray]] = iter(  # type: ignore[assignment]
         iterator.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=prefetch)
     )

@@ -1,4 +1,4 @@
-"""Who sees which image when: a pure function of (seed, epoch), the same for any number of workers."""
+"""The order of the training images: a pure function of (seed, epoch), independent of the number of workers."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from pipeline.data.philox import ROW_ORDER, SPAN_ORDER, TASK_ORDER, permutation,
 
 
 class Sampler:
-    """Deals the training images of every epoch to shards, shards to windows, windows to chunks.
+    """Deals the training images of every epoch to shards, shards to tasks, and tasks to batches.
 
-    Spans (row groups, files) are shuffled, rows shuffled inside their span, and the sequence without its tail is cut
-    into `num_shards` contiguous parts, so a global batch draws from `num_shards` distant places while a span is read about once.
-    A window is what one task cuts: `m` chunks of `chunk = global_batch / num_shards` images of one shard, its rows shuffled
-    once more. Batch `s` of an epoch is chunk `s % m` of window `s // m` of every shard, in the order of shards.
+    Spans (row groups, files) are shuffled, and rows are shuffled inside their span. The sequence, without the images beyond the last
+    whole batch, is cut into `num_shards` contiguous shards. So a global batch draws from distant places, and a span is read about once.
+    A task has the images of one shard for `m = steps_per_group` steps, shuffled again: `shard_batch = global_batch / num_shards` for
+    each step. The tasks of all shards for the same steps are a group. Batch `s` of an epoch is the part `s % m` of every task of group
+    `s // m`, in the order of shards.
     """
 
     def __init__(self, spans: np.ndarray, ids: np.ndarray, *, seed: int, global_batch: int, num_shards: int, images_per_task: int) -> None:
         """
         Args:
-            spans: `(G, 2)` int64, first id and number of rows of every natural unit of reading.
-            ids: sorted training ids, int64; a subset of what the spans hold.
+            spans: `(G, 2)` int64, first id and number of rows of every row group, file or other unit of reading.
+            ids: sorted training ids, int64; a subset of the ids in `spans`.
             global_batch: images per step.
             num_shards: parts of a global batch.
-            window: images one task cuts, rounded down to whole chunks.
+            images_per_task: rounded down to a multiple of `shard_batch`.
 
         Raises:
             ConfigError: the shards cannot share the batch, or there are fewer images than one batch.
@@ -53,7 +54,7 @@ class Sampler:
         self.groups_per_epoch = -(-steps_per_epoch // self.steps_per_group)
 
     def _forget(self) -> None:
-        # The order is 8 bytes an image; two epochs are kept, because the loader crosses from one to the next.
+        # two epochs, because the loader reads ahead into the next one; 8 bytes an image
         self._order = lru_cache(maxsize=2)(self._shuffle)
 
     def __getstate__(self) -> dict[str, object]:
@@ -72,18 +73,18 @@ class Sampler:
         return self.ids[np.argsort(keys, kind="stable")][: self.steps_per_epoch * self.global_batch]
 
     def steps_in(self, group: int) -> int:
-        """Chunks in every window of this group; only the last group of an epoch has fewer than the others."""
+        """Return the number of steps of a group; only the last group of an epoch has fewer than `steps_per_group`."""
         return min(self.steps_per_group, self.steps_per_epoch - group * self.steps_per_group)
 
     def task_ids(self, epoch: int, group: int, shard: int) -> np.ndarray:
-        """The image ids of one window in order of its chunks, `(chunks(group) * chunk,)` int64."""
+        """Return the image ids of one task in the order of its steps, `(steps_in(group) * shard_batch,)` int64."""
         first = (shard * self.steps_per_epoch + group * self.steps_per_group) * self.shard_batch
         rows: np.ndarray = self._order(epoch)[first : first + self.steps_in(group) * self.shard_batch]
         rows = rows[permutation(self.seed, epoch, len(rows), TASK_ORDER, first=group * self.num_shards + shard)]
         return rows
 
     def batch(self, epoch: int, step: int) -> np.ndarray:
-        """The image ids of one global batch, `(global_batch,)` int64; `step` counts within the epoch."""
+        """Return the image ids of one global batch, `(global_batch,)` int64; `step` counts within the epoch."""
         group, i = divmod(step, self.steps_per_group)
         cut = slice(i * self.shard_batch, (i + 1) * self.shard_batch)
         return np.concatenate([self.task_ids(epoch, group, shard)[cut] for shard in range(self.num_shards)])
@@ -91,7 +92,7 @@ class Sampler:
     # ---------------------------------------------------------------- steps of a whole run, epoch after epoch
 
     def groups_between(self, first: int, last: int) -> list[tuple[int, int]]:
-        """Epoch and group of the windows that hold the steps `first` to `last - 1`, counted from the start of the run."""
+        """Return epoch and number of the groups that hold the steps `first` to `last - 1`, counted from the start of the run."""
 
         def number(step: int) -> int:
             epoch, within = divmod(step, self.steps_per_epoch)
@@ -100,9 +101,9 @@ class Sampler:
         return [divmod(k, self.groups_per_epoch) for k in range(number(first), number(last - 1) + 1)] if last > first else []
 
     def first_step(self, epoch: int, group: int) -> int:
-        """The step, counted from the start of the run, of a group's first chunk."""
+        """Return the first step of a group, counted from the start of the run."""
         return epoch * self.steps_per_epoch + group * self.steps_per_group
 
     def first_slot(self, group: int, shard: int) -> int:
-        """The place within its epoch of a window's first image."""
+        """Return the position of a task's first image within its epoch."""
         return (group * self.num_shards + shard) * self.steps_per_group * self.shard_batch

@@ -1,4 +1,4 @@
-"""Where images come from: one file per kind of source; `base.open_source` finds out which kind a `data.path` names.
+"""Sources of images, one file per kind; `base.open_source` opens a `data.path`.
 
 Not here: decoding and everything after it (`pipeline.data`).
 """

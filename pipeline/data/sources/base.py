@@ -1,4 +1,4 @@
-"""Where images come from: `data.path` as an image dataset, by kind."""
+"""Opening of `data.path` as an image dataset, by kind of source."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ NAMES = ("patches", "cifar10", "cifar100")  # `data.path` may be one of these, w
 
 
 def is_local_path(path: str) -> bool:
-    """Is `data.path` a path on this machine, which workers need in its absolute form, and no URI or built-in name?"""
+    """Return whether `data.path` is a path on this machine, not a URI or a built-in name."""
     return "://" not in path and path.partition(":")[0] not in (*NAMES, "stream")
 
 
 def nothing_at(path: str, key: str = "data.path") -> str:
-    """The message about a path that does not exist."""
+    """Return the error message about a path that does not exist."""
     return f"{key}={path}: does not exist; give a folder of images, Parquet or tar files, a URI, or patches"
 
 
 def absolute_source(path: str) -> str:
-    """`data.path` as it is found from any folder."""
+    """Return `data.path` in its absolute form."""
     if path.startswith("stream:"):
         return with_absolute_path(path)
     return str(Path(path).expanduser().resolve()) if is_local_path(path) else path
 
 
 def open_source(data: DataConfig) -> ImageDataset:
-    """List the images of `data.path`. Reads names, sizes, Parquet footers, tar headers and labels, but no image.
+    """List the images of `data.path`. Read names, sizes, Parquet footers, tar headers and labels, but no image.
 
     Raises:
-        ConfigError: nothing there, no images, no such column, no right to read, or an unknown option of a built-in set.
+        ConfigError: no such path, no images, no such column, no right to read, or an unknown option of a built-in set.
     """
     name = data.path.partition(":")[0]
     if name == "patches":
@@ -75,7 +75,7 @@ def open_test(data: DataConfig, path: str) -> ImageDataset:
 
 
 def _open_files(root: str, data: DataConfig) -> ImageDataset:
-    """A file or folder of Parquet or tars, or a folder of images; `*` in the last part of the path chooses files."""
+    """Open a file or folder of Parquet or tars, or a folder of images; `*` in the last part of the path chooses files."""
     kinds = {".parquet": open_parquet, ".tar": open_webdataset}
     folder, _, last = root.rpartition("/")
     remote = files.is_remote(root)

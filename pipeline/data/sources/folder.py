@@ -1,4 +1,4 @@
-"""A tree of image files as a source, on a disk or in a bucket."""
+"""Source: a tree of image files, on a disk or in a bucket."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.storage.files import File, Part
 if TYPE_CHECKING:
     import pyarrow as pa
 
-REMEDIES = {  # by what lies there instead of images
+REMEDIES = {  # by the files that were found instead of images
     ".parquet": "give the folder that holds the .parquet files",
     ".tar": "give the folder that holds the .tar files",
     ".gz": "unpack .tar.gz archives to .tar: single images are read out of them",
@@ -31,7 +31,7 @@ class FolderDataset(ImageDataset):
     """A tree of image files; the first level of folders gives the labels."""
 
     root: str
-    names: pa.Array  # paths below root; Arrow, because tasks then share one copy in memory
+    names: pa.Array  # paths below root; Arrow, because tasks share one copy of it in memory
 
     def path(self, id: int) -> str:
         name: str = self.names[id].as_py()
@@ -42,12 +42,12 @@ class FolderDataset(ImageDataset):
 
 
 def open_folder(root: str, tree: list[File], shown: str) -> ImageDataset:
-    """The images of a listing.
+    """Return the images of a listing.
 
     Args:
         root: absolute path or URI.
         tree: every file below it, sorted.
-        shown: what the user gave as `data.path`, for messages.
+        shown: `data.path` as the user gave it, for messages.
 
     Raises:
         ConfigError: there is no image.

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub: `hf://datasets/OWNER/NAME[/FOLDER]`, read through their Parquet files."""
+"""Source: datasets of the Hugging Face hub, `hf://datasets/OWNER/NAME[/FOLDER]`, read from their Parquet files."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ SPLIT = re.compile(r"(?P<split>[\w.]+)-\d{5}-of-\d{5}(-\w+)?\.parquet$")  # trai
 
 
 def open_huggingface(root: str, data: DataConfig) -> ImageDataset:
-    """The Parquet files of a data set on the hub, without copying them: of the split `train` where file names tell splits.
+    """Open the Parquet files of a dataset on the hub without copying them: those of the split `train` if file names contain splits.
 
     `*` in the last part of the path chooses files, for example `.../validation-*`. The split `test` becomes the test split.
 
     Raises:
-        ConfigError: no such data set, no Parquet files, or several folders of them.
+        ConfigError: no such dataset, no Parquet files, or several folders of them.
     """
     folder, _, pattern = root.rpartition("/") if "*" in root else (root, "", "*")
     if not re.match(r"hf://datasets/[^/]+/[^/]+", folder):

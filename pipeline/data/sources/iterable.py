@@ -1,4 +1,4 @@
-"""A source without an end: `stream:FILE.py:FUNCTION` or `stream:MODULE:FUNCTION`, a Python function that yields images."""
+"""Source without an end: `stream:FILE.py:FUNCTION` or `stream:MODULE:FUNCTION`, a Python function that yields images."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from methods.parts.errors import ConfigError
 from pipeline.data.image_dataset import ImageDataset, Sample, fingerprint
 from pipeline.data.sampler import Sampler
 
-PREVIEW_IMAGES = 256  # images from the beginning that pictures and the doctor look at
+PREVIEW_IMAGES = 256  # first images, for figures and the doctor
 
 
 class IterableDataset(ImageDataset):
     """Images in their order of arrival; the id of an image is its number in that order.
 
-    The function takes no argument and yields the bytes of image files. It is called in one process for the whole run,
-    however many workers there are; when it ends it is called again. A resumed run calls it anew and skips what it has
-    seen, so that a function which yields the same images each time gives the same run.
+    The function takes no argument and yields the bytes of image files. It is called in one process for the whole run, for
+    any number of workers. When it ends it is called again. A resumed run calls it anew and skips the images that it has
+    seen, so a function that yields the same images each time gives the same run.
 
-    As a `ImageDataset` it stands for the first `PREVIEW_IMAGES` images: what pictures and the doctor ask for.
+    As an `ImageDataset` it holds the first `PREVIEW_IMAGES` images.
     """
 
     def __init__(self, path: str, function: bytes) -> None:
@@ -56,7 +56,7 @@ class IterableDataset(ImageDataset):
         return SequentialSampler(global_batch, num_shards, images_per_task, steps_per_epoch)
 
     def bind_to_run(self, sampler: Sampler, first_step: int) -> IterableDataset:
-        """This source with the one reader of the run, which ends when nobody holds what is returned."""
+        """Return this source with the reader of the run, an actor that ends when the returned object is deleted."""
         import ray
 
         it = IterableDataset(self.source, self.function)
@@ -77,7 +77,7 @@ class IterableDataset(ImageDataset):
 
 
 class SequentialSampler(Sampler):
-    """Deals images in their order of arrival: batch s is the images s * global_batch and on, a chunk to each shard in turn."""
+    """Deals images in their order of arrival: batch s starts with image s * global_batch, and each shard in turn gets a part of it."""
 
     def __init__(self, global_batch: int, num_shards: int, images_per_task: int, steps_per_epoch: int) -> None:
         self._cut(global_batch, num_shards, images_per_task, steps_per_epoch)
@@ -89,11 +89,11 @@ class SequentialSampler(Sampler):
 
 
 class Reader:
-    """Calls the function once and hands out what it yields by number; images asked for later are kept meanwhile.
+    """Calls the function once and returns its images by number. Images before a requested one are buffered.
 
     Args:
-        function: it, pickled.
-        first: number of the first image that will be asked for; those before are skipped.
+        function: the pickled function.
+        first: number of the first image of the run; those before are skipped.
     """
 
     def __init__(self, function: bytes, first: int) -> None:
@@ -103,10 +103,10 @@ class Reader:
         self.lock = threading.Lock()
 
     def read(self, ids: list[int]) -> list[bytes]:
-        """Encoded images in the order asked.
+        """Return encoded images in the order of `ids`.
 
         Raises:
-            ValueError: the function yields nothing, or something that is no image.
+            ValueError: the function yields nothing, or a value that is not the bytes of an image.
         """
         with self.lock:
             if self.iterator is None:
@@ -115,14 +115,14 @@ class Reader:
                 self.buffer[self.next] = next(self.iterator)
                 self.next += 1
             gone = {id for id in ids if id not in self.buffer}
-            if gone:  # a task that was lost asks again, or this reader was: read from the beginning once more
+            if gone:  # this reader or a task was restarted: read again from the beginning
                 again = itertools.islice(arrivals(self.function), max(gone) + 1)
                 self.buffer |= {id: image for id, image in enumerate(again) if id in gone}
             return [self.buffer.pop(id) for id in ids]
 
 
 def arrivals(function: bytes) -> Iterator[bytes]:
-    """What the function yields, without end: called again whenever it ends."""
+    """Yield the images of the function without end: call it again whenever it ends."""
     from ray import cloudpickle
 
     call: Callable[[], Iterable[Any]] = cloudpickle.loads(function)
@@ -139,7 +139,7 @@ def arrivals(function: bytes) -> Iterator[bytes]:
 
 @lru_cache(maxsize=1)
 def beginning(function: bytes) -> list[bytes]:
-    """The first `PREVIEW_IMAGES` images."""
+    """Return the first `PREVIEW_IMAGES` images."""
     return list(itertools.islice(arrivals(function), PREVIEW_IMAGES))
 
 
@@ -172,14 +172,14 @@ def open_iterable(path: str) -> IterableDataset:
 
 
 def with_absolute_path(path: str) -> str:
-    """The same stream, found from any folder."""
+    """Return the path with an absolute file name."""
     place, _, name = path.removeprefix("stream:").rpartition(":")
     return f"stream:{os.path.abspath(os.path.expanduser(place))}:{name}" if place.endswith(".py") else path
 
 
 def _import_file(place: str) -> Any:
     file = os.path.abspath(os.path.expanduser(place))
-    name = "manyviews_stream_" + os.path.basename(file).removesuffix(".py")  # never the name of another module
+    name = "manyviews_stream_" + os.path.basename(file).removesuffix(".py")  # differs from the names of other modules
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

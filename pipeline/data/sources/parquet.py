@@ -1,4 +1,4 @@
-"""Parquet files with a column of encoded bytes as a source, on a disk or in a bucket."""
+"""Source: Parquet files with a column of encoded bytes, on a disk or in a bucket."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from pipeline.config import DataConfig
 
-ROW_GROUP_CACHE = 128 * 2**20  # bytes of row groups each process keeps
+ROW_GROUP_CACHE = 128 * 2**20  # bytes of row groups that each process caches
 ROW_GROUPS_AT_ONCE = 4  # read at the same time from an object store
-FOOTERS = 256  # each process keeps, so that an object store is asked for them once
+FOOTERS = 256  # footers that each process caches
 
 _Key = tuple[str, int, str]  # file, row group, column
 _Group = tuple[Any, Any]  # images and paths (or None) of a row group
@@ -47,7 +47,7 @@ class ParquetDataset(ImageDataset):
         ids = np.asarray(ids, dtype=np.int64)
         spans = np.searchsorted(self.spans[:, 0], ids, side="right") - 1
         cells: list[tuple[bytes, str | None]] = [(b"", None)] * len(ids)
-        wanted = np.unique(spans)  # each row group once, whatever the order asked
+        wanted = np.unique(spans)  # each row group is read once
         step = ROW_GROUPS_AT_ONCE if files.is_remote(self.files[0]) else 1
         for first in range(0, len(wanted), step):
             some = wanted[first : first + step]
@@ -69,9 +69,9 @@ _row_groups: OrderedDict[_Key, _Group] = OrderedDict()
 
 
 def _row_groups_of(keys: list[_Key]) -> list[_Group | None]:
-    """Row groups, from this process's cache of the last few; those that are not in it are read at the same time.
+    """Return row groups from the cache of this process; missing ones are read at the same time.
 
-    None for an object that is gone from its store.
+    None for an object that no longer exists in its store.
     """
     missing = [key for key in keys if key not in _row_groups]
     read = [_row_group(key) for key in missing] if len(missing) < 2 else files.each(_row_group, missing)
@@ -87,7 +87,7 @@ def _row_groups_of(keys: list[_Key]) -> list[_Group | None]:
 
 
 def _row_group(key: _Key) -> _Group | None:
-    """Images and paths (or None) of one row group."""
+    """Return images and paths (or None) of one row group; None if the object no longer exists."""
     import pyarrow as pa
 
     file, group, column = key
@@ -96,7 +96,7 @@ def _row_group(key: _Key) -> _Group | None:
             table = parquet.read_row_group(group, columns=[column], use_threads=False)
     except FileNotFoundError:
         if not files.is_remote(file):
-            raise  # a whole file of images that was on this disk: somebody must look
+            raise  # a whole file is gone from this disk, which is no bad image
         return None
     cells = table.column(column).combine_chunks()
     cells = cells.chunk(0) if isinstance(cells, pa.ChunkedArray) else cells
@@ -122,7 +122,7 @@ def _footer(file: str) -> pq.FileMetaData:
 
 
 class _Facts(NamedTuple):
-    """What the footer and the label column of a file say."""
+    """The content of the footer and of the label column of a file."""
 
     schema: pa.Schema
     rows: list[int]  # of every row group
@@ -130,7 +130,7 @@ class _Facts(NamedTuple):
 
 
 def open_parquet(root: str, parts: list[File], data: DataConfig) -> ImageDataset:
-    """The rows of Parquet files below `root`, in the order given.
+    """Open Parquet files below `root`, in the order given.
 
     Raises:
         ConfigError: a file that cannot be read, no such column, or no rows.
@@ -192,7 +192,7 @@ def _check_columns(schema: pa.Schema, name: str, data: DataConfig) -> None:
 
 
 def _declared_names(schema: pa.Schema, label_column: str) -> list[str] | None:
-    """Class names from the file's metadata: Hugging Face's features, or a comma-separated `class_names`."""
+    """Return class names from the metadata of the file: Hugging Face's features, or a comma-separated `class_names`."""
     metadata = schema.metadata or {}
     try:
         feature = json.loads(metadata[b"huggingface"])["info"]["features"][label_column]
@@ -202,7 +202,7 @@ def _declared_names(schema: pa.Schema, label_column: str) -> list[str] | None:
 
 
 def _labels(parts: list[Any], names: list[str] | None) -> tuple[np.ndarray, list[str]]:
-    """Labels `(N,)` int64, -1 where unknown, and the class names."""
+    """Return labels `(N,)` int64, -1 if unknown, and the class names."""
     import pyarrow as pa
 
     values = np.concatenate([np.asarray(part.to_pandas(), dtype=object) for part in parts])

@@ -1,4 +1,4 @@
-"""The built-in data set: patches of the photographs that come inside scikit-image, scikit-learn and matplotlib."""
+"""Source: the built-in dataset, patches of photographs that scikit-image, scikit-learn and matplotlib contain."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ SPLITS = ("train", "held-out", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class PatchOptions:
-    """What follows the colon of `patches:`."""
+    """The options after the colon of `patches:`."""
 
     pixels: int = 32  # side of a patch
     per_photo: int = 320  # training patches of each photograph; held-out and test have a fifth
-    seed: int = 0  # which tiles and patches
+    seed: int = 0  # chooses tiles and patches
     split: str = "train"  # train (with the held-out patches) or test
 
     def __post_init__(self) -> None:
@@ -47,10 +47,10 @@ class PatchOptions:
 
 
 def parse(path: str) -> PatchOptions:
-    """`patches:pixels=32,per_photo=320` to options.
+    """Parse `patches:pixels=32,per_photo=320`.
 
     Raises:
-        ConfigError: an unknown option, or a value that does not fit.
+        ConfigError: an unknown option, or an invalid value.
     """
     known = {f.name: f.type for f in fields(PatchOptions)}
     values: dict[str, int | str] = {}
@@ -65,7 +65,7 @@ def parse(path: str) -> PatchOptions:
 
 
 def open_patches(path: str) -> ImageDataset:
-    """The image dataset of the built-in set; patches are cut when they are read."""
+    """Open the built-in set; patches are cut when they are read."""
     options = parse(path)
     test = options.split == "test"
     each = options.fifth if test else options.per_photo + options.fifth
@@ -93,7 +93,7 @@ class PatchDataset(ImageDataset):
         return f"patches/{self.options.split}/{CLASS_NAMES[id // self.each]}#{id % self.each}"
 
     def held_out_ids(self, fraction: float) -> np.ndarray:
-        """The patches of the held-out tiles, whatever the fraction, unless it is 0."""
+        """Return the patches of the held-out tiles, for any fraction but 0."""
         if self.options.split == "test" or fraction <= 0:
             return super().held_out_ids(fraction)
         ids = np.arange(len(self))
@@ -118,10 +118,10 @@ class PatchDataset(ImageDataset):
 
 @cache
 def load_photo(index: int) -> Image.Image:
-    """One photograph as an RGB Pillow image, kept for the life of the process.
+    """Return one photograph as an RGB Pillow image, cached for the life of the process.
 
     Raises:
-        ConfigError: the package that brings it is not installed.
+        ConfigError: the package that contains it is not installed.
     """
     package, folder, name = FILES[index]
     found = importlib.util.find_spec(package)  # finds the folder without importing the package
@@ -134,7 +134,7 @@ def load_photo(index: int) -> Image.Image:
 
 @lru_cache(maxsize=256)
 def tiles(index: int, pixels: int, seed: int) -> tuple[int, list[list[tuple[int, int]]]]:
-    """Side of a photograph's tiles, pixels, and the (top, left) corners dealt to train, held-out and test.
+    """Return the side of a photograph's tiles, pixels, and the (top, left) corners of train, held-out and test.
 
     Tiles never overlap, so no pixel is shared between splits. A small photograph gets smaller tiles.
     """

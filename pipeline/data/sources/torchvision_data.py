@@ -1,4 +1,4 @@
-"""Data sets by their torchvision name: downloaded once, then kept as Parquet files of PNG bytes."""
+"""Source: datasets by their torchvision name, downloaded once and stored as Parquet files of PNG bytes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 SPLITS = ("train", "test")
 ROW_GROUP = 1000  # images, about 2 MB of 32 pixels
-TIMEOUT_S = 30.0  # of one answer of the download's server
+TIMEOUT_S = 30.0  # for one answer of the server
 
 
 def open_torchvision(data: DataConfig) -> ImageDataset:
-    """The image dataset of `cifar10` (its training images) or `cifar10:split=test`.
+    """Open `cifar10` (its training images) or `cifar10:split=test`.
 
     Raises:
         ConfigError: an unknown option, or neither a cached copy nor internet.
@@ -45,7 +45,7 @@ def open_torchvision(data: DataConfig) -> ImageDataset:
             raise ConfigError(f"data.path={data.path}: {folder} cannot be written ({error.strerror}); set MANYVIEWS_CACHE") from None
     columns = dataclasses.replace(data, image_column="image", label_column="label")
     dataset = open_parquet(str(folder), [File(file.name, file.stat().st_size)], columns)
-    # not of the file: its size depends on who compressed it
+    # not from the file, whose size depends on the compressor
     dataset.fingerprint = fingerprint([f"{name}:split={split}:{len(dataset)}"], dataset.class_names)
     dataset.test_path = f"{name}:split=test" if split == "train" else None
     return dataset
@@ -63,7 +63,7 @@ def _parse(path: str) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time: two runs may ask for the same download."""
+    """Lock the folder, because two runs may start the same download."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -92,7 +92,7 @@ def _prepare(name: str, folder: Path) -> None:
 
 
 def _write(images: Any, file: Path, description: str) -> None:
-    """Images `(N, H, W, 3)` uint8 and their labels to a Parquet file of PNG bytes, whole or not at all."""
+    """Write images `(N, H, W, 3)` uint8 and their labels to a Parquet file of PNG bytes, atomically."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     from PIL import Image

@@ -1,6 +1,6 @@
-"""WebDataset tars as a source: members that share a name up to their extensions are one sample.
+"""Source: WebDataset tars. Members that share a name up to their extensions are one sample.
 
-The headers of every shard are read once; afterwards an image is read by its place, without what lies before it.
+The headers of every tar are read once. Then an image is read by its offset.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
     from pipeline.config import DataConfig
 
-SPAN = 16  # neighbouring samples that stay together in the order: one request to an object store instead of 16
-BUFFER = 2 * 2**20  # bytes: headers lie between images, so fetching all of a remote shard beats a request for each
+SPAN = 16  # neighbouring samples that are read together, with one request to an object store
+BUFFER = 2 * 2**20  # bytes; headers lie between images, so a remote tar is fetched whole instead of one request for each header
 LABEL_BYTES = 32  # a label member is a short number
 
 
 @dataclass(kw_only=True)
 class TarDataset(ImageDataset):
-    """Images inside tar files, by their place."""
+    """Images inside tar files, by file and offset."""
 
     files: list[str]
     first_ids: np.ndarray  # (files + 1,) int64, first id of every file
@@ -67,7 +67,7 @@ class _Index(NamedTuple):
 
 
 def open_webdataset(root: str, parts: list[File], data: DataConfig) -> ImageDataset:
-    """The samples of tar files below `root`: ids in the order of the files, and of the images inside.
+    """Open tar files below `root`: ids follow the order of the files, and of the images inside.
 
     Raises:
         ConfigError: a tar that cannot be read to its end, or no image in any of them.
@@ -106,7 +106,7 @@ def open_webdataset(root: str, parts: list[File], data: DataConfig) -> ImageData
 
 
 def _remembered(path: str, part: File) -> _Index:
-    """The index of a remote shard, from the cache folder if it is there: making one fetches the shard."""
+    """Return the index of a remote tar from the cache folder; if it is not there, read the tar."""
     from pipeline.storage.place import write_atomic
 
     key = hashlib.blake2b(f"{path}:{part.size}:{part.written}".encode(), digest_size=16).hexdigest()
@@ -114,9 +114,9 @@ def _remembered(path: str, part: File) -> _Index:
     try:
         samples, skipped = json.loads(index_file.read_text())
         return _Index([_Location(*sample) for sample in samples], [(where, reason) for where, reason in skipped])
-    except (OSError, ValueError, TypeError):  # not there, or not whole
+    except (OSError, ValueError, TypeError):  # missing or incomplete
         index = _index(path)
-    with contextlib.suppress(OSError):  # a full or read-only disk only costs the next run some time
+    with contextlib.suppress(OSError):  # without a cache, e.g. on a full disk, the next run reads the tar again
         index_file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(index_file, json.dumps(index).encode())
     return index
@@ -132,10 +132,10 @@ def _index(path: str) -> _Index:
 
 
 def _samples(path: str, file: io.BufferedIOBase) -> _Index:
-    """One pass over the headers of a shard."""
+    """Read the headers of a tar in one pass."""
     images: dict[str, tarfile.TarInfo] = {}  # by key
     labels: dict[str, int] = {}
-    skipped: dict[str, tuple[str, str]] = {}  # what is left of samples without an image, by key
+    skipped: dict[str, tuple[str, str]] = {}  # a member and a reason by key; only samples without an image are reported
     extra = []
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
@@ -161,7 +161,7 @@ def _samples(path: str, file: io.BufferedIOBase) -> _Index:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Key and extensions: what stands before and after the first dot of the last part of the name."""
+    """Return key and extensions: the parts before and after the first dot of the file name."""
     folder, slash, last = name.rpartition("/")
     stem, _, extensions = last.partition(".")
     if not stem:  # a hidden file
@@ -170,7 +170,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _check_end(tar: tarfile.TarFile, file: io.BufferedIOBase) -> None:
-    """tarfile ends quietly at a damaged header; the archive must end there, or go on with zeros."""
+    """Raise ReadError unless the archive ends here or goes on with zeros: tarfile ends without an error at a damaged header."""
     file.seek(tar.offset)
     if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
         raise tarfile.ReadError(f"damaged header at byte {tar.offset}")
