@@ -1,4 +1,4 @@
 """Training: the loop, optimizers, health, progress, the start and the end of a run, and workers under Ray Train.
 
-Not here: what is learned (`methods`), what a run is built of (`pipeline.build`), its state on disk (`pipeline.checkpoint`).
+Not here: the methods (`methods`), the checks before a run (`pipeline.build`), its state on disk (`pipeline.checkpoint`).
 """

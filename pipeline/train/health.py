@@ -1,4 +1,4 @@
-"""What watches a run: a loss that is no number or sticks at chance, representations that collapse, clusters that stay empty."""
+"""Health of a run: warnings of a loss at chance, collapsed representations and empty clusters; an error for a loss that is not finite."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class TrainingAborted(RuntimeError):
-    """Training cannot go on; the message says at which step, why and what to try."""
+    """Training cannot go on; the message gives the step, the reason and a remedy."""
 
 
 def check_finite(losses: list[float], first_step: int, last_checkpoint: int | None) -> None:
@@ -37,7 +37,7 @@ class HealthMonitor:
         self.given: set[str] = set()
 
     def warnings(self, step: int, metrics: Mapping[str, float]) -> Iterable[str]:
-        """New warnings after `step` completed steps, from the latest logged metrics."""
+        """Yield new warnings after `step` completed steps, from the latest logged metrics."""
         std = metrics.get("embedding_std")
         if std is not None and std < 0.05 and step >= self.patience_steps // 4:
             text = f"embeddings collapse: their spread is {std:.3f} of a healthy 1 at step {step}; {self.remedies}"
@@ -50,10 +50,10 @@ class HealthMonitor:
             yield from self._once("stuck", text)
 
     def cluster_warnings(self, step: int, sizes: np.ndarray) -> Iterable[str]:
-        """New warnings after `step` completed steps, from the sizes `(K,)` of the clusters.
+        """Yield new warnings after `step` completed steps, from the sizes `(K,)` of the clusters.
 
-        Nearly everything in one cluster: 90 % of the images. Most clusters empty: more than half of them, where there are
-        at least four images to a cluster (drawn at random, 2 % would be empty).
+        One cluster holds 90 % of the images. Or more than half of the clusters are empty, with at least four images to a
+        cluster (with random assignments, 2 % would be empty).
         """
         images, clusters = int(sizes.sum()), len(sizes)
         if step < self.patience_steps or clusters < 2:

@@ -1,4 +1,4 @@
-"""From a config to a finished, evaluated and registered run: `pretrain`, `resume` and `continue_run`."""
+"""Start, resume and continue runs: training, evaluation, registration and the final status."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from pipeline.train.work import Evaluation, evaluate_and_export, train
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """How a run ended. `status` is finished, interrupted or failed."""
+    """The end of a run. `status` is finished, interrupted or failed."""
 
     folder: RunFolder
     status: str
@@ -57,23 +57,23 @@ class RunResult:
         return tracking_uri(from_yaml(self.folder.config_text()), self.folder)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for `--json`."""
+        """Return plain values for `--json`."""
         scores = self.scores.to_dict() if self.scores else None
         model = {"uri": self.model.uri, "version": self.model.version} if self.model else None
         return self.folder.state() | {"folder": str(self.folder.path), "message": self.message, "scores": scores, "registered": model}
 
 
-# ---------------------------------------------------------------------------- the three ways to begin
+# ---------------------------------------------------------------------------- start, continue, resume
 
 
 def pretrain(config: RunConfig, *, runs_dir: Path, run: str | None, console: Console) -> RunResult:
-    """A new run from random (or `backbone.init`) weights."""
+    """Start a new run from random (or `backbone.init`) weights."""
     context = prepare(config, given_weights(config, runs_dir))
     return _begin(context, runs_dir=runs_dir, run=run, console=console, state=None)
 
 
 def given_weights(config: RunConfig, runs_dir: Path) -> Callable[[nn.Module], None] | None:
-    """What fills a new backbone with the weights of `backbone.init`; None without it."""
+    """Return a function that loads the weights of `backbone.init` into a new backbone; None without it."""
     reference = config.backbone.init
     if reference is None:
         return None
@@ -81,7 +81,11 @@ def given_weights(config: RunConfig, runs_dir: Path) -> Callable[[nn.Module], No
 
 
 def continue_run(earlier: RunFolder, config: RunConfig, *, runs_dir: Path, run: str | None, console: Console) -> RunResult:
-    """A new run from the full last state of another, with a new schedule."""
+    """Start a new run from the full last state of another, with a new schedule.
+
+    Raises:
+        ConfigError: the config has another backbone, method or optimizer, or the earlier run has no checkpoint.
+    """
     saved = last_state(earlier)
     before = from_yaml(earlier.config_text())
     for key in ("backbone", "method"):
@@ -90,7 +94,7 @@ def continue_run(earlier: RunFolder, config: RunConfig, *, runs_dir: Path, run: 
     if config.optim.name != before.optim.name:
         raise ConfigError(f"optim.name={config.optim.name}: {earlier.name} holds the state of {before.optim.name}; keep that one")
     done = prepare(before).resolved.facts.steps_per_epoch
-    passes = before.train.first_epoch - (-int(saved["position"]["step"]) // done)  # whole and begun ones
+    passes = before.train.first_epoch - (-int(saved["position"]["step"]) // done)  # rounded up
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, first_epoch=passes))
     return _begin(
         prepare(config),
@@ -103,7 +107,11 @@ def continue_run(earlier: RunFolder, config: RunConfig, *, runs_dir: Path, run: 
 
 
 def resume(folder: RunFolder, *, runs_dir: Path, console: Console) -> RunResult:
-    """Go on with a run: same plan, same config, from its last checkpoint (or from the start if it has none)."""
+    """Resume a run with the same config and order of images, from its last checkpoint (or from the start if it has none).
+
+    Raises:
+        ConfigError: the run is finished, another process trains it, or its images have changed.
+    """
     if folder.state().get("status") == "finished":
         longer = command("continue", folder.name, "--train.steps", "N", runs_dir=runs_dir)
         raise ConfigError(f"run={folder.name}: it is finished; `{longer}` starts a new phase")
@@ -132,15 +140,15 @@ def _begin(context: RunContext, *, runs_dir: Path, run: str | None, console: Con
         return _run(context, folder, console, state)
 
 
-# ---------------------------------------------------------------------------- the run itself
+# ---------------------------------------------------------------------------- a run
 
 
 def _run(context: RunContext, folder: RunFolder, console: Console, state: checkpoint.State | None) -> RunResult:
-    """Train to the end, or until Ctrl-C or SIGTERM; then evaluate, register the backbone, and write down how it ended."""
+    """Train to the end, or until Ctrl-C or SIGTERM. Then evaluate, register the backbone, and store the status."""
     result = RunResult(folder, "failed", "ended unexpectedly")
     tracker = _open_tracker(context, folder)
     try:
-        start_ray(extra_cpus=1 if context.config.train.worker_range[1] else 0)  # first: it installs a SIGTERM handler of its own
+        start_ray(extra_cpus=1 if context.config.train.worker_range[1] else 0)  # before `interruptible`: Ray installs a SIGTERM handler
         start = checkpoint.last_step(folder.checkpoints)
         tracker.rewind(start)
         for line in run_summary(context, folder, start):
@@ -178,7 +186,7 @@ def _run(context: RunContext, folder: RunFolder, console: Console, state: checkp
 def _train_and_evaluate(
     context: RunContext, folder: RunFolder, console: Console, state: checkpoint.State | None, tracker: Tracker, stop: Callable[[], bool]
 ) -> tuple[int, Evaluation | None]:
-    """The last completed step, and what was found at the end; None if `stop` came before."""
+    """Return the last completed step, and the final evaluation; None if `stop` ended the run."""
     facts = context.resolved.facts
     display = Display(
         console,
@@ -217,7 +225,7 @@ def _open_tracker(context: RunContext, folder: RunFolder) -> Tracker:
 
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM ask the loop to stop after the current step; a second one stops at once."""
+    """Yield an event that Ctrl-C or SIGTERM sets, so that the loop stops after its step. A second signal raises KeyboardInterrupt."""
     stop = threading.Event()
 
     def ask(signum: int, frame: Any) -> None:
@@ -237,32 +245,32 @@ def interruptible() -> Iterator[threading.Event]:
 
 
 def run_summary(context: RunContext, folder: RunFolder, start: int) -> list[str]:
-    """What is about to happen from step `start` on, in a few lines with rich's markup."""
+    """Return lines with rich markup about a run that starts from step `start`."""
     device, precision = choose_device(context.config)
     config, facts = context.config, context.resolved.facts
     dataset = context.dataset
     labels = f"{len(dataset.class_names)} classes" if dataset.class_names else "no labels"
     size = sum(p.numel() for p in context.method.evaluation_backbone().parameters()) / 1e6
     lines: list[str] = []
-    say = lambda key, text: lines.append(f"[bold]{key:9}[/bold] {text}")  # noqa: E731
-    say("run", str(folder.path))
+    add = lambda key, text: lines.append(f"[bold]{key:9}[/bold] {text}")  # noqa: E731
+    add("run", str(folder.path))
     training = "" if facts.num_images is None else f"{facts.num_images:,} training images of "
-    say("data", f"{config.data.path}: {training}{dataset.describe()}, {labels}")
+    add("data", f"{config.data.path}: {training}{dataset.describe()}, {labels}")
     for path, reason in dataset.skipped[:3]:
-        say("", f"skipped {path}: {reason}")
+        add("", f"skipped {path}: {reason}")
     if len(dataset.skipped) > 3:
-        say("", f"... and {len(dataset.skipped) - 3} more files skipped; `{program()} doctor --data.path` lists them")
+        add("", f"... and {len(dataset.skipped) - 3} more files skipped; `{program()} doctor --data.path` lists them")
     for name, group in config.views.items():
         if group.count:
-            say("views", f"{name}: {group.describe()}")
+            add("views", f"{name}: {group.describe()}")
     kind = str(precision).removeprefix("torch.")
     where = f"{config.train.workers} workers" if config.train.worker_range[1] else f"{kind} on {device.type}"
-    say("model", f"{find(config.method).name}, {config.backbone.name} ({size:.1f} M parameters), {where}")
+    add("model", f"{find(config.method).name}, {config.backbone.name} ({size:.1f} M parameters), {where}")
     epochs = f"{facts.total_steps / facts.steps_per_epoch:.3g} epochs"
     if facts.num_images is not None:
         epochs = f"{facts.total_steps * facts.global_batch_size / facts.num_images:.3g} passes over the data"
     begin = f" from step {start}" if start else ""
-    say("plan", f"{facts.total_steps:,} steps of {facts.global_batch_size} images{begin} ({epochs})")
+    add("plan", f"{facts.total_steps:,} steps of {facts.global_batch_size} images{begin} ({epochs})")
     for sentence in [*context.method.config_warnings(facts), *placement_advice(config)]:
-        say("[yellow]advice[/yellow]   ", sentence)
+        add("[yellow]advice[/yellow]   ", sentence)
     return lines

@@ -1,5 +1,5 @@
-"""The training loop. It owns device, precision, accumulation, clipping, the optimizer, logging, checkpoints and online
-kNN, and never asks which method it runs.
+"""The training loop: device, precision, accumulation, clipping, optimizer, logging, checkpoints and online kNN, the same for
+every method.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ Report = Callable[[int, Mapping[str, float]], None]
 
 @dataclass
 class Position:
-    """What a checkpoint holds beside the method and the optimizer."""
+    """The part of a checkpoint beside the method and the optimizer."""
 
     step: int = 0  # completed optimizer steps
-    best_knn: float = -1.0  # or the best `score`, where one is measured
+    best_knn: float = -1.0  # the best `score` if one is measured
     best_step: int = -1
-    bad: dict[int, tuple[str, str]] = field(default_factory=dict)  # id of every image that could not be decoded -> path, reason
+    bad: dict[int, tuple[str, str]] = field(default_factory=dict)  # path and reason of every image that could not be decoded, by id
 
 
 @dataclass
 class Trainer:
-    """One worker of a run; the only one, unless there is a process group. Rank 0 measures, reports and saves for all.
+    """One worker of a run; the only one without a process group. Rank 0 measures, reports and saves for all.
 
     Args:
-        online: maps the evaluation backbone to what is measured of it, such as `knn`, top-1 on held-out training images; None where
-            nothing can be measured, and on other ranks. `score`, or else `knn`, chooses the best checkpoint.
-        online_clusters: maps the method to where it puts some training images, or None if it has no clusters and on other ranks.
-        report: takes `(step, metrics)`; the sink decides where they go.
-        stop: True on any worker ends the run with a whole checkpoint. Every worker asks its own.
-        ask_every: steps between two questions to `stop`, and between exchanges of bad images; a question may wait for all workers.
+        online: returns the measurements of the evaluation backbone, such as `knn`, top-1 on held-out training images; None if nothing
+            can be measured, and on other ranks. `score`, or else `knn`, chooses the best checkpoint.
+        online_clusters: returns the method's clusters of some training images; None if it has no clusters, and on other ranks.
+        report: records the metrics of a step.
+        stop: called on every worker; True on any of them ends the run with a checkpoint.
+        ask_every: steps between two calls of `stop` and between exchanges of bad images; `stop` may wait for all workers.
     """
 
     config: RunConfig
@@ -72,7 +72,7 @@ class Trainer:
     stop: Callable[[], bool] = lambda: False
     ask_every: int = 1
     position: Position = field(default_factory=Position)
-    saved_step: int | None = None  # the same on every rank; whole once `writer.wait` has returned
+    saved_step: int | None = None  # of the last checkpoint, which is whole after `writer.wait`; the same on every rank
     last_knn: float | None = None
     measured: Mapping[str, float] = field(default_factory=dict)  # last
 
@@ -93,20 +93,20 @@ class Trainer:
             for _ in self.train_until_eval(batches):
                 pass
         finally:
-            self.writer.wait()  # also before an error that tells of a good checkpoint
+            self.writer.wait()  # also before an error, whose message names the last good checkpoint
 
     def train_until_eval(self, batches: Iterator[Batch]) -> Iterator[Mapping[str, float]]:
-        """Train as `run` does, and pause wherever something is measured, with what was found; before the first step too.
+        """Train as `run` does, and yield the metrics of every measurement, one before the first step included.
 
-        A caller that does not go on closes the generator; the batches are its own to close.
+        A caller that stops early closes the generator, and the batches.
 
         Raises:
-            TrainingAborted: a loss that is no number, or too many images that cannot be decoded.
+            TrainingAborted: a loss that is not finite, or too many images that cannot be decoded.
             checkpoint.DiskFull: a checkpoint could not be written.
         """
         total = self.resolved.facts.total_steps
         guards = HealthMonitor(self.method, patience_steps=min(2 * self.resolved.facts.steps_per_epoch, total // 2))
-        outputs: list[StepOutput] = []  # since the last point
+        outputs: list[StepOutput] = []  # since the last log
         bad: list[DecodeFailure] = []  # since the last exchange
         stopping = False
         measures = bool(all_reduce_max(torch.tensor(int(bool(self.online or self.online_clusters)))))
@@ -145,15 +145,15 @@ class Trainer:
                 return
 
     def saves(self, step: int) -> bool:
-        """Whether a checkpoint is due after `step` completed ones."""
+        """Return whether a checkpoint is due after `step` completed steps."""
         return step % self.resolved.checkpoint_every == 0 or step == self.resolved.facts.total_steps
 
     def measures(self, step: int) -> bool:
-        """Whether the online kNN is due after `step` completed steps."""
+        """Return whether the online evaluation is due after `step` completed steps."""
         return step % self.resolved.knn_every == 0 or step == self.resolved.facts.total_steps
 
     def step(self, batch: Batch) -> StepOutput:
-        """One optimizer step over one global batch."""
+        """Make one optimizer step over one global batch."""
         config, facts = self.config.train, self.resolved.facts
         due = self.position.step + config.first_epoch * facts.steps_per_epoch
         if batch.step != due:
@@ -165,12 +165,12 @@ class Trainer:
             steps_per_epoch=facts.steps_per_epoch,
             reports=done % config.log_every == 0 or self.saves(done) or self.measures(done),
         )
-        progress = self.seeded(start, 0)  # the start of an epoch may draw too
+        progress = self.seeded(start, 0)  # `start_epoch` may draw random numbers
         if progress.step % facts.steps_per_epoch == 0:
             self.method.start_epoch(progress)
         self.method.before_step(progress)
         has_loss = self.method.has_loss(progress)
-        forward = self.forward if has_loss else self.method  # DDP waits for a backward pass after each of its forwards
+        forward = self.forward if has_loss else self.method  # DDP expects a backward pass after each forward pass
         micro_outputs: list[StepOutput] = []
         for i, part in enumerate(batch.split(config.accumulation_steps)):
             progress = self.seeded(progress, i)
@@ -200,12 +200,12 @@ class Trainer:
         return merge_outputs(micro_outputs)
 
     def maybe_no_sync(self, unless: bool) -> contextlib.AbstractContextManager[None]:
-        """DDP averages gradients in the last micro-batch only."""
+        """Return a context in which DDP averages gradients only if `unless`."""
         ddp = isinstance(self.forward, DistributedDataParallel)
         return self.forward.no_sync() if ddp and not unless else contextlib.nullcontext()  # type: ignore[union-attr,operator]
 
     def seeded(self, progress: Progress, micro_step: int) -> Progress:
-        """Seed torch for drop path and masks, and a generator that all ranks share, from (seed, step, micro-step)."""
+        """Seed torch, for drop path and masks, and a generator that is the same on all ranks, from (seed, step, micro-step)."""
         key = (self.config.train.seed, progress.step, micro_step)
         torch.manual_seed(_seed(*key, f"rank {rank()}"))
         generator = torch.Generator().manual_seed(_seed(*key, "shared"))
@@ -213,7 +213,7 @@ class Trainer:
         return Progress(**{**vars(progress), "micro_step": micro_step, "micro_steps": micro_steps, "generator": generator})
 
     def flush(self, outputs: list[StepOutput]) -> dict[str, float]:
-        """Report the mean loss of the steps since the last point, and the meters of those that had them; means over the workers."""
+        """Report the mean loss of the steps since the last log, and the mean of their metrics, over all workers."""
         step = self.position.step
         meters = [output.metrics for output in outputs if output.metrics]
         names = list(meters[-1]) if meters else []
@@ -235,14 +235,14 @@ class Trainer:
         if (decay := scheduled_weight_decay(self.resolved, step - 1)) is not None:
             metrics["weight_decay"] = decay
         self.reporter.update(step, loss=metrics.get("loss"))
-        if self.reporter.images_per_s:  # it takes two steps to tell
+        if self.reporter.images_per_s:  # 0 before the second step
             metrics["images_per_s"] = self.reporter.images_per_s
         metrics["bad_images"] = float(len(self.position.bad))
         self.report(step, metrics)
         return metrics
 
     def measure(self) -> bool:
-        """Online kNN of the evaluation backbone, and the like. True if it is the best so far, on rank 0."""
+        """Evaluate the evaluation backbone online. Return whether it is the best so far, on rank 0."""
         if self.online is None:
             return False
         self.measured = self.online(self.method.evaluation_backbone())
@@ -259,7 +259,7 @@ class Trainer:
         return True
 
     def measure_clusters(self, guards: HealthMonitor) -> None:
-        """Sizes of the clusters and their agreement with labels."""
+        """Report the sizes of the clusters and their agreement with labels, and warn of degenerate ones."""
         if self.online_clusters is None:
             return
         found = self.online_clusters(self.method)
@@ -268,9 +268,9 @@ class Trainer:
             self.reporter.info(f"[yellow]warning:[/yellow] {warning}")
 
     def state(self) -> checkpoint.State:
-        """Return the whole state of the run, free of clocks and machine names; tables by image id on rank 0 only.
+        """Return the whole state of the run, without times and machine names; memory banks on rank 0 only.
 
-        Tensors are those of the next step, which changes them; tables are copies. All workers ask together.
+        Tensors are not copied, so the next step changes them; memory banks are copies. All workers call it together.
         """
         return {
             "method": self.method.state_dict(),
@@ -281,17 +281,17 @@ class Trainer:
         }
 
     def restore(self, state: checkpoint.State) -> None:
-        """The inverse of `state`."""
+        """Load a `state`."""
         restore_method(self.method, state)
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)  # the config is the truth: a new phase may have another weight decay
+            group.update(own)  # settings of the config, which may differ in a new phase
         self.position = Position(**state["position"])
         self.saved_step = self.position.step or None
 
     def save(self, best: bool = False) -> None:
-        """Begin to write a checkpoint, unless this step has one; `writer.wait` tells when it is whole. All workers call together.
+        """Start to write a checkpoint, unless this step has one. It is whole after `writer.wait`. All workers call it together.
 
         Raises:
             checkpoint.DiskFull: the earlier checkpoint could not be written.
@@ -299,7 +299,7 @@ class Trainer:
         step = self.position.step
         if step == self.saved_step and not best:
             return
-        self.writer.wait()  # before the tables are gathered: memory holds one copy of the state
+        self.writer.wait()  # before memory banks are gathered, so that memory holds one copy of the state
         state = self.state()
         if rank() == 0:
             note = partial(
@@ -313,7 +313,11 @@ class Trainer:
         return "".join(json.dumps(vars(DecodeFailure(i, *why))) + "\n" for i, why in self.position.bad.items()).encode()
 
     def record_bad_images(self, slots: Iterable[DecodeFailure]) -> None:
-        """Count images that could not be decoded; stop when there are too many. The next checkpoint lists them in the run's folder."""
+        """Count images that could not be decoded. The next checkpoint lists them in the run's folder.
+
+        Raises:
+            TrainingAborted: there are more than `data.max_bad_fraction`.
+        """
         new = [slot for slot in slots if slot.id not in self.position.bad]
         if not new:
             return
@@ -330,14 +334,14 @@ class Trainer:
 
 
 def restore_method(method: Method, state: checkpoint.State) -> None:
-    """Fill a method from a checkpoint, its tables by image id included."""
+    """Load a method and its memory banks from a checkpoint."""
     method.load_state_dict(state["method"])
     for name, table in method.memory_banks().items():
         table.load(state["id_tables"][name])
 
 
 def exchange(stop: bool, bad: list[DecodeFailure]) -> tuple[bool, list[DecodeFailure]]:
-    """Tell all workers what each knows: whether to stop, and the images that could not be decoded."""
+    """Exchange among all workers whether to stop, and the images that could not be decoded."""
     if world_size() == 1:
         return stop, bad
     flags = all_reduce_sum(torch.tensor([int(stop), len(bad)]))
@@ -345,14 +349,14 @@ def exchange(stop: bool, bad: list[DecodeFailure]) -> tuple[bool, list[DecodeFai
 
 
 def to_host(values: list[Tensor | float]) -> list[float]:
-    """Scalars as numbers; those on the device come in one copy."""
+    """Return scalars as floats; those on a device are copied together."""
     tensors = [value for value in values if isinstance(value, Tensor)]
     numbers = iter(torch.stack([tensor.detach().float() for tensor in tensors]).tolist() if tensors else [])
     return [next(numbers) if isinstance(value, Tensor) else float(value) for value in values]
 
 
 def mean_over_workers(values: list[float]) -> list[float]:
-    """Element by element; every worker brings as many."""
+    """Return the mean over workers of every element; each worker gives as many."""
     if world_size() == 1:
         return values
     mean: list[float] = (all_reduce_sum(torch.tensor(values, dtype=torch.float64)) / world_size()).tolist()
@@ -360,7 +364,7 @@ def mean_over_workers(values: list[float]) -> list[float]:
 
 
 def merge_outputs(parts: list[StepOutput]) -> StepOutput:
-    """One output for the step: mean loss and meters of its micro-batches."""
+    """Return the mean loss and metrics of the micro-batches of a step."""
     if len(parts) == 1:
         return StepOutput(loss=parts[0].loss, metrics=parts[0].metrics)
     losses = [p.loss for p in parts if p.loss is not None]

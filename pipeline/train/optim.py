@@ -1,4 +1,4 @@
-"""Optimizers that carry out `ParamGroup`s, their schedule, freezing and clipping."""
+"""Optimizers over `ParamGroup`s: schedules, freezing and clipping."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.resolve import Resolved
 
 
 class _LayerwiseSGD(Optimizer):
-    """SGD with momentum whose gradients are first rescaled parameter by parameter: m = momentum m + g', p -= lr m.
+    """SGD with momentum on gradients that are rescaled for each parameter: m = momentum m + g', p -= lr m.
 
     Parameters without a gradient are skipped, momentum included.
     """
@@ -48,12 +48,12 @@ class _LayerwiseSGD(Optimizer):
             torch._foreach_add_(params, buffers, alpha=-1 if self.rate_in_momentum else -group["lr"])
 
     def scaled(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """The rescaled gradients g', one for each parameter."""
+        """Return the rescaled gradients g', one for each parameter."""
         raise NotImplementedError
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:
-    """The norm of each tensor, `(N,)`; float32 at least, as the squares of half precision overflow."""
+    """Return the norm of each tensor, `(N,)`, in float32 at least, because squares in half precision overflow."""
     wide = [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
     return torch.stack(torch._foreach_norm(wide))
 
@@ -61,8 +61,8 @@ def _norms(tensors: list[Tensor]) -> Tensor:
 def _scale_(tensors: list[Tensor], factors: Tensor) -> None:
     """Multiply each tensor by its own factor, `(N,)`, in place.
 
-    `torch._foreach_mul_` takes one kernel a tensor where the factors are on the device. Vectors, which are many and short, are
-    joined here, so that only the larger tensors have a kernel each.
+    `torch._foreach_mul_` launches one kernel for each tensor if the factors are on the device. Vectors, which are many and short, are
+    concatenated, so only the larger tensors have a kernel each.
     """
     pairs = list(zip(tensors, factors.unbind(), strict=True))
     for tensor, factor in pairs:
@@ -77,8 +77,8 @@ def _scale_(tensors: list[Tensor], factors: Tensor) -> None:
 class LARC(_LayerwiseSGD):
     """Layer-wise adaptive rate, apex's rule without clipping (SwAV).
 
-    Where both norms are positive, g' = a (g + wd p) with a = trust |p| / (|g| + wd |p| + eps); elsewhere g' = g,
-    not decayed. Groups with `adapt=False` take g + wd p.
+    If both norms are positive, g' = a (g + wd p) with a = trust |p| / (|g| + wd |p| + eps); else g' = g, not decayed.
+    Groups with `adapt=False` use g' = g + wd p.
     """
 
     def scaled(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
@@ -87,16 +87,16 @@ class LARC(_LayerwiseSGD):
         if group["adapt"]:
             p_norms, g_norms = _norms(params), _norms(grads)
             rates = group["trust"] * p_norms / (g_norms + decay * p_norms + group["eps"])
-            # g + wd p is g where p = 0; where only g = 0, nothing must be left of wd p
+            # p = 0: g + wd p is g already; only g = 0: the factor 0 removes wd p
             _scale_(decayed, torch.where((p_norms > 0) & (g_norms > 0), rates, (p_norms == 0).to(rates.dtype)))
         return decayed
 
 
 class LARS(_LayerwiseSGD):
-    """Layer-wise adaptive rate scaling in its popular form (BYOL's code): g' = r (g + wd p), r = trust |p| / |g + wd p|.
+    """Layer-wise adaptive rate scaling as in BYOL's code: g' = r (g + wd p), r = trust |p| / |g + wd p|.
 
-    r = 1 where a norm is 0, so weights that begin at zero move. Vectors (biases, scales and shifts of norms) neither adapt
-    nor decay: g' = g. Groups with `adapt=False` take g + wd p.
+    r = 1 if a norm is 0, so weights that start at zero move. Vectors (biases, scales and shifts of norms) neither adapt
+    nor decay: g' = g. Groups with `adapt=False` use g' = g + wd p.
     """
 
     def scaled(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
@@ -116,9 +116,9 @@ class LARS(_LayerwiseSGD):
 
 
 class ClassicLARS(LARS):
-    """LARS as SimCLR's code has it: the momentum holds steps, m = momentum m + lr g', p -= m.
+    """LARS as in SimCLR's code: the momentum holds steps, m = momentum m + lr g', p -= m.
 
-    It equals the popular form while the learning rate stays, and differs in warm-up and decay.
+    It equals `LARS` while the learning rate is constant.
     """
 
     rate_in_momentum = True
@@ -128,7 +128,7 @@ LAYERWISE = {"larc": LARC, "lars": LARS, "lars-classic": ClassicLARS}
 
 
 def build_optimizer(config: OptimConfig, groups: Iterable[ParamGroup]) -> Optimizer:
-    """The configured optimizer over a method's parameter groups."""
+    """Return the configured optimizer over a method's parameter groups."""
     settings: list[dict[str, Any]] = []
     for group in groups:
         one: dict[str, Any] = {
@@ -151,7 +151,7 @@ def build_optimizer(config: OptimConfig, groups: Iterable[ParamGroup]) -> Optimi
 
 
 def scheduled_lr(resolved: Resolved, step: int) -> float:
-    """The learning rate of the step after `step` completed ones."""
+    """Return the learning rate of the step after `step` completed ones."""
     if resolved.milestones is not None and step >= resolved.zero_lr_steps + resolved.warmup_steps:
         return falling_steps(step, total_steps=resolved.facts.total_steps, base=resolved.lr, milestones=resolved.milestones)
     return warmup_cosine(
@@ -167,7 +167,7 @@ def scheduled_lr(resolved: Resolved, step: int) -> float:
 
 
 def scheduled_weight_decay(resolved: Resolved, step: int) -> float | None:
-    """The weight decay of the step after `step` completed ones, a cosine without warm-up; None: it stays as it is."""
+    """Return the weight decay of the step after `step` completed ones, a cosine without warm-up; None = constant."""
     return cosine(step, resolved.cosine_steps, *resolved.weight_decays) if resolved.weight_decays else None
 
 
@@ -177,7 +177,7 @@ def prepare_step(
     """Set the learning rates and weight decays, drop the gradients of frozen groups and clip the rest.
 
     Returns:
-        The norm of the joint gradient before clipping, if there is clipping.
+        The norm of the joint gradient before clipping; None without clipping.
     """
     lr, decay = scheduled_lr(resolved, step), scheduled_weight_decay(resolved, step)
     clipped: list[nn.Parameter] = []
@@ -199,7 +199,7 @@ def prepare_step(
 
 @torch.no_grad()
 def clip_each_(params: Iterable[nn.Parameter], largest: float) -> Tensor:
-    """g <- g min(1, largest / (|g| + 1e-6)) for each parameter tensor by itself, in place.
+    """Clip the gradient of each parameter tensor, in place: g <- g min(1, largest / (|g| + 1e-6)).
 
     Returns:
         The norm of the joint gradient before clipping.

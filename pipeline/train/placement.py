@@ -1,4 +1,4 @@
-"""How many workers fit on the cluster, with which resources, and what a user should know of the choice."""
+"""Placement of workers: how many fit on the cluster, their resources, and advice about both."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pipeline.data.ray_data import joins_cluster
 from pipeline.resolve import divisors
 
 Resources = dict[str, float]
-# logical CPUs of a worker: less than one without a GPU, because Ray Data hangs unless a whole one stays free somewhere
+# less than one logical CPU for a worker without a GPU: Ray Data needs a whole free one somewhere
 CPU_WORKER: Resources = {"CPU": 0.25}
 GPU_WORKER: Resources = {"CPU": 1.0, "GPU": 1.0}
-CROPS_AT_ONCE = 2048  # of 224 x 224 pixels in one forward and backward pass: about what a ResNet-50 in bf16 fits into 80 GB (estimated)
+CROPS_AT_ONCE = 2048  # crops of 224 x 224 pixels in one forward and backward pass that a ResNet-50 in bf16 fits into 80 GB (estimated)
 
 
 def worker_resources(config: TrainConfig) -> Resources:
-    """The resources of each worker: a GPU by `train.accelerator`, which with `auto` asks whether the cluster has one now."""
+    """Return the resources of each worker: a GPU by `train.accelerator`; with `auto`, if the cluster has one now."""
     import ray
 
     gpu = config.accelerator == "gpu" or (config.accelerator == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
@@ -40,14 +40,14 @@ def place_workers(
 
     Args:
         stop: True ends the wait.
-        probe: run a task on every node first, because Ray lists a node that died for some time yet.
-        without: ids of nodes that are about to be taken away.
+        probe: run a task on every node first, because Ray lists a dead node for some time.
+        without: ids of preempted nodes.
 
     Returns:
         The number of workers, and the resources of each; None if `stop` ended the wait.
 
     Raises:
-        ConfigError: not even the fewest fit, after `train.resource_timeout_s` on a cluster, at once on one machine.
+        ConfigError: not even the smallest number fits: on a cluster after `train.resource_timeout_s`, on one machine at once.
     """
     import ray
     from ray.autoscaler.sdk import request_resources
@@ -67,7 +67,7 @@ def place_workers(
             waiting = True
             room = f"{choices[0]} workers with {_describe(resources)} each"
             info(f"waiting up to {config.resource_timeout_s:.0f} s until the cluster has room for {room}")
-            request_resources(bundles=[*[resources] * choices[-1], {"CPU": 1}])  # an autoscaler, if there is one, makes room
+            request_resources(bundles=[*[resources] * choices[-1], {"CPU": 1}])  # for an autoscaler
         time.sleep(2.0)
     if waiting:
         request_resources(bundles=[])
@@ -85,7 +85,7 @@ def place_workers(
 
 
 def fits(workers: int, resources: Resources, nodes: list[Resources]) -> bool:
-    """Return whether the workers can be placed so that one whole logical CPU stays free on some node, for the tasks that cut images."""
+    """Return whether the workers fit so that one whole logical CPU stays free on some node, for Ray Data tasks."""
     room = [min(int(node.get(key, 0) / amount + 1e-9) for key, amount in resources.items()) for node in nodes]
     for spare, node in enumerate(nodes):  # the node that keeps a whole CPU free
         kept = int(max(0.0, node.get("CPU", 0) - 1) / resources["CPU"] + 1e-9) if node.get("CPU", 0) >= 1 else -1
@@ -95,7 +95,7 @@ def fits(workers: int, resources: Resources, nodes: list[Resources]) -> bool:
 
 
 def responsive_nodes(nodes: list[dict[str, Any]], timeout_s: float = 10.0) -> list[dict[str, Any]]:
-    """Return the nodes that run a task of no resources within `timeout_s`."""
+    """Return the nodes that run a task without resources within `timeout_s`."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -121,17 +121,17 @@ def _describe(resources: Resources) -> str:
 
 
 def placement_advice(config: RunConfig, gpus: int | None = None) -> list[str]:
-    """Return a sentence if the run leaves GPUs idle, and one if each process gets more of the batch than a GPU holds.
+    """Return a sentence if the run leaves GPUs idle, and one if the part of the batch in each process is too large for a GPU.
 
     Args:
-        gpus: all GPUs there are; None = those of the Ray that this process has joined, or of this machine.
+        gpus: number of GPUs; None = those of the Ray that this process has joined, or of this machine.
     """
     idle = idle_gpus(config, count_gpus() if gpus is None else gpus) if config.train.worker_range[1] == 0 else ""
     return [sentence for sentence in (idle, large_share(config)) if sentence]
 
 
 def count_gpus() -> int:
-    """Return how many GPUs the Ray has that this process has joined, or else this machine."""
+    """Return the number of GPUs of the Ray that this process has joined, or of this machine."""
     import ray
     import torch
 
@@ -139,7 +139,7 @@ def count_gpus() -> int:
 
 
 def idle_gpus(config: RunConfig, gpus: int) -> str:
-    """Return what to do where training in this process leaves GPUs idle, or nothing."""
+    """Return a remedy if training in this process leaves GPUs idle, else an empty string."""
     import torch
 
     own = int(torch.cuda.is_available())
@@ -155,7 +155,7 @@ def idle_gpus(config: RunConfig, gpus: int) -> str:
 
 
 def large_share(config: RunConfig) -> str:
-    """Return what to do where one process gets more of the batch at once than a GPU holds, or nothing."""
+    """Return a remedy if the part of the batch in one process is too large for a GPU, else an empty string."""
     from methods.parts.contract import find
 
     train, num_shards = config.train, config.data.num_shards

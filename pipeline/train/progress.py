@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a live panel on a terminal, a line now and then elsewhere."""
+"""Progress of a run on the console: a live line on a terminal, printed lines elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class ProgressReporter(Protocol):
-    """What the loop tells a person."""
+    """Receives the steps and messages of the training loop."""
 
     @property
     def images_per_s(self) -> float: ...
@@ -22,7 +22,7 @@ class ProgressReporter(Protocol):
 
 
 class NullReporter:
-    """A screen that shows nothing and counts."""
+    """Shows nothing, and measures the throughput."""
 
     def __init__(self, batch: int, start_step: int = 0) -> None:
         self.throughput = Throughput(batch, start_step)
@@ -41,7 +41,7 @@ class NullReporter:
 
 
 class Throughput:
-    """Images per second over the last fifty updates. Waiting for the first step, and steps lost to a restart, do not count."""
+    """Images per second over the last fifty updates, without the time before the first step and without steps lost to a restart."""
 
     def __init__(self, batch: int, start_step: int) -> None:
         self.batch, self.start_step = batch, start_step
@@ -64,8 +64,8 @@ class Throughput:
 class Display:
     """Progress of one run: images/s, ETA, loss beside its chance level, online kNN.
 
-    On a terminal it is one live line; without one it prints at the start, the end, every tenth of the run and at
-    least every `quiet_s` seconds, so that a job's log stays short.
+    It is one live line on a terminal. Elsewhere it prints a line at the end, after every tenth of the run and at least every
+    `quiet_s` seconds.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Display:
         return self.throughput.images_per_s
 
     def figures(self) -> str:
-        parts = [f"{self.images_per_s:,.0f} images/s"] if self.images_per_s else []  # none yet of one step
+        parts = [f"{self.images_per_s:,.0f} images/s"] if self.images_per_s else []  # 0 before the second step
         if self.loss is not None:
             parts.append(f"loss {self.loss:.3f}" + (f" ({self.chance[1]} {self.chance[0]:.3f})" if self.chance else ""))
         if self.knn is not None:
@@ -131,7 +131,7 @@ class Display:
             self.live.update(self.task, completed=step, figures=self.figures())
             return
         tenth = step * 10 // self.total > self.printed_step * 10 // self.total
-        last = step == self.total and knn is not None  # comes after the last loss
+        last = step == self.total and knn is not None  # the last kNN comes after the last loss
         if self.loss is not None and (tenth or last or time.monotonic() - self.printed_at > self.quiet_s):
             self._line()
 
@@ -141,7 +141,7 @@ class Display:
         self.printed_at, self.printed_step = time.monotonic(), self.step
 
     def info(self, text: str) -> None:
-        """A message above the live line."""
+        """Print a message above the live line."""
         self.console.print(text, highlight=False, soft_wrap=True)
 
 

@@ -1,8 +1,7 @@
-"""Training on several workers: attempts of Ray Train's `TorchTrainer`, and what follows the loss of a worker.
+"""Training on several workers with Ray Train's `TorchTrainer`, restarted after the loss of a worker.
 
-Ray Train places the workers, joins them in a process group and notices their deaths. Checkpoints and positions are ours, the same
-in one process and in many. Each attempt is one `fit`; after a loss the driver begins the next one at the run's last checkpoint,
-on as many workers as fit then.
+Ray Train places the workers, starts their process group and detects their failures. Checkpoints are those of this project, as in one
+process. Each attempt is one `fit`. After a failure the driver starts the next one from the last checkpoint, on as many workers as fit.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from pipeline.train.progress import ProgressReporter
 from pipeline.train.reporting import RemoteReporter, broadcast_through, deliver, open_channel
 from pipeline.train.work import Evaluation, TrainResult, evaluate_checkpoint, train
 
-POLL_S = 0.25  # between two looks of the driver at its workers
-PUSH_S = 10.0  # between two copies of the metrics to an object store
+POLL_S = 0.25  # between two polls of the workers by the driver
+PUSH_S = 10.0  # between two uploads of the metrics to an object store
 
 
 class WorkersLost(RuntimeError):
-    """An attempt ended by a failure that starting again may cure."""
+    """An attempt failed for a reason that a restart may cure."""
 
 
 def train_with_workers(
@@ -46,24 +45,24 @@ def train_with_workers(
     on_message: Callable[[], None],
     on_attempt: Callable[[int], None],
 ) -> TrainResult:
-    """Train on as many workers as are asked for and fit; go on after losses and preemptions.
+    """Train on the largest number of workers of `train.workers` that fits; restart after failures and preemptions.
 
     Args:
-        state: what to start from where the run has no checkpoint; None = the weights of `context`.
-        stop: asked a few times a second; True ends the run with a whole checkpoint.
-        on_message: called when points may have been written.
-        on_attempt: called with the step from which an attempt starts, before it does.
+        state: start of a run without a checkpoint; None = the weights of `context`.
+        stop: called a few times a second; True ends the run with a checkpoint.
+        on_message: called after metrics may have been written.
+        on_attempt: called before each attempt with the step from which it starts.
 
     Raises:
-        ConfigError: so many workers do not fit.
-        TrainingAborted, checkpoint.DiskFull: as in `train`; or `train.max_restarts` attempts failed from one checkpoint.
+        ConfigError: not even the smallest number of workers fits.
+        TrainingAborted, checkpoint.DiskFull: as in `train`; or more than `train.max_restarts` attempts failed from one checkpoint.
     """
     import ray
 
     config = context.config.train
     settings = {"context": [ray.put((context, state))], "run": folder.shared.uri}
-    failures: Counter[int] = Counter()  # of attempts, by the step from which they began
-    leaving: set[str] = set()  # ids of nodes that are being taken away
+    failures: Counter[int] = Counter()  # failed attempts by the step from which they started
+    leaving: set[str] = set()  # ids of preempted nodes
     while True:
         start = checkpoint.last_step(folder.checkpoints)
         on_attempt(start)
@@ -95,11 +94,11 @@ def train_with_workers(
             continue
         finally:
             _push_metrics(folder)
-            mirror.pull(folder.path)  # what rank 0 has written to an object store
+            mirror.pull(folder.path)  # files that rank 0 has written to an object store
         if not result.preempted:
             return result
         leaving |= set(result.preempted)
-        reporter.info(f"a node is being taken away; going on from step {result.step} on the nodes that remain")
+        reporter.info(f"a node is preempted; going on from step {result.step} on the nodes that remain")
 
 
 def run_workers(
@@ -114,19 +113,19 @@ def run_workers(
     stop: Callable[[], bool] = lambda: False,
     on_message: Callable[[], None] = lambda: None,
 ) -> Any:
-    """One `fit`, in a thread, because in the main thread it would take Ctrl-C for itself and end without a checkpoint.
+    """Run one `fit` in a thread: in the main thread it would handle Ctrl-C and end without a checkpoint.
 
     Args:
-        function: what every worker runs with `settings`, to which this adds the `channel` to the driver and how many `tasks` may cut
-            images at the same time for all workers.
-        timeout_s: of a collective call, and of the wait for a message.
+        function: runs on every worker with `settings` and two more: the `channel` to the driver, and `tasks`, the number of Ray Data
+            tasks that may run at the same time for all workers.
+        timeout_s: limit of a collective call, and of the time without a message.
 
     Returns:
-        What rank 0 returned.
+        The return value of rank 0.
 
     Raises:
-        WorkersLost: a failure that starting again may cure.
-        Exception: another one; see `failure_of`.
+        WorkersLost: a failure that a restart may cure.
+        Exception: another failure; see `failure_of`.
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -134,7 +133,7 @@ def run_workers(
 
     channel, scratch = open_channel(), f".ray-{uuid.uuid4().hex[:8]}"
     spare = ray.cluster_resources().get("CPU", 1) - workers * resources["CPU"]
-    tasks = None if joins_cluster() else max(1, int(spare))  # in a cluster as many as it has room for, so that its pool grows
+    tasks = None if joins_cluster() else max(1, int(spare))  # no limit in a cluster, so that it scales up
     trainer = TorchTrainer(
         function,
         train_loop_config=settings | {"channel": channel, "tasks": tasks},
@@ -143,7 +142,7 @@ def run_workers(
         run_config=RunConfig(
             name=scratch,
             storage_path=str(folder.path),
-            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),  # attempts are ours
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),  # `train_with_workers` restarts
         ),
     )
     results: list[Any] = []
@@ -156,7 +155,7 @@ def run_workers(
             errors.append(error)
 
     thread = threading.Thread(target=fit, name="fit", daemon=True)
-    heard = pushed = time.monotonic()
+    last_message = pushed = time.monotonic()
     try:
         thread.start()
         while thread.is_alive():
@@ -164,14 +163,14 @@ def run_workers(
             messages = ray.get(channel.collect.remote(stop()))
             deliver(messages, reporter, folder)
             if messages:
-                heard = time.monotonic()
+                last_message = time.monotonic()
                 on_message()
             if time.monotonic() - pushed > PUSH_S:
                 pushed = time.monotonic()
                 _push_metrics(folder)
-            _check_progress(time.monotonic() - heard, timeout_s)
+            _check_progress(time.monotonic() - last_message, timeout_s)
     finally:
-        ray.kill(channel)  # workers that still run see it and exit
+        ray.kill(channel)  # makes workers that still run exit
         thread.join(30)
         shutil.rmtree(folder.path / scratch, ignore_errors=True)
     if errors:
@@ -194,10 +193,10 @@ def _check_progress(silence_s: float, limit_s: float) -> None:
 
 
 def failure_of(error: Exception) -> Exception:
-    """What the failure of a `fit` means for the run: the error that ends it, or `WorkersLost`.
+    """Return the exception for a failed `fit`: `WorkersLost` if a restart may cure it, else the error that ends the run.
 
-    An error of this project, memory that is used up, a package that a node lacks, and a device assertion that no peer's death explains
-    would come again.
+    These would fail again: errors of this project (too little device memory included), a missing package, and a device assertion
+    without a lost worker.
     """
     failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
     died = [rank for rank, failure in failures.items() if type(failure).__module__.startswith("ray.")]
@@ -209,7 +208,7 @@ def failure_of(error: Exception) -> Exception:
         if "device-side assert" in str(failure) and not died:
             return TrainingAborted(f"an assertion failed on the device: {_last_line(failure)}")
     line = _last_line(error)
-    if not failures and ("ModuleNotFoundError" in line or "ImportError" in line):  # the worker could not even unpickle its function
+    if not failures and ("ModuleNotFoundError" in line or "ImportError" in line):  # the worker could not unpickle its function
         return _not_importable(line)
     if died:
         return WorkersLost(f"lost worker {', '.join(map(str, sorted(died)))}")
@@ -234,11 +233,11 @@ def _last_line(error: Exception) -> str:
 
 
 def worker_main(settings: dict[str, Any]) -> TrainResult:
-    """Train as one of the workers; what `TorchTrainer` runs in each.
+    """Train as one of the workers of a `TorchTrainer`.
 
     Args:
-        settings: `context`, a list with the reference to the `RunContext` and the state to start from; the folder `run`; the
-            `channel` to the driver; and how many `tasks` cut images at the same time for all workers.
+        settings: `context`, a list with a reference to the `RunContext` and the state to start from; `run`, the run's folder; `channel`
+            and `tasks`, see `run_workers`.
     """
     import ray
     from ray.train import get_context, get_preemption_info
@@ -258,7 +257,7 @@ def worker_main(settings: dict[str, Any]) -> TrainResult:
     )
 
     def stop() -> bool:
-        info = get_preemption_info()  # a barrier: every worker must ask, whatever else it knows
+        info = get_preemption_info()  # a barrier: every worker must call it
         if info is not None and not preempted:
             preempted.extend(info.preempted_node_ids)
         return bool(preempted) or reporter.stopping.is_set()
@@ -291,7 +290,7 @@ def evaluate_in_task(context: RunContext, folder: RunFolder, *, stop: Callable[[
     """Evaluate and export a complete run in one Ray task with the resources of one worker, so that the other GPUs are free.
 
     Returns:
-        What it found; None if `stop` ended it.
+        The evaluation; None if `stop` ended it.
     """
     import ray
 
@@ -299,13 +298,13 @@ def evaluate_in_task(context: RunContext, folder: RunFolder, *, stop: Callable[[
     task = ray.remote(evaluate_checkpoint).options(
         num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), max_retries=context.config.train.max_restarts
     )
-    found = task.remote(context, folder.shared.uri)
-    while not ray.wait([found], timeout=POLL_S)[0]:
+    reference = task.remote(context, folder.shared.uri)
+    while not ray.wait([reference], timeout=POLL_S)[0]:
         if stop():
-            ray.cancel(found, force=True)
+            ray.cancel(reference, force=True)
             return None
     try:
-        evaluation: Evaluation = ray.get(found)
+        evaluation: Evaluation = ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     mirror.pull(folder.path)

@@ -1,4 +1,4 @@
-"""What follows a complete run, now or later: registration, and what a tracking server has missed."""
+"""Registration of a complete run, and late transfer to a tracking server that did not answer."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from pipeline.tracking.run_tracker import Tracker, default_uri
 
 
 def publish(folder: RunFolder, run_id: str | None) -> registry.Registered:
-    """Register a finished run's export; alias `best` if its held-out kNN is the highest of its name.
+    """Register a finished run's export, with alias `best` if its held-out kNN is the highest of its name.
 
     Raises:
-        ConfigError: the registry does not answer, or does not take the name.
+        ConfigError: the registry does not answer, or rejects the name.
     """
     config = from_yaml(folder.config_text())
     _, spec = registry.read_export(folder.model)
@@ -38,7 +38,7 @@ def publish(folder: RunFolder, run_id: str | None) -> registry.Registered:
 
 
 def register(folder: RunFolder, tracker: Tracker, console: Console) -> registry.Registered | None:
-    """Register a finished run's backbone, if `track.register`; a registry that is down must not fail the run, whose weights are safe."""
+    """Register a finished run's backbone, if `track.register`. A registry that does not answer does not fail the run."""
     if not from_yaml(folder.config_text()).track.register:
         return None
     console.print("registering ...", highlight=False)
@@ -51,7 +51,7 @@ def register(folder: RunFolder, tracker: Tracker, console: Console) -> registry.
 
 
 def sync(reference: str, *, runs_dir: Path) -> tuple[int, registry.Registered | None]:
-    """Send a run's points that MLflow does not have, and register its backbone if that is still due."""
+    """Send the metrics of a run that MLflow lacks, and register its backbone if it is not registered."""
     folder = find_run(reference, runs_dir)
     sent = run_tracker.sync(folder.path)
     facts = folder.state()
@@ -60,5 +60,5 @@ def sync(reference: str, *, runs_dir: Path) -> tuple[int, registry.Registered | 
 
 
 def tracking_uri(config: RunConfig, folder: RunFolder) -> str:
-    """The tracking server of a run, and its registry."""
+    """Return the tracking server of a run, which is its registry too."""
     return config.track.uri or default_uri(folder.path.parent)

@@ -1,4 +1,4 @@
-"""Messages between the workers of a run and its driver, and among the workers, through one small actor that the driver polls."""
+"""Messages between rank 0 and the driver, and broadcasts among the workers, through an actor that the driver polls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Message = tuple[str, dict[str, Any]]
 
 
 class Channel:
-    """The actor in the middle: what rank 0 has reported since the driver last asked, and whether the driver wants the run to stop."""
+    """Actor that holds the messages of rank 0 since the last poll, and the driver's request to stop."""
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
@@ -25,20 +25,20 @@ class Channel:
         self.value: Any = None
 
     def set_value(self, value: Any) -> None:
-        """From rank 0, for the other workers."""
+        """Store the broadcast value (rank 0)."""
         self.value = value
 
     def get_value(self) -> Any:
-        """From a worker."""
+        """Return the broadcast value (every worker)."""
         return self.value
 
     def post(self, messages: list[Message]) -> bool:
-        """From a worker. Return whether to stop."""
+        """Add messages (every worker). Return whether to stop."""
         self.messages += messages
         return self.stop
 
     def collect(self, stop: bool) -> list[Message]:
-        """From the driver. Return the messages since the last call."""
+        """Return the messages since the last call (driver)."""
         self.stop = self.stop or stop
         messages, self.messages = self.messages, []
         return messages
@@ -54,10 +54,10 @@ def open_channel() -> Any:
 
 
 def broadcast_through(channel: Any, rank: int) -> Callable[[Any], Any]:
-    """Return a collective function of all workers: it takes a value, and returns on every rank what rank 0 gave.
+    """Return a collective function of all workers that takes a value and returns rank 0's.
 
-    The value may hold object references. `ray.train.collective.broadcast_from_rank_zero` would keep these, and what they stand for, as long
-    as rank 0 lives, because it measures their size by pickling them.
+    The value may contain object references. `ray.train.collective.broadcast_from_rank_zero` pickles the value to measure its size, which
+    would keep the objects alive as long as rank 0.
     """
     import ray
     from ray.train.collective import barrier
@@ -76,12 +76,12 @@ def broadcast_through(channel: Any, rank: int) -> Callable[[Any], Any]:
 
 
 class RemoteReporter:
-    """A worker's end. On rank 0 it is the screen and takes the metrics; other ranks only watch for the end.
+    """The reporter of a worker. Rank 0 sends progress and metrics to the driver; other ranks only receive the request to stop.
 
-    A worker whose channel is gone exits at once: the driver has given its attempt up, or has died.
+    A worker exits at once if the channel no longer exists: the driver has ended the attempt, or has died.
 
     Attributes:
-        stopping: the driver wants the run to stop.
+        stopping: set when the driver asks the run to stop.
     """
 
     def __init__(self, channel: Any, folder: RunFolder, *, rank: int, batch: int, start_step: int) -> None:
@@ -103,14 +103,14 @@ class RemoteReporter:
         figures = {key: value for key, value in (("loss", loss), ("knn", knn)) if value is not None}
         with self._lock:
             if not figures and self._messages and set(self._messages[-1][1]) == {"step"}:
-                self._messages.pop()  # the driver needs the newest bare step only
+                self._messages.pop()  # a later step replaces one without loss and kNN
         self._post("update", step=step, **figures)
 
     def info(self, text: str) -> None:
         self._post("info", text=text)
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record one point: in the run's folder first, so that a killed driver loses none."""
+        """Record the metrics of a step in the run's folder, so that none are lost if the driver is killed."""
         if self.rank > 0:
             return
         line = encode(step, metrics)
@@ -121,7 +121,7 @@ class RemoteReporter:
                 append_line(self.folder.path, line)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining messages."""
         self._closing.set()
         self._thread.join(timeout=10)
 
@@ -148,7 +148,7 @@ class RemoteReporter:
 
 
 def deliver(messages: list[Message], reporter: ProgressReporter, folder: RunFolder) -> None:
-    """The driver's end: show and record what rank 0 has reported."""
+    """Show and record the messages of rank 0, on the driver."""
     for kind, content in messages:
         if kind == "point":
             append_line(folder.path, content["line"])

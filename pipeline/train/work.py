@@ -1,4 +1,4 @@
-"""What a process does with a run: train, as the only worker or as one of many; then evaluate, draw and export."""
+"""The work of one process: train as the only worker or as one of several, then evaluate, draw figures and export."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from pipeline.train.progress import ProgressReporter
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """How training ended: after which completed step, and whether that was the last of the run.
+    """The last completed step of training, and whether it was the last one of the run.
 
-    `preempted` are the ids of nodes that are being taken away, if training ended because of them.
+    `preempted` are the ids of preempted nodes, if training ended because of them.
     """
 
     step: int
@@ -45,7 +45,7 @@ class TrainResult:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Final scores of a run, and the names of its pictures."""
+    """Final scores of a run, and the file names of its figures."""
 
     scores: Scores
     pictures: list[str]
@@ -71,7 +71,7 @@ def train(
     The others are those of `build_trainer`.
 
     Raises:
-        TrainingAborted: a loss that is no number, too many bad images, or too little memory.
+        TrainingAborted: a loss that is not finite, too many bad images, or too little memory.
         checkpoint.DiskFull: a checkpoint could not be written.
     """
     try:
@@ -97,14 +97,14 @@ def build_trainer(
     pointer: Place | None = None,
     cache: dict[Any, Any] | None = None,
 ) -> Trainer:
-    """Return a trainer at the step from which the run goes on.
+    """Return a trainer in the state of the run's last checkpoint.
 
     Args:
-        state: what to start from where the run has no checkpoint yet; None = the weights that `context` holds.
-        ask_every: steps between two questions to `stop`.
-        device: None = this process's best.
+        state: start of a run without a checkpoint; None = the weights of `context`.
+        ask_every: steps between two calls of `stop`.
+        device: None = the best one of this process.
         local_workers: workers on this machine, which share its cores.
-        pointer: a checkpoint, of another run perhaps, from which to go on whatever the run has itself.
+        pointer: a checkpoint, possibly of another run, that replaces the run's own.
         cache: evaluation images, for later runs and evaluations of this process.
 
     Raises:
@@ -144,7 +144,7 @@ def build_trainer(
         trainer.online_clusters = online.clusters if method.has_clusters else None
     if state is not None:
         trainer.restore(state)
-        if own is None or pointer is not None:  # a continued run owns its beginning, and so does one that takes over another's state
+        if own is None or pointer is not None:  # the state of another run becomes this run's first checkpoint
             trainer.saved_step = None
             trainer.save()
     return trainer
@@ -153,7 +153,7 @@ def build_trainer(
 def batches(
     context: RunContext, trainer: Trainer, tasks: int | None = None, broadcast: Callable[[Any], Any] = lambda value: value
 ) -> Generator[Batch]:
-    """This worker's batches from the trainer's step on."""
+    """Return the batches of this worker from the trainer's step on."""
     return context.loader.batches(
         trainer.position.step,
         rank=rank(),
@@ -169,7 +169,7 @@ def batches(
 
 
 def evaluate_and_export(context: RunContext, folder: RunFolder, *, cache: dict[Any, Any] | None = None) -> Evaluation:
-    """Final evaluation, pictures and export of a complete run, whose method `context` holds."""
+    """Evaluate a complete run, whose weights are in `context`; draw its figures and export its backbone."""
     config, method = context.config, context.method
     device, precision = choose_device(config)
     method.to(device)
@@ -184,7 +184,7 @@ def evaluate_and_export(context: RunContext, folder: RunFolder, *, cache: dict[A
 
 
 def evaluate_checkpoint(context: RunContext, run: str) -> Evaluation:
-    """The same in another process than that of training: from the last checkpoint of the folder or URI `run`."""
+    """Evaluate and export a complete run in another process, from the last checkpoint of the folder or URI `run`."""
     runs_dir, _, name = run.rpartition("/")
     folder = RunFolder(mirror.local_copy(runs_dir) / name)
     mirror.pull(folder.path)
@@ -194,14 +194,14 @@ def evaluate_checkpoint(context: RunContext, run: str) -> Evaluation:
 
 
 def load_method(context: RunContext, folder: RunFolder) -> None:
-    """Fill the method of `context` from the run's last checkpoint."""
+    """Load the run's last checkpoint into the method of `context`."""
     pointed = checkpoint.pointed_to(folder.checkpoints)
     assert pointed is not None, "a run has a checkpoint of its last step"
     restore_method(context.method, checkpoint.load(pointed))
 
 
 def export_backbone(context: RunContext, folder: RunFolder, tags: Mapping[str, str] | None = None) -> None:
-    """Write the backbone of a complete run as a model that `evaluate`, `embed` and the registry take."""
+    """Export the backbone of a complete run for `evaluate`, `embed` and the registry."""
     config = context.config
     facts: dict[str, Any] = {
         "method": find(config.method).name,
