@@ -1,4 +1,4 @@
-"""How a run works: data, training, evaluation, export, tracking, figures, checks, and the parts of the command line.
+"""Everything that a run needs: data, training, evaluation, export, tracking, figures, checks, and parts of the command line.
 
-Not here: what is learned (`methods`), searches (`tuning`), the commands (`manyviews.py`).
+Not here: the methods (`methods`), searches (`tuning`), the commands (`manyviews.py`).
 """

@@ -1,4 +1,4 @@
-"""Everything that is checked before time is spent: data open, numbers resolved, method built, device chosen."""
+"""Checks before a run: open the data, resolve the numbers, build the method."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipeline.run_folder import RunFolder
 
 @dataclasses.dataclass(frozen=True)
 class RunContext:
-    """Everything checked before cluster time is spent: the data is open, the numbers resolved, the method built."""
+    """A run that has passed all checks: its config, loader, resolved numbers and method."""
 
     config: RunConfig
     loader: TrainLoader
@@ -38,11 +38,11 @@ def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = 
     """Open the data, resolve the numbers and build the method.
 
     Args:
-        start_from: fills the new backbone with weights.
-        dataset: the data, where it is open already.
+        start_from: loads weights into the new backbone.
+        dataset: the data if it is open already.
 
     Raises:
-        ConfigError: anything that cannot work.
+        ConfigError: a setting, path or name that cannot work.
     """
     config = with_absolute_paths(config)
     dataset = dataset or open_source(config.data)
@@ -73,7 +73,7 @@ def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = 
 
 
 def prepare_resume(folder: RunFolder, start_from: Callable[[nn.Module], None] | None = None) -> RunContext:
-    """Prepare a run that goes on: with its config, on the images it began with.
+    """Prepare a run that is resumed, with its config and its images.
 
     Raises:
         ConfigError: as `prepare`; or the images have changed.
@@ -87,10 +87,10 @@ def prepare_resume(folder: RunFolder, start_from: Callable[[nn.Module], None] | 
 
 
 def build_method(config: RunConfig, facts: RunFacts, start_from: Callable[[nn.Module], None] | None = None) -> Method:
-    """The method with its freshly initialised backbone; the same seed gives the same weights.
+    """Return the method with a newly initialised backbone; the same seed gives the same weights.
 
     Args:
-        start_from: fills the backbone with weights before the method sees it, and so before a method copies it.
+        start_from: loads weights into the backbone before the method is built, which may copy it.
     """
     entry = find(config.method)
     torch.manual_seed(config.train.seed)
@@ -101,9 +101,9 @@ def build_method(config: RunConfig, facts: RunFacts, start_from: Callable[[nn.Mo
     if config.evaluate.size is not None:
         require_whole_patches(backbone, "evaluate.size", config.evaluate.size)
     if config.train.gradient_checkpointing:
-        enable_gradient_checkpointing(backbone)  # and so every copy that the method makes
+        enable_gradient_checkpointing(backbone)  # also in copies that the method makes
     if config.train.compile:
-        vits(backbone, "train.compile")  # they are compiled where they run: pickling drops it
+        vits(backbone, "train.compile")  # compiled in each worker, because pickling drops compiled code
     if start_from is not None:
         start_from(backbone)
     method: Method = entry.method(config.method, backbone, facts)  # type: ignore[call-arg]
@@ -116,7 +116,7 @@ def build_method(config: RunConfig, facts: RunFacts, start_from: Callable[[nn.Mo
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """Workers do not share the driver's folder."""
+    """Return the config with absolute paths, because workers have another current folder."""
     data = dataclasses.replace(config.data, path=absolute_source(config.data.path))
     path = config.evaluate.path
     evaluate = dataclasses.replace(config.evaluate, path=path and absolute_source(path))
@@ -124,5 +124,5 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def untrained(config: RunConfig, resolved: Resolved) -> nn.Module:
-    """The backbone as it was before the first step, had it started from random weights."""
+    """Return the randomly initialised backbone of the run's seed."""
     return build_method(config, resolved.facts).evaluation_backbone()

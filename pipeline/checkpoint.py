@@ -1,11 +1,10 @@
-"""Our own checkpoints: whole or absent, whatever kills the process, on a disk or in an object store.
+"""Checkpoints on a disk or in an object store. A killed process leaves no partial checkpoint.
 
 checkpoints/step-00000300/state.pt    tensors and plain values only
-checkpoints/step-00000300/NAME-0.pt   a piece of a table by image id, if the method has one
-checkpoints/last.json, best.json      {"folder": "step-00000300", "step": 300, ...}, replaced after the folder is whole
+checkpoints/step-00000300/NAME-0.pt   a shard of a memory bank, if the method has one
+checkpoints/last.json, best.json      pointers: {"folder": "step-00000300", "step": 300, ...}, replaced after the folder is whole
 
-A folder counts from the moment a pointer names it, and none that is named is written to again. torch is loaded where a
-state is read or written: to look where a run stands takes none.
+A folder is a checkpoint once a pointer names it, and is not written to again. torch is imported only to read or write a state.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from torch.cuda import Event
 
 State = dict[str, Any]
-STATE = "state.pt"  # written last: a folder that has it is whole
+STATE = "state.pt"  # written last, so a folder with it is whole
 
 
 class DiskFull(RuntimeError):
@@ -42,9 +41,9 @@ class DiskFull(RuntimeError):
 
 
 class CheckpointWriter:
-    """Writes checkpoints on a thread, one at a time, so that training goes on meanwhile. Rank 0 writes for all.
+    """Writes checkpoints in a thread, one at a time, while training goes on. Only rank 0 writes.
 
-    Holds one copy of the state in memory while it is written.
+    It holds one copy of the state in memory while it writes.
     """
 
     def __init__(self, checkpoints: Place, keep_every: int | None = None) -> None:
@@ -52,11 +51,11 @@ class CheckpointWriter:
         self._writing: Future[None] | None = None
 
     def save(self, state: State, *, step: int, best: bool = False, then: Callable[[], None] = lambda: None) -> None:
-        """Copy the state, and begin to write it once the earlier checkpoint is whole.
+        """Wait until the earlier checkpoint is whole, copy the state, and start to write it.
 
         Args:
-            state: its tables by image id are copies already, as `MemoryBank.pieces` gives them.
-            then: called on the thread when the checkpoint is whole.
+            state: its memory banks are copies already, as `MemoryBank.pieces` returns them.
+            then: called in the thread when the checkpoint is whole.
 
         Raises:
             DiskFull: the earlier checkpoint could not be written.
@@ -65,7 +64,7 @@ class CheckpointWriter:
         copied, ready = snapshot(state)
         pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing = pool.submit(self._write, copied, ready, step, best, then)
-        pool.shutdown(wait=False)  # the thread ends with its work, and the process not before it
+        pool.shutdown(wait=False)  # the thread ends after its work, and the process waits for it
 
     def _write(self, state: State, ready: Event | None, step: int, best: bool, then: Callable[[], None]) -> None:
         if ready is not None:
@@ -74,10 +73,10 @@ class CheckpointWriter:
         then()
 
     def wait(self) -> None:
-        """Return when the last checkpoint is whole.
+        """Wait until the last checkpoint is whole.
 
         Raises:
-            DiskFull: it could not be written. Told once.
+            DiskFull: it could not be written. Raised once.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
@@ -85,9 +84,9 @@ class CheckpointWriter:
 
 
 def snapshot(state: State) -> tuple[State, Event | None]:
-    """Return a copy of a state on the CPU, and the event after which it is complete; None = now.
+    """Return a copy of a state on the CPU, and the CUDA event after which it is complete; None if it is complete.
 
-    Copies from CUDA go to pinned memory on the current stream: later steps on it see to it that nothing is changed before.
+    Copies from CUDA go to pinned memory on the current stream, so they end before a later step changes the tensors.
     """
     import torch
 
@@ -101,7 +100,7 @@ def snapshot(state: State) -> tuple[State, Event | None]:
             on_device = True
             return torch.empty_like(value, device="cpu", pin_memory=True, requires_grad=False).copy_(value.detach(), non_blocking=True)
         if isinstance(value, dict):
-            same = copy.copy(value)  # keeps the versions of modules that a state_dict carries as an attribute
+            same = copy.copy(value)  # keeps the attribute of a state_dict with the versions of its modules
             same.update((key, copied(inner)) for key, inner in value.items())
             return same
         if isinstance(value, list | tuple):
@@ -117,7 +116,7 @@ def snapshot(state: State) -> tuple[State, Event | None]:
 
 
 def save(checkpoints: Place, state: State, *, step: int, best: bool = False, keep_every: int | None = None) -> Place:
-    """Write the checkpoint of `step`, point `last` (and `best`) at it, and prune those that nothing points to.
+    """Write the checkpoint of `step`, point `last` (and `best`) to it, and prune checkpoints without a pointer.
 
     Raises:
         DiskFull: the disk or the store refused; earlier checkpoints are untouched.
@@ -127,7 +126,7 @@ def save(checkpoints: Place, state: State, *, step: int, best: bool = False, kee
         pointed = _pointed(checkpoints)
         names = (f"step-{step:08d}" + (f"-{i}" if i else "") for i in itertools.count())
         folder = checkpoints / next(name for name in names if name not in pointed)
-        folder.remove()  # what a killed process or an earlier life of this run has left
+        folder.remove()  # a partial one of a killed process
         tables: dict[str, list[Tensor]] = state.get("id_tables", {})
         for table, pieces in tables.items():
             for i, piece in enumerate(pieces):
@@ -138,7 +137,7 @@ def save(checkpoints: Place, state: State, *, step: int, best: bool = False, kee
             (checkpoints / f"{which}.json").write(pointer)
         _prune(checkpoints, keep_every)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        with contextlib.suppress(OSError):  # else the next one removes it
+        with contextlib.suppress(OSError):  # else the next checkpoint removes it
             if folder != checkpoints and folder.name not in _pointed(checkpoints):
                 folder.remove()
         free = "" if checkpoints.is_remote else f" ({shutil.disk_usage(Path(checkpoints.uri).parent).free / 1e6:.0f} MB free)"
@@ -154,7 +153,7 @@ def _write(file: Place, content: Any) -> None:
 
 
 def _prune(checkpoints: Place, keep_every: int | None) -> None:
-    """Remove what no pointer names, but for whole checkpoints of every n-th step."""
+    """Remove checkpoints without a pointer, except whole ones of every `keep_every`-th step."""
     pointed = _pointed(checkpoints)
     for name in (name for name in checkpoints.folders() if name.startswith("step-")):
         kept = keep_every and _step(name) % keep_every == 0 and (checkpoints / name / STATE).is_file()
@@ -199,9 +198,9 @@ def pointed_to(checkpoints: Place, which: str = "last") -> Place | None:
 
 
 def load(folder: Place) -> State:
-    """Read a checkpoint; nothing in it can run code. Tables by image id are mapped, so that a worker reads its own rows only.
+    """Read a checkpoint without running code from it. Memory banks are memory-mapped, so a worker reads its own rows only.
 
-    One in an object store is copied to a temporary folder, which is gone from the disk when nothing of it is mapped any more.
+    A checkpoint in an object store is copied to a temporary folder. Its disk space is freed when nothing of it is mapped.
 
     Raises:
         ConfigError: the file is not readable as a checkpoint, or the store does not answer.
@@ -228,7 +227,7 @@ def load(folder: Place) -> State:
 
 
 def hash_of_last(checkpoints: Place) -> str:
-    """Return `state_hash` of a run's last checkpoint: the same for any two runs that trained alike.
+    """Return the `state_hash` of a run's last checkpoint, to compare runs bit by bit.
 
     Raises:
         ConfigError: there is none, or it cannot be read.
@@ -240,7 +239,7 @@ def hash_of_last(checkpoints: Place) -> str:
 
 
 def state_hash(state: State) -> str:
-    """SHA-256 over every value of a state, tensors by their bytes; independent of memory layout."""
+    """Return the SHA-256 of every value of a state, of tensors by their bytes; it does not depend on memory layout."""
     import torch
 
     digest = hashlib.sha256()

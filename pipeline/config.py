@@ -1,4 +1,4 @@
-"""One run's settings: frozen dataclasses, overrides by dotted name, YAML. The numbers that follow from them: `pipeline.resolve`."""
+"""Settings of a run: frozen dataclasses, overrides by dotted name, YAML. `pipeline.resolve` derives numbers from them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the images come from and how they are dealt."""
+    """The source of the images, and how they are loaded."""
 
     #: folder, Parquet or tars, local or s3:// or gs://; hf://datasets/OWNER/NAME; cifar10; "patches[:pixels=32,per_photo=320,seed=0]";
     #: stream:FILE.py:FUNCTION, a Python function that yields the bytes of images without end
@@ -35,7 +35,9 @@ class DataConfig:
     max_bad_fraction: float = fraction(0.01)  # stop when a larger fraction of the images cannot be decoded
     mean: Triple = (0.485, 0.456, 0.406)  # normalisation, in [0, 1]
     std: Triple = (0.229, 0.224, 0.225)
-    num_shards: int = at_least(1, 8)  # V: each global batch is one chunk from each shard; worker counts that divide V see the same batches
+    num_shards: int = at_least(
+        1, 8
+    )  # V: a global batch has equally many images of each shard; worker counts that divide V see the same batches
     images_per_task: int | None = at_least(1, None)  # images cut by one Ray Data task; None = 512 small or 128 large ones
     #: where colour, blur and normalisation are done: on the training device, or by the Ray Data tasks, which then send four times the bytes
     augment_on: Literal["device", "tasks"] = "device"
@@ -52,7 +54,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Optimizer and its schedules. Learning rates are per step: linear warm-up, then cosine, or steps."""
+    """Optimizer and schedules. The learning rate changes with every step: linear warm-up, then cosine or steps."""
 
     name: Literal["larc", "lars", "lars-classic", "sgd", "adamw"] = "larc"
     base_lr: float = positive(0.6, SearchRange(around=4, scale="log", reason="four times less and more than the recipe's"))
@@ -82,7 +84,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long, how large, how exact."""
+    """Length, batch size, workers, precision and checkpoints."""
 
     #: images per optimizer step over all workers
     global_batch_size: int = at_least(2, 256, SearchRange(scale="choice", choices=(64, 128, 256, 512), reason="rate by optim.lr_rule"))
@@ -115,7 +117,7 @@ class TrainConfig:
 
     @property
     def worker_range(self) -> tuple[int, int]:
-        """Fewest and most workers."""
+        """Return the smallest and the largest number of workers."""
         parts = str(self.workers).split(":")
         require(len(parts) in (1, 2) and all(p.isdigit() for p in parts), "train.workers", self.workers, "use a number or LOW:HIGH")
         return int(parts[0]), int(parts[-1])
@@ -123,7 +125,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Online and final kNN. Choosing looks at held-out training images only; the test split is read once, at the end."""
+    """Online and final kNN. Checkpoints and settings are chosen on held-out training images; the test split is read once, at the end."""
 
     path: str | None = None  # test images; None = the source's own test split, else the held-out images
     knn_every: int | None = at_least(1, None)  # steps between online kNN figures; None = about ten in a run
@@ -157,7 +159,7 @@ class TrackConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that defines a run. Holds rules, not derived values: those come from `resolve`."""
+    """All settings of a run. Derived values come from `resolve`."""
 
     recipe: tyro.conf.Suppress[str] = ""  # the recipe this began as
     data: DataConfig = field(default_factory=DataConfig)
@@ -171,7 +173,7 @@ class RunConfig:
 
     @property
     def evaluation_size(self) -> int:
-        """Side of an evaluated image, pixels."""
+        """Return the side of an evaluated image, pixels."""
         return self.evaluate.size or max(group.size for group in self.views.values() if group.count)
 
     def __post_init__(self) -> None:
@@ -184,7 +186,7 @@ class RunConfig:
 
 
 def override(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
-    """A copy with settings changed by dotted name, all together, then validated.
+    """Return a copy with settings changed by dotted name. They are validated after all are changed.
 
     `override(config, {"method.temperature": 0.2, "views.local.count": 4})`
 
@@ -207,9 +209,10 @@ def override(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
 
 
 def keys_meant(config: RunConfig, key: str) -> list[str]:
-    """The settings that a dotted name stands for: `views.global.KEY` and `views.local.KEY` are known to every recipe.
+    """Return the settings that a dotted name stands for. `views.global.KEY` and `views.local.KEY` work in every recipe.
 
-    Where no group has that name, `global` are the groups of the largest crops and `local` all others. Their number is each group's own.
+    If no group has that name, `global` stands for the groups of the largest crops and `local` for all others, except for `count` of
+    several groups.
     """
     group, _, leaf = key.removeprefix("views.").partition(".")
     if not key.startswith("views.") or group in config.views or group not in ("global", "local"):
@@ -220,7 +223,7 @@ def keys_meant(config: RunConfig, key: str) -> list[str]:
 
 
 def length_given(config: RunConfig, given: set[str]) -> RunConfig:
-    """A length given in epochs replaces one that the recipe states in steps."""
+    """Return the config without `train.steps` if `train.epochs` was given alone."""
     if "train.epochs" in given and "train.steps" not in given:
         return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=None))
     return config
@@ -235,7 +238,7 @@ def _apply(value: Any, tree: Any) -> Any:
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:
-    """Every setting by its dotted name, in order."""
+    """Return every setting by its dotted name, in order."""
     flat: dict[str, Any] = {}
 
     def walk(prefix: str, value: Any) -> None:
@@ -255,14 +258,14 @@ def flatten(config: RunConfig) -> dict[str, Any]:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The whole config; the method carries its registry name."""
+    """Return the whole config as YAML; the method includes its registry name."""
     tree = dataclasses.asdict(config) | {"method": to_dict(config.method)}
     text: str = yaml.safe_dump(_plain(tree), sort_keys=False)
     return text
 
 
 def from_yaml(text: str) -> RunConfig:
-    """The inverse of `to_yaml`.
+    """Parse the result of `to_yaml`, of earlier versions too.
 
     Raises:
         ConfigError: an unknown key or a method that is not installed.
@@ -305,5 +308,5 @@ def _build(kind: Any, value: Any, path: str) -> Any:
 
 
 def absolute(path: str | Path) -> str:
-    """An absolute path: workers do not share the driver's folder."""
+    """Return an absolute path, because workers have another current folder."""
     return str(Path(path).expanduser().resolve())

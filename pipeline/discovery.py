@@ -1,4 +1,4 @@
-"""Functions found by the decorator above them, without importing the files that hold them: a new one is its file, and no list is kept."""
+"""Discovery of decorated functions without importing their files. A new recipe or figure needs its file only, and no list."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from methods.parts.errors import ConfigError
 
 @dataclass(frozen=True)
 class Entry:
-    """A function as its file declares it: the name its decorator gives, the first line of its docstring, the file's module."""
+    """A decorated function: its name in the decorator, the first line of its docstring, and its module."""
 
     name: str
     summary: str
@@ -21,13 +21,14 @@ class Entry:
 
 
 def import_entry(known: list[Entry], name: str, key: str, listing: str) -> None:
-    """Import the file that holds the function of this name, whose decorator then makes it known.
+    """Import the module of the function of this name, so that its decorator registers it.
 
     Args:
-        key: what is named, for the message; `listing`: the command that lists all.
+        key: the kind of function, for the message.
+        listing: the command that lists all.
 
     Raises:
-        ConfigError: there is none of that name; the message gives the nearest.
+        ConfigError: the name is unknown; the message gives the nearest names.
     """
     modules = {entry.name: entry.module for entry in known}
     if name not in modules:
@@ -37,7 +38,7 @@ def import_entry(known: list[Entry], name: str, key: str, listing: str) -> None:
 
 
 def discover(folder: Path, package: str, decorator: str) -> list[Entry]:
-    """Every function of a package's files that stands under `@decorator("NAME", ...)`, in the order of files and lines."""
+    """Return every function below `@decorator("NAME", ...)` in the files of a package, in the order of files and lines."""
     found = []
     for path in sorted(folder.glob("*.py")):
         if path.name == "__init__.py":

@@ -1,4 +1,4 @@
-"""The machine of this process: what it offers, as a `Check` for each finding, and how a training process is set up on it."""
+"""The machine of this process: checks of its hardware and packages, and the set-up of a training process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Check:
-    """One row of the report."""
+    """One row of the doctor's report."""
 
     name: str
     ok: Verdict
@@ -39,7 +39,7 @@ class Check:
 
 
 def project() -> tuple[str, list[str]]:
-    """Range of Python versions and the requirements: from the checkout if this is one, else as installed."""
+    """Return the range of Python versions and the requirements, from the checkout or from the installed package."""
     file = Path(__file__).resolve().parents[1] / "pyproject.toml"
     if file.exists():
         project = tomllib.loads(file.read_text())["project"]
@@ -101,7 +101,7 @@ def cores_and_memory() -> Iterable[Check]:
 
 
 def available_cores() -> float:
-    """Cores that this process may use: its affinity mask and, in a container, its quota."""
+    """Return the cores that this process may use, by its affinity mask and the quota of its container."""
     cores: float = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -111,7 +111,7 @@ def available_cores() -> float:
 
 
 def total_memory() -> int:
-    """Bytes of memory that this process may use: the machine's, or a container's limit."""
+    """Return the bytes of memory that this process may use: those of the machine, or the limit of its container."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min(machine, _cgroup("memory.max", "memory/memory.limit_in_bytes") or machine)
 
@@ -120,7 +120,7 @@ def _cgroup(*names: str) -> int | None:
     for name in names:
         try:
             return int(Path("/sys/fs/cgroup", name).read_text())
-        except (OSError, ValueError):  # another version of cgroups, none, or the word "max"
+        except (OSError, ValueError):  # no such file in this version of cgroups, or its content is "max"
             continue
     return None
 
@@ -148,7 +148,7 @@ def device() -> Iterable[Check]:
 
 
 def cpu_has(feature: str) -> bool:
-    """Whether this CPU has an instruction set, e.g. `amx_bf16`."""
+    """Return whether this CPU has an instruction set, e.g. `amx_bf16`."""
     import torch
 
     try:
@@ -162,7 +162,7 @@ def cpu_has(feature: str) -> bool:
 
 def shared_memory() -> Iterable[Check]:
     if not os.path.ismount("/dev/shm"):
-        return  # macOS and others: Ray keeps its objects elsewhere
+        return  # e.g. macOS: Ray does not use /dev/shm there
     free = shutil.disk_usage("/dev/shm").free
     good = free >= 1 * GIB
     remedy = "" if good else "Ray keeps images here: give the container more, e.g. docker run --shm-size=4g"
@@ -192,7 +192,7 @@ def disk(runs_dir: Path) -> Iterable[Check]:
 
 
 def choose_device(config: RunConfig) -> tuple[torch.device, torch.dtype]:
-    """Return the device and the dtype of autocast; `auto` is bf16 where the hardware multiplies it natively."""
+    """Return the device and the dtype of autocast; `auto` is bf16 on hardware that multiplies it natively."""
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -201,18 +201,18 @@ def choose_device(config: RunConfig) -> tuple[torch.device, torch.dtype]:
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Return whether the hardware multiplies bf16 itself: NVIDIA from Ampere on, CPUs with AMX. Emulation is slower than float32."""
+    """Return whether the hardware multiplies bf16 natively: NVIDIA from Ampere on, CPUs with AMX. Emulation is slower than float32."""
     import torch
 
     return torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has("amx_bf16")
 
 
 def set_precision(device: torch.device, deterministic: bool = False) -> None:
-    """Set what float32 means in this process, before its first step.
+    """Set the precision of float32 and the choice of cuDNN algorithms in this process.
 
-    float32 is IEEE in every matrix product and convolution, in a float32 run and in those parts of a bf16 run that leave autocast
-    (losses, prototypes, momentum updates): TF32, which keeps 10 bits of the mantissa, is off. cuDNN times its algorithms once for
-    each shape and keeps the fastest; shapes do not change from step to step.
+    TF32, which has 10 bits of mantissa, is off. So float32 is IEEE in every matrix product and convolution, also in the parts of a
+    bf16 run outside autocast (losses, prototypes, momentum updates). cuDNN measures its algorithms once for each shape and uses the
+    fastest; shapes do not change from step to step.
 
     Raises:
         ConfigError: `deterministic` on a GPU.
@@ -224,7 +224,7 @@ def set_precision(device: torch.device, deterministic: bool = False) -> None:
     torch.backends.cudnn.benchmark = device.type == "cuda"
     if deterministic:
         if device.type == "cuda":
-            # no deterministic kernel: the backward pass of bicubic interpolation, by which ViTs resize their positions, and others
+            # some kernels have no deterministic version, e.g. the backward pass of bicubic interpolation (positions of ViTs)
             raise ConfigError(
                 "train.deterministic=True: is for CPUs, since some CUDA kernels have no deterministic form; leave it out "
                 "(a resumed run still sees the same batches and views), or hide the GPU with CUDA_VISIBLE_DEVICES="
@@ -233,16 +233,15 @@ def set_precision(device: torch.device, deterministic: bool = False) -> None:
 
 
 def thread_count(config: RunConfig, local_workers: int = 1) -> int:
-    """Torch threads of a worker: its share of the machine's cores; alone it leaves one for the tasks that cut images."""
+    """Return the torch threads of a worker: its share of the cores; a single worker leaves one core to Ray Data tasks."""
     cores = int(available_cores())
     return config.train.threads or max(1, cores // local_workers if local_workers > 1 else cores - 1)
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what a step frees for the next one, on Linux with glibc.
+    """Make glibc keep freed memory for the next step instead of returning large blocks to the system.
 
-    By itself it gives large tensors back to the system, and every step pays for fresh pages, by the thousand.
-    The process keeps its peak size instead.
+    This saves the page faults of every step. The process keeps its peak size.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -253,10 +252,10 @@ def keep_freed_memory() -> None:
 
 
 def set_threads(config: RunConfig, state: Mapping[str, Any] | None, local_workers: int = 1) -> None:
-    """Pin the thread count; in deterministic mode a resumed run must have the same one, because sums depend on it.
+    """Set the number of torch threads. In deterministic mode a resumed run must have the same number, because sums depend on it.
 
     Raises:
-        ConfigError: a deterministic run began with another count.
+        ConfigError: a deterministic run began with another number.
     """
     import torch
 
@@ -267,7 +266,7 @@ def set_threads(config: RunConfig, state: Mapping[str, Any] | None, local_worker
 
 
 def memory_advice(error: BaseException, config: RunConfig) -> str:
-    """Return a sentence for `torch.OutOfMemoryError`: what was asked for, and the settings that need less."""
+    """Return a message for `torch.OutOfMemoryError`: the request that failed, and settings that need less memory."""
     import torch
     from timm.models import is_model_in_modules
 

@@ -1,4 +1,4 @@
-"""The rules that turn settings and the size of the data into numbers: learning rates, steps, intervals."""
+"""Numbers derived from settings and the size of the data: learning rates, steps, intervals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.config import RunConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Resolved:
-    """The numbers that follow from a config and the size of the data. All counts are per run or per step."""
+    """The numbers derived from a config and the size of the data. All counts are per run or per step."""
 
     facts: RunFacts
     lr: float
@@ -31,19 +31,19 @@ class Resolved:
 
     @property
     def cosine_steps(self) -> int:
-        """Steps that the cosines would need to their ends, warm-up included."""
+        """Return the length of the cosine schedules in steps, warm-up included."""
         return int(self.schedule_stretch * self.facts.total_steps)
 
 
 def resolve(config: RunConfig, num_images: int | None, num_ids: int | None = None) -> Resolved:
-    """Derive the numbers of a run over `num_images` training images; None = images without end.
+    """Derive the numbers of a run over `num_images` training images; None = a source without end.
 
     Args:
-        num_ids: images of the whole source, those held out among them; None = nothing is held out.
+        num_ids: images of the whole source, held-out ones included; None = nothing is held out.
 
     Raises:
-        ConfigError: a batch larger than the data, or one that the shards cannot share; a length of the epoch that is
-            needed and not given, or that the method cannot work with.
+        ConfigError: the batch is larger than the data or no multiple of the shards, or `train.steps_per_epoch` is missing or
+            not supported by the method.
     """
     batch, num_shards = config.train.global_batch_size, config.data.num_shards
     steps_per_epoch = _steps_per_epoch(config, num_images)
@@ -121,5 +121,5 @@ def _steps_per_epoch(config: RunConfig, num_images: int | None) -> int:
 
 
 def divisors(number: int) -> list[int]:
-    """The numbers that divide it, rising."""
+    """Return the divisors of a number in rising order."""
     return [d for d in range(1, number + 1) if number % d == 0]

@@ -1,4 +1,4 @@
-"""The run folder: where everything about one run lies, and what state it is in.
+"""Run folders: the files of a run, its status and its lock.
 
 RUNS/NAME/config.yaml  run.json  metrics.jsonl  bad_images.jsonl  checkpoints/  figures/  model/  evaluation.json
 """
@@ -24,7 +24,7 @@ from pipeline.shell import program
 from pipeline.storage import mirror
 from pipeline.storage.place import Place, write_atomic
 
-_changing = threading.Lock()  # of run.json, by the training thread and the one that writes checkpoints
+_changing = threading.Lock()  # guards run.json, which the training thread and the checkpoint thread change
 
 
 def as_json(value: Any) -> bytes:
@@ -37,11 +37,11 @@ def write_json(path: Path, value: Any) -> None:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run's folder.
+    """The folder of one run.
 
     Args:
-        where: a local folder, which may be the driver's copy of one in an object store; or, for a worker, the URI of that one.
-            By a URI only `checkpoints`, `config_text`, `state`, `update` and `bad_images` can be used.
+        where: a local folder, which may be the driver's copy of a folder in an object store; on workers, the URI of the latter.
+            With a URI only `checkpoints`, `config_text`, `state`, `update` and `bad_images` can be used.
     """
 
     where: Path | str
@@ -52,12 +52,12 @@ class RunFolder:
 
     @property
     def place(self) -> Place:
-        """Where the small files are read and written."""
+        """The place of all files but checkpoints."""
         return Place(str(self.where))
 
     @property
     def shared(self) -> Place:
-        """Where all workers find the run: this folder, or the one in an object store whose copy it is."""
+        """The place of the run for all workers: this folder, or the folder in an object store of which it is a copy."""
         return Place(mirror.remote_of(self.path) or str(self.path)) if not self.place.is_remote else self.place
 
     @property
@@ -93,26 +93,26 @@ class RunFolder:
         except FileNotFoundError:
             return {}
         if state.get("status") == "running" and not self.place.is_remote and not self.locked():
-            state["status"] = "interrupted"  # its process is gone: killed, or the machine went down
+            state["status"] = "interrupted"  # its process no longer exists
         return state
 
     def update_local(self, **changes: Any) -> None:
-        """Change the run's facts here; if the folder is a copy, the next `push` sends them to the object store."""
+        """Change facts in `run.json`; if the folder is a copy, the next `push` sends them to the object store."""
         with _changing:
             (self.place / "run.json").write(as_json(self.state() | changes))
 
     def update(self, **changes: Any) -> None:
-        """Change the run's facts, and send them to the object store at once."""
+        """Change facts in `run.json`, and send them to the object store."""
         self.update_local(**changes)
         if not self.place.is_remote:
-            with contextlib.suppress(ConfigError):  # the next checkpoint sends it, or says why not
+            with contextlib.suppress(ConfigError):  # the next checkpoint sends it or raises
                 mirror.push(self.path, only="run.json")
 
     def record_checkpoint(self, *, step: int, bad_images: bytes = b"", **facts: Any) -> None:
-        """Note a whole checkpoint, list the images that could not be decoded until then, and send the small files to the object store.
+        """Record a whole checkpoint and the images that could not be decoded so far, and send the small files to the object store.
 
         Raises:
-            ConfigError: the store does not take them.
+            ConfigError: the store does not accept them.
         """
         if bad_images:
             self.bad_images.write(bad_images)
@@ -121,7 +121,7 @@ class RunFolder:
             mirror.push(self.path)
 
     def locked(self) -> bool:
-        """Is a process at work on this run?"""
+        """Return whether a process works on this run."""
         try:
             with open(self.path / ".lock") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -133,7 +133,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """Hold the run for this process; the hold ends with the process, however it ends.
+        """Lock the run for this process and set its status; the lock ends with the process.
 
         Raises:
             ConfigError: another process works on it.
@@ -146,10 +146,10 @@ class RunFolder:
 
 @contextlib.contextmanager
 def hold(folder: Path, refusal: str) -> Iterator[None]:
-    """Keep a folder's lock while inside.
+    """Hold the lock of a folder.
 
     Raises:
-        ConfigError: another process has it, in the words of `refusal`.
+        ConfigError: another process holds it; the message is `refusal`.
     """
     with open(folder / ".lock", "a") as file:
         try:
@@ -160,7 +160,7 @@ def hold(folder: Path, refusal: str) -> Iterator[None]:
 
 
 def create_run(runs_dir: Path, name: str | None, recipe: str) -> RunFolder:
-    """A new, empty run folder; without a name, `RECIPE-DATE-TIME`.
+    """Create an empty run folder; without a name, `RECIPE-DATE-TIME`.
 
     Raises:
         ConfigError: the name is taken or not a plain name.
@@ -172,10 +172,10 @@ def create_run(runs_dir: Path, name: str | None, recipe: str) -> RunFolder:
 
 
 def new_folder(runs_dir: Path, name: str | None, kind: str, option: str) -> Path:
-    """A new, empty folder; without a name, `KIND-DATE-TIME`.
+    """Create an empty folder; without a name, `KIND-DATE-TIME`.
 
     Args:
-        option: the command line's word for `name`, for messages.
+        option: the command line option of `name`, for messages.
 
     Raises:
         ConfigError: the name is taken or not a plain name, or the folder cannot be written.
@@ -201,20 +201,20 @@ def new_folder(runs_dir: Path, name: str | None, kind: str, option: str) -> Path
 
 
 def refuse_passing(folder: Path, key: str, remedy: str) -> None:
-    """A submitted job runs in Ray's own copy of the code, which is deleted some time after the job: no place for results.
+    """Refuse a folder inside the copy of the code in which Ray runs a submitted job, because Ray deletes that copy.
 
     Raises:
-        ConfigError: `folder` lies in such a copy.
+        ConfigError: `folder` is in such a copy.
     """
     if "working_dir_files" in folder.expanduser().resolve().parts:
         raise ConfigError(f"{key}={folder}: lies in the job's copy of the code, which Ray deletes; give a shared folder, e.g. {remedy}")
 
 
 def find_run(reference: str, runs_dir: Path) -> RunFolder:
-    """The folder of a run given by name or path.
+    """Return the folder of a run by name or path.
 
     Raises:
-        ConfigError: there is none; the message gives near names.
+        ConfigError: there is no such run; the message gives near names.
     """
     for path in (runs_dir / reference, Path(reference)):
         if (path / "run.json").is_file():
@@ -229,18 +229,18 @@ def find_run(reference: str, runs_dir: Path) -> RunFolder:
 
 
 def list_runs(runs_dir: Path) -> list[RunFolder]:
-    """Every run of a folder, oldest first."""
+    """Return every run of a folder, oldest first."""
     folders = [RunFolder(path.parent) for path in runs_dir.glob("*/run.json")]
     return sorted(folders, key=lambda folder: folder.state().get("created", 0.0))
 
 
 def command(*words: str, runs_dir: Path) -> str:
-    """Return a command of this program, with `--runs-dir` unless runs lie in the usual place."""
+    """Return a command of this program, with `--runs-dir` unless it is the default."""
     return f"{program()} {shlex.join(words)}{where_option(runs_dir)}"
 
 
 def where_option(runs_dir: Path) -> str:
-    """Return the option that says where runs lie; nothing for the usual place."""
+    """Return the option `--runs-dir`; an empty string for its default."""
     place = mirror.remote_of(runs_dir / "any")
     if place is None:
         return "" if runs_dir.resolve() == Path("runs").resolve() else f" --runs-dir {shlex.quote(str(runs_dir))}"

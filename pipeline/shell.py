@@ -1,4 +1,4 @@
-"""Names of programs in messages, as the shell that started this process takes them. Whole commands: `run_folder.command`."""
+"""Names of programs in messages, as the shell of this process finds them. `run_folder.command` makes whole commands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def program() -> str:
-    """Return how this program was started: `manyviews`, `.venv/bin/manyviews`, `python manyviews.py`, `python -m manyviews`."""
+    """Return the command that started this program: `manyviews`, `.venv/bin/manyviews`, `python manyviews.py`, `python -m manyviews`."""
     script = Path(sys.argv[0])
     if script.name == "manyviews.py":
         return shlex.join(sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1])
@@ -17,7 +17,7 @@ def program() -> str:
 
 
 def installed(name: str) -> str:
-    """Return the word for a script of this environment: its name where the shell finds it by that, else its path."""
+    """Return the name of a script of this environment if the shell finds it by name, else its path."""
     script = Path(sys.executable).with_name(name)
     return _word(script, str(script)) if script.exists() else name
 

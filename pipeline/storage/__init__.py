@@ -1,4 +1,4 @@
-"""Files on this machine and in object stores, alike: reading, atomic writing, mirrored run folders.
+"""Files on this machine and in object stores: reading, atomic writing, local copies of run folders.
 
-Not here: what the files mean (`pipeline.run_folder`, `pipeline.checkpoint`, `pipeline.data.sources`).
+Not here: the content of the files (`pipeline.run_folder`, `pipeline.checkpoint`, `pipeline.data.sources`).
 """

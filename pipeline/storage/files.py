@@ -1,7 +1,7 @@
-"""Files on local disks and in object stores, by the same few functions.
+"""Reading and writing of files on local disks and in object stores, with the same functions.
 
-A path is a string: an absolute local path or a URI (`s3://`, `gs://`, `hf://`). Nothing here keeps a handle that would travel
-with an image dataset: file systems and threads are made once per process, when they are first needed.
+A path is a string: an absolute local path or a URI (`s3://`, `gs://`, `hf://`). File systems, handles and threads belong to the
+process and are made when they are first needed, so image datasets can be pickled.
 """
 
 from __future__ import annotations
@@ -22,17 +22,21 @@ from pipeline.storage.stores import resolve as resolve
 if TYPE_CHECKING:
     import pyarrow as pa
 
-THREADS = 16  # requests each process has under way; an answer takes 20 to 100 ms, whatever its size
-OPEN_ATTEMPTS, READ_ATTEMPTS, WRITE_ATTEMPTS = 3, 10, 10  # a wrong address is said within seconds; a long run rides out a busy store
-OPEN_HANDLES = 64  # objects each process keeps open, so that their size is asked once
-MERGE_GAP, MERGE_MOST = 64 * 2**10, 16 * 2**20  # bytes: parts of one file this near are read at once, up to this length
+THREADS = 16  # concurrent requests of each process: their latency hardly depends on their size
+OPEN_ATTEMPTS, READ_ATTEMPTS, WRITE_ATTEMPTS = (
+    3,
+    10,
+    10,
+)  # few for opening, so that a wrong address fails within seconds; many for a busy store
+OPEN_HANDLES = 64  # objects that each process keeps open, which saves requests for their size
+MERGE_GAP, MERGE_MOST = 64 * 2**10, 16 * 2**20  # bytes: parts of one file within this gap are read together, up to this length
 
 In = TypeVar("In")
 Out = TypeVar("Out")
 
 
 class File(NamedTuple):
-    """A file of a listing: its path below the root, with slashes, its size in bytes, and in an object store when it was written."""
+    """A file of a listing: its path below the root, with slashes, its size in bytes, and its time in an object store."""
 
     name: str
     size: int
@@ -40,7 +44,7 @@ class File(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What to read of a file: `size` bytes from `offset`, or all of it."""
+    """A part of a file: `size` bytes from `offset`, or the whole file."""
 
     path: str
     offset: int = 0
@@ -48,12 +52,12 @@ class Part(NamedTuple):
 
 
 def join(root: str, name: str) -> str:
-    """The path of a file of a listing."""
+    """Return the path of a file of a listing."""
     return f"{root.rstrip('/')}/{name}"
 
 
 def cache_folder() -> Path:
-    """Where downloads and indices are kept: MANYVIEWS_CACHE, else `~/.cache/manyviews`. On a cluster it must be a shared folder."""
+    """Return the folder of downloads and indices: MANYVIEWS_CACHE, else `~/.cache/manyviews`. On a cluster it must be shared."""
     return Path(os.environ.get("MANYVIEWS_CACHE") or "~/.cache/manyviews").expanduser().resolve()
 
 
@@ -61,7 +65,7 @@ def cache_folder() -> Path:
 
 
 def is_file(path: str) -> bool:
-    """Is there a single file of this name?"""
+    """Return whether there is a file of this name."""
     if not is_remote(path):
         return os.path.isfile(path)
     from pyarrow.fs import FileType
@@ -71,7 +75,7 @@ def is_file(path: str) -> bool:
 
 
 def facts(path: str) -> File:
-    """A single file as it stands in the listing of its folder."""
+    """Return a single file as an entry of its folder's listing."""
     name = path.rpartition("/")[2]
     if not is_remote(path):
         return File(name, os.path.getsize(path))
@@ -80,18 +84,18 @@ def facts(path: str) -> File:
 
 
 def children(folder: str) -> list[File]:
-    """The files directly in a local folder."""
+    """Return the files directly in a local folder."""
     with os.scandir(folder) as entries:
         return [File(entry.name, entry.stat().st_size) for entry in entries if entry.is_file()]
 
 
 def tree(folder: str, missing_ok: bool = False) -> list[File]:
-    """Every file below a folder that is not hidden, sorted by name. An object store is asked for one recursive listing.
+    """Return every file below a folder that is not hidden, sorted by name, in an object store by one recursive listing.
 
     Local links are followed, loops are not.
 
     Args:
-        missing_ok: a folder that a store does not have is an empty one.
+        missing_ok: return an empty list for a folder that does not exist in a store.
     """
     if not is_remote(folder):
         return sorted(_walk(folder))
@@ -126,10 +130,10 @@ def _walk(root: str) -> Iterator[File]:
 
 
 def read_all(parts: Sequence[Part]) -> list[bytes]:
-    """The bytes of every part, in order; empty for a file that is gone, and for a local one that may not be read.
+    """Return the bytes of every part, in order; empty for a file that no longer exists, and for a local one that may not be read.
 
     Raises:
-        OSError: an object store stopped answering after several attempts, or credentials expired: no reason to call images bad.
+        OSError: an object store does not answer after several attempts, or credentials have expired. The images are not bad then.
     """
     if not parts:
         return []
@@ -139,7 +143,7 @@ def read_all(parts: Sequence[Part]) -> list[bytes]:
 
 
 def read_merged(parts: Sequence[Part]) -> list[bytes]:
-    """Like `read_all` for parts with sizes; neighbours in a file are read together."""
+    """Return the same as `read_all` for parts with sizes; neighbours in a file are read together."""
     runs: list[list[int]] = []
     for i in sorted(range(len(parts)), key=lambda i: parts[i][:2]):
         if runs and _near(parts[runs[-1][0]], parts[runs[-1][-1]], parts[i]):
@@ -158,7 +162,7 @@ def read_merged(parts: Sequence[Part]) -> list[bytes]:
 
 
 def _near(first: Part, last: Part, part: Part) -> bool:
-    """Does a part go into the same request as those from `first` to `last`?"""
+    """Return whether a part is read in the same request as those from `first` to `last`."""
     return part.path == last.path and part.offset - _end(last) <= MERGE_GAP and _end(part) - first.offset <= MERGE_MOST
 
 
@@ -167,12 +171,12 @@ def _end(part: Part) -> int:
 
 
 def each(function: Callable[[In], Out], items: Iterable[In]) -> list[Out]:
-    """`map` with several requests under way."""
+    """Map a function over items in several threads."""
     return list(_threads().map(function, items))
 
 
 def open_file(path: str, attempts: int | None = None) -> pa.NativeFile:
-    """A file for random access; local ones are mapped into memory."""
+    """Open a file for random access; local files are memory-mapped."""
     import pyarrow as pa
 
     if not is_remote(path):
@@ -182,7 +186,7 @@ def open_file(path: str, attempts: int | None = None) -> pa.NativeFile:
 
 
 def open_stream(path: str) -> IO[bytes] | pa.NativeFile:
-    """A file to read once, from its beginning."""
+    """Open a file to read it once, from its beginning."""
     if not is_remote(path):
         return open(path, "rb")
     system, key = at(path, READ_ATTEMPTS)
@@ -193,19 +197,19 @@ def open_stream(path: str) -> IO[bytes] | pa.NativeFile:
 
 
 def open_output(path: str) -> pa.NativeFile:
-    """A new object; it exists when the stream is closed."""
+    """Open a new object for writing; it exists after the stream is closed."""
     system, key = at(path, WRITE_ATTEMPTS)
     return system.open_output_stream(key)
 
 
 def write(path: str, data: bytes) -> None:
-    """Write a whole object; a reader sees the old one or the new one."""
+    """Write a whole object atomically."""
     with open_output(path) as out:
         out.write(data)
 
 
 def copy(source: str, destination: str) -> None:
-    """Copy a file, or everything below a folder, between disk and store."""
+    """Copy a file, or a folder with its content, between disk and store."""
     from pyarrow import fs
 
     (system, path), (other, target) = (
@@ -215,7 +219,7 @@ def copy(source: str, destination: str) -> None:
 
 
 def folders(folder: str) -> list[str]:
-    """The names of the folders directly in one, sorted; none if it does not exist."""
+    """Return the names of the folders directly in a folder, sorted; an empty list if it does not exist."""
     if not is_remote(folder):
         return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if os.path.isdir(folder) else []
     from pyarrow.fs import FileSelector, FileType
@@ -226,7 +230,7 @@ def folders(folder: str) -> list[str]:
 
 
 def remove_tree(path: str) -> None:
-    """Remove every object below a path; none is no error."""
+    """Remove every object below a path, if there are any."""
     system, key = at(path, WRITE_ATTEMPTS)
     with contextlib.suppress(FileNotFoundError):
         system.delete_dir(key)
@@ -248,7 +252,7 @@ def _read_remote(part: Part) -> bytes:
             with open_file(part.path) as file:
                 return bytes(file.read())
         return bytes(_handle(part.path).read_at(part.size, part.offset))
-    except Exception as error:  # file systems of fsspec raise what their clients raise
+    except Exception as error:  # fsspec file systems raise exceptions of their clients
         if missing(error):
             return b""
         raise OSError(f"{part.path}: cannot be read ({short(error)})") from None

@@ -1,7 +1,7 @@
-"""Run folders in an object store: the driver works on a local copy of a run's small files.
+"""Run folders in an object store: the driver works on a local copy of the small files of a run.
 
-RUNS may be `s3://BUCKET/RUNS` or `gs://...`. The copy lies in the cache folder and says in `.remote` whose copy it is. It
-holds everything but checkpoints, which workers write to the store and read from it themselves.
+RUNS may be `s3://BUCKET/RUNS` or `gs://...`. The copy is in the cache folder, and its file `.remote` has the URI of RUNS. It
+holds everything but checkpoints, which workers write to the store and read from it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 
 from pipeline.storage import files
 
-_sent: dict[Path, tuple[int, int]] = {}  # of this process: time (ns) and size of every file as it was sent
-_sending = threading.Lock()  # no older version may overtake a newer one
+_sent: dict[Path, tuple[int, int]] = {}  # time (ns) and size of every file that this process has sent
+_sending = threading.Lock()  # keeps versions of a file in order
 
 
 def local_copy(runs_dir: str) -> Path:
-    """Return the folder to work in for `--runs-dir`: a local one as it is, or the copy of one in an object store, with what `runs` shows.
+    """Return the local folder for `--runs-dir`: the folder itself, or the local copy of one in an object store with every `run.json`.
 
     Raises:
         ConfigError: the store does not answer, has no such bucket, or may not be written.
@@ -30,14 +30,14 @@ def local_copy(runs_dir: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ".remote").write_text(uri)
     with files.explained(uri, "runs_dir"):
-        listed = files.tree(uri, missing_ok=True)  # first: says within seconds what cannot be reached
-        files.write(files.join(uri, ".manyviews"), b"run folders of Manyviews\n")  # says now what may not be written
+        listed = files.tree(uri, missing_ok=True)  # first, because it fails within seconds
+        files.write(files.join(uri, ".manyviews"), b"run folders of Manyviews\n")  # fails now if the store is not writable
         _fetch(uri, folder, [file.name for file in listed if file.name.partition("/")[2] == "run.json"])
     return folder
 
 
 def remote_of(run: Path) -> str | None:
-    """Return the URI of a run's folder in an object store; None for a plain local run."""
+    """Return the URI of a run's folder in an object store; None for a local run."""
     try:
         return files.join((run.parent / ".remote").read_text(), run.name)
     except FileNotFoundError:
@@ -45,7 +45,7 @@ def remote_of(run: Path) -> str | None:
 
 
 def pull(run: Path) -> None:
-    """Bring the local copy of a run's small files up to date. A plain run is left alone.
+    """Update the local copy of the small files of a run. Do nothing for a local run.
 
     Raises:
         ConfigError: the store does not answer.
@@ -57,13 +57,13 @@ def pull(run: Path) -> None:
 
 
 def push(run: Path, only: str | None = None) -> None:
-    """Send the small files that have changed since this process sent them last, `run.json` after all others. A plain run is left alone.
+    """Send the small files that have changed since this process sent them, `run.json` last. Do nothing for a local run.
 
     Args:
-        only: one file by its name, instead of all.
+        only: name of one file to send instead of all.
 
     Raises:
-        ConfigError: the store does not take them.
+        ConfigError: the store does not accept them.
     """
     uri = remote_of(run)
     if uri is None:

@@ -1,4 +1,4 @@
-"""Folders and files that are written: on a disk by the operating system, in an object store by `pyarrow.fs`, with the same few methods."""
+"""Folders and files for writing, on a disk or in an object store, with the same methods."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from pipeline.storage import files
 
 @dataclass(frozen=True)
 class Place:
-    """A folder or a file, by its absolute local path or its URI (`s3://`, `gs://`). Small enough to send to any process.
+    """A folder or a file, by its absolute local path or its URI (`s3://`, `gs://`).
 
-    Every method raises OSError where the disk or the store refuses, and FileNotFoundError for what is not there.
+    Every method raises OSError if the disk or the store refuses, and FileNotFoundError for a missing file.
     """
 
     uri: str
 
     @classmethod
     def of(cls, path: str | Path) -> Place:
-        """The place of a path, made absolute, or of a URI."""
+        """Return the place of a path, made absolute, or of a URI."""
         return cls(files.resolve(str(path), "runs_dir"))
 
     def __truediv__(self, name: str) -> Place:
@@ -47,7 +47,7 @@ class Place:
             return bytes(file.read())
 
     def write(self, data: bytes) -> None:
-        """Replace a file: a reader sees the old content or the new one."""
+        """Replace a file atomically."""
         if self.is_remote:
             files.write(self.uri, data)
         else:
@@ -56,7 +56,7 @@ class Place:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[IO[bytes] | Any]:
-        """Open a file for writing; it is there, whole and on the disk, when the block ends without an error."""
+        """Open a file for writing; it exists, flushed to the disk, after the block ends without an error."""
         if self.is_remote:
             with files.open_output(self.uri) as file:
                 yield file
@@ -69,11 +69,11 @@ class Place:
         return files.is_file(self.uri)
 
     def folders(self) -> list[str]:
-        """Return the names of the folders directly in this one, sorted; none if there is no such folder."""
+        """Return the names of the folders directly in this one, sorted; an empty list if it does not exist."""
         return files.folders(self.uri)
 
     def remove(self) -> None:
-        """Remove a folder with everything in it; one that is not there is no error."""
+        """Remove a folder with its content, if it exists."""
         if self.is_remote:
             files.remove_tree(self.uri)
         else:
@@ -82,7 +82,7 @@ class Place:
 
 @contextlib.contextmanager
 def _atomic(path: Path) -> Iterator[IO[bytes]]:
-    """Write beside the target, flush to the disk, then rename: a reader sees the old file or the new one."""
+    """Write a temporary file beside the target, flush it to the disk, then rename it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -95,6 +95,6 @@ def _atomic(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a local file; its folder must exist."""
+    """Replace a local file atomically; its folder must exist."""
     with _atomic(path) as file:
         file.write(data)

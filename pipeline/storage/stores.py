@@ -21,18 +21,18 @@ SCHEMES = ("s3", "gs", "hf")
 
 
 def is_remote(path: str) -> bool:
-    """Is this a URI of an object store?"""
+    """Return whether a path is the URI of an object store."""
     return "://" in path
 
 
 def resolve(path: str, key: str = "data.path") -> str:
-    """An absolute local path, or a checked URI without its last slash.
+    """Return an absolute local path, or a checked URI without its last slash.
 
     Args:
-        key: the setting that holds it, for messages.
+        key: the setting with this path, for messages.
 
     Raises:
-        ConfigError: a scheme that is not known, or credentials inside the URI (the message does not repeat them).
+        ConfigError: an unknown scheme, or credentials inside the URI (the message does not repeat them).
     """
     path = path.removeprefix("file://")
     if not is_remote(path):
@@ -53,7 +53,7 @@ def resolve(path: str, key: str = "data.path") -> str:
 
 
 def at(uri: str, attempts: int) -> tuple[Any, str]:
-    """The file system of a URI and the path inside it. What follows the bucket is taken as it is, not as percent code."""
+    """Return the file system of a URI and the path inside it. The path is not percent-decoded."""
     scheme, _, rest = uri.partition("://")
     bucket, slash, key = rest.partition("/")
     user, _, bucket = bucket.rpartition("@")
@@ -76,7 +76,7 @@ def _file_system(scheme: str, bucket: str, anonymous: bool, attempts: int, endpo
             raise ConfigError('data.path=hf://...: needs huggingface_hub; pip install -e ".[hf]"') from None
         return fs.PyFileSystem(fs.FSSpecHandler(HfFileSystem()))
     if scheme == "gs":
-        patience = datetime.timedelta(seconds=2 * attempts)  # Google's own default is 15 minutes
+        patience = datetime.timedelta(seconds=2 * attempts)  # Google's default is 15 minutes
         return fs.GcsFileSystem(anonymous=anonymous, retry_time_limit=patience)
     return fs.S3FileSystem(
         anonymous=anonymous,
@@ -89,7 +89,7 @@ def _file_system(scheme: str, bucket: str, anonymous: bool, attempts: int, endpo
 
 # ---------------------------------------------------------------------------- errors
 
-_KINDS = {  # what libraries say; the order matters, because a missing credential is also reported as "unavailable"
+_KINDS = {  # patterns of error messages; the order matters, because a missing credential is also reported as "unavailable"
     "bucket": r"NO_SUCH_BUCKET|[Bb]ucket '[^']*' not found|bucket does not exist",
     "rights": (
         r"ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE|EXPIRED|INVALID_CLIENT_TOKEN|UNRECOGNIZED_CLIENT|HTTP status 40[13]|40[13] Client"
@@ -108,12 +108,12 @@ def _kind(text: str) -> str:
 
 
 def missing(error: Exception) -> bool:
-    """Does a store say that there is nothing of this name?"""
+    """Return whether an error means that there is no object of this name."""
     return isinstance(error, FileNotFoundError) or _kind(str(error)) == "missing"
 
 
 def _remedies(scheme: str) -> tuple[str, str]:
-    """What to do when the network, and when the rights are missing."""
+    """Return the remedies for network errors and for missing rights."""
     return {
         "s3": (
             "check the network, and AWS_ENDPOINT_URL if the store is not Amazon's",
@@ -132,7 +132,7 @@ def _remedies(scheme: str) -> tuple[str, str]:
 
 
 def short(error: Exception) -> str:
-    """The first line of an error without the values of secrets."""
+    """Return the first line of an error without the values of secrets."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     for name, value in os.environ.items():
         if len(value) >= 6 and re.search(r"KEY|SECRET|TOKEN|PASSWORD", name):
@@ -142,15 +142,15 @@ def short(error: Exception) -> str:
 
 @contextlib.contextmanager
 def explained(path: str, key: str = "data.path") -> Iterator[None]:
-    """Turn whatever an object store answers into one sentence with a remedy; local errors pass.
+    """Turn errors of an object store into one sentence with a remedy; local errors pass.
 
     Raises:
         ConfigError: no such bucket or key, no right to read it, or no answer.
     """
     try:
         yield
-    except Exception as error:  # file systems of fsspec raise what their clients raise
-        if not is_remote(path) or isinstance(error, (ValueError, tarfile.TarError)):  # the content is wrong, or it is explained already
+    except Exception as error:  # fsspec file systems raise exceptions of their clients
+        if not is_remote(path) or isinstance(error, (ValueError, tarfile.TarError)):  # damaged content, or a ConfigError
             raise
         scheme = path.partition("://")[0]
         network, rights = _remedies(scheme)
