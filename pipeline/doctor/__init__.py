@@ -1,4 +1,4 @@
-"""Checks before time is spent: machine, cluster, packages, data, tracking, and what a run will take.
+"""Checks before a run: machine, cluster, packages, data, tracking, and the expected duration.
 
-Not here: checks that every command makes of its settings (`pipeline.config`, `pipeline.build`).
+Not here: checks of settings by every command (`pipeline.config`, `pipeline.build`).
 """

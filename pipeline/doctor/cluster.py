@@ -1,4 +1,4 @@
-"""The doctor's look at a cluster: storage, code and packages on every node, resources against the plan."""
+"""Checks of a cluster: storage, code and packages on every node, and resources for the workers of a run."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from pipeline.config import RunConfig, absolute
 from pipeline.machine import Check
 
 PACKAGES = ("ray", "torch", "torchvision", "timm", "numpy", "pyarrow", "mlflow")
-TIMEOUT_S = 120.0  # a node that joined this minute still unpacks the code
+TIMEOUT_S = 120.0  # a new node first unpacks the code
 
 
 @dataclass(frozen=True)
 class Node:
-    """What one node says of itself."""
+    """The answer of one node."""
 
     versions: dict[str, str] = field(default_factory=dict)
-    storage: str = ""  # why the probe in the runs folder cannot be read and answered; empty = it can
-    data: str = ""  # likewise for the images
-    error: str = ""  # why nothing could be asked
+    storage: str = ""  # reason why the runs folder cannot be read or written; empty = it can
+    data: str = ""  # reason why the images cannot be read
+    error: str = ""  # reason why the node does not answer
 
 
 def checks(runs_dir: Path, config: RunConfig | None = None, uri: str | None = None) -> Iterable[Check]:
-    """Join the cluster that RAY_ADDRESS names, ask every node, and leave it again if it was joined here.
+    """Join the cluster that RAY_ADDRESS names and check every node. Leave the cluster if it was joined here.
 
     Args:
-        runs_dir: where runs are to be written; every node must see it.
-        config: the run to come: its workers are held against the resources, its images are looked for on every node.
+        runs_dir: folder for runs, which every node must see.
+        config: a run whose workers and images are checked.
         uri: tracking server; None = the SQLite file in `runs_dir`.
     """
     import ray
@@ -67,7 +67,7 @@ def checks(runs_dir: Path, config: RunConfig | None = None, uri: str | None = No
 
 
 def inspect_nodes(alive: list[Mapping[str, Any]], runs_dir: Path, config: RunConfig | None) -> dict[str, Node]:
-    """One small task pinned to each node, by the node's name; it takes no CPU, so that it also runs on a busy node or the head."""
+    """Run one small task on each node and return the answers by name of the node. Tasks take no CPU, so they run on busy nodes too."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -93,7 +93,7 @@ def inspect_nodes(alive: list[Mapping[str, Any]], runs_dir: Path, config: RunCon
         for (name, task), node in zip(tasks.items(), alive, strict=True):
             try:
                 found = ray.get(task, timeout=max(1.0, end - time.monotonic()))
-            except Exception as error:  # whatever is wrong with one node, the others are still asked
+            except Exception as error:  # a failing node does not end the checks of others
                 lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
                 answered[name] = Node(error=lines[-1].strip()[:200])
                 continue
@@ -108,7 +108,7 @@ def inspect_nodes(alive: list[Mapping[str, Any]], runs_dir: Path, config: RunCon
 
 
 def inspect(probe: str, key: str, node: str, data: str | None) -> Node:
-    """Runs on a node: its versions, and whether it sees the driver's folders."""
+    """Return the versions of this node, and whether it sees the driver's folders."""
     storage = _trouble(lambda: _answer(Path(probe), key, node))
     images = _trouble(lambda: os.stat(data)) if data else ""
     versions = {"Python": platform.python_version()}
@@ -121,7 +121,7 @@ def inspect(probe: str, key: str, node: str, data: str | None) -> Node:
 
 
 def code_hash() -> str:
-    """Short hash of the code of `methods` and `pipeline` as this process imports it: versions alone do not tell two checkouts apart."""
+    """Return a short hash of the code of `methods` and `pipeline` in this process, because two checkouts may have the same version."""
     root = Path(__file__).resolve().parents[2]
     digest = hashlib.sha256()
     for file in sorted(file for room in ("methods", "pipeline") for file in (root / room).rglob("*.py")):
@@ -144,7 +144,7 @@ def _trouble(act: Callable[[], object]) -> str:
 
 
 def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists: nothing is created here."""
+    """Return the folder, or the nearest one above it that exists."""
     place = folder.expanduser().resolve()
     while not place.is_dir():
         place = place.parent
@@ -152,14 +152,14 @@ def existing(folder: Path) -> Path:
 
 
 def local_images(config: RunConfig | None) -> str | None:
-    """The images as an absolute path; None for named sets and for object stores."""
+    """Return the absolute path of the images; None for built-in datasets and object stores."""
     from pipeline.data.sources.base import is_local_path
 
     return absolute(config.data.path) if config is not None and is_local_path(config.data.path) else None
 
 
 def run_on_gpu(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-    """`function(*arguments)` in a task with a GPU, or None if no GPU is here or free now; and the cluster's CPUs."""
+    """Return the result of a function in a task with a GPU, None if no GPU is free now; and the CPUs of the cluster."""
     import ray
 
     from pipeline.data.ray_data import start_ray
@@ -186,7 +186,7 @@ def run_on_gpu(function: Callable[..., Any], *arguments: Any) -> tuple[Any, floa
 
 
 def check_nodes(nodes: Mapping[str, Node], runs_dir: Path, config: RunConfig | None) -> Iterable[Check]:
-    """Rows about what the nodes said."""
+    """Yield rows about the answers of the nodes."""
     silent = {name: node.error for name, node in nodes.items() if node.error}
     if silent:
         remedy = "see the node's logs in the dashboard; where a module is missing: pip install '.[cluster]' on that node"
@@ -209,7 +209,7 @@ def check_nodes(nodes: Mapping[str, Node], runs_dir: Path, config: RunConfig | N
 
 
 def check_versions(found: Mapping[str, Mapping[str, str]]) -> Check:
-    """Are packages and code alike everywhere? A difference in the last place of Python's version does not count."""
+    """Compare packages and code of all nodes. Patch versions of Python may differ."""
     lines, common = [], []
     for package in next(iter(found.values())):
         by_version: dict[str, list[str]] = {}
@@ -227,11 +227,11 @@ def check_versions(found: Mapping[str, Mapping[str, str]]) -> Check:
 
 
 def check_workers(config: RunConfig | None, have: Mapping[str, float], nodes: list[Mapping[str, float]]) -> Iterable[Check]:
-    """The workers that `train.workers` asks for against the CPUs and GPUs that are here.
+    """Compare the workers of `train.workers` with the CPUs and GPUs of the cluster.
 
     Args:
-        have: the cluster's resources in sum.
-        nodes: each node's.
+        have: resources of the cluster.
+        nodes: resources of each node.
     """
     from pipeline.train.placement import CPU_WORKER, GPU_WORKER, fits
 
@@ -254,7 +254,7 @@ def check_workers(config: RunConfig | None, have: Mapping[str, float], nodes: li
 
 
 def check_placement(config: RunConfig, gpus: int | None = None, nodes: int = 1) -> Iterable[Check]:
-    """Yield a row for what `placement_advice` says, and one for a run in the job's own process where there are several nodes."""
+    """Yield a row if a run leaves GPUs or nodes idle, and one if the part of the batch in one process is too large for a GPU."""
     from pipeline.train.placement import count_gpus, idle_gpus, large_share
 
     if config.train.worker_range[1] == 0:

@@ -1,4 +1,4 @@
-"""What can go wrong before money is spent: one check per row, each with a remedy. Nothing here raises."""
+"""The doctor's report: one row for each check, with a remedy. Nothing here raises."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from pipeline.machine import Check
 if TYPE_CHECKING:
     from rich.table import Table
 
-DECODED_IMAGES = 64  # images decoded
+DECODED_IMAGES = 64  # at most, evenly spread over the source
 
 
 def diagnose(
     *, data: DataConfig | None = None, runs_dir: Path, uri: str | None = None, config: RunConfig | None = None, ray: bool = True
 ) -> list[Check]:
-    """Check the machine, Ray, the tracking server and the data. A check that breaks becomes a row; nothing is raised.
+    """Check the machine, Ray, the tracking server and the data. A check that raises becomes a row.
 
     Args:
-        data: the images to open; None = `config`'s own, or no such check.
-        runs_dir: where runs are to be written; it is not created.
+        data: the images to open; None = those of `config`, or no such check.
+        runs_dir: folder for runs; it is not created.
         uri: tracking server; None = the SQLite file in `runs_dir`.
-        config: a run to try out: a timed dry run gives images/s and hours.
-        ray: start Ray and send one task round; in a cluster (RAY_ADDRESS) ask every node.
+        config: a run for a timed dry run, which gives images/s and hours.
+        ray: start Ray and run one task; in a cluster (RAY_ADDRESS) check every node.
     """
     runs_dir = Path(runs_dir).expanduser()
     data = data or (config.data if config else None)
@@ -59,7 +59,7 @@ def diagnose(
 
 
 def render(checks: Iterable[Check]) -> Table:
-    """The checks as a table for the terminal; remedies stand where something is wrong."""
+    """Return the checks as a table for the terminal."""
     from rich.table import Table
     from rich.text import Text
 
@@ -68,7 +68,7 @@ def render(checks: Iterable[Check]) -> Table:
     for heading in ("check", "", "found", "what to do"):
         table.add_column(heading, overflow="fold")
     for check in checks:
-        # Text, because paths may hold square brackets, which rich takes for markup
+        # Text, because rich reads square brackets in paths as markup
         table.add_row(Text(check.name), Text(*verdicts[check.ok]), Text(check.found), Text(check.remedy))
     return table
 
@@ -79,7 +79,7 @@ def _guard(name: str, look: Callable[[], Iterable[Check]]) -> list[Check]:
     except ConfigError as error:
         key, _, remedy = str(error).partition(": ")
         return [Check(name, "fail", key, remedy or key)]
-    except Exception as error:  # a doctor that dies of the illness helps nobody
+    except Exception as error:  # a failing check is a row
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         return [Check(name, "fail", f"{type(error).__name__}: {reason}", "this check itself broke; the error is on the left")]
 
@@ -217,7 +217,7 @@ def _listed(files: list[tuple[str, str]], most: int = 20) -> str:
 
 
 def _decode(dataset: Any, ids: Any) -> tuple[list[int], list[tuple[int, int]], list[tuple[str, str]], float]:
-    """Decode a sample in this thread: ids, heights and widths of the good, bad ones with reasons, seconds of decoding alone."""
+    """Decode images in this thread. Return ids and (height, width) of good ones, bad ones with reasons, and the seconds of decoding."""
     import torch
 
     from pipeline.data.decode import BadImage, decode
@@ -226,14 +226,14 @@ def _decode(dataset: Any, ids: Any) -> tuple[list[int], list[tuple[int, int]], l
     sizes: list[tuple[int, int]] = []
     bad: list[tuple[str, str]] = []
     seconds, threads = 0.0, torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a task, so that the speed is that of one core
+    torch.set_num_threads(1)  # the speed of one core, as in a Ray Data task
     try:
         for id in ids:
             try:
                 (row,) = dataset.read([int(id)])
                 if not sizes:
-                    decode(row.image)  # the first call pays for imports
-                begin = time.thread_time()  # CPU time: other work on this machine does not count
+                    decode(row.image)  # warm-up: imports
+                begin = time.thread_time()  # CPU time, which does not depend on other processes
                 image = decode(row.image)
                 seconds += time.thread_time() - begin
                 good.append(int(id))

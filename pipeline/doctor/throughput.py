@@ -1,4 +1,4 @@
-"""A timed dry run: what one image costs on this machine, from its bytes to its gradient, before a run is started."""
+"""Timed dry run: the time of one image on this machine, from its bytes to its gradient."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from pipeline.data.image_dataset import Sample
 from pipeline.machine import Check, available_cores, choose_device, set_precision, thread_count
 from pipeline.resolve import resolve
 
-BUDGET_S = 2.0  # for the timed steps; the first one, which makes kernels, comes on top
+BUDGET_S = 2.0  # for the timed steps, without the first one, which builds kernels
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What was measured. Both times are wall times in s per image."""
+    """Measured times, both wall times in s per image."""
 
-    train_s: float  # views finished on the device, forward, backward
-    cut_s: float  # one core: decode, and cut every crop
+    train_s: float  # augmentation on the device, forward, backward
+    cut_s: float  # decoding and cropping on one core
     threads: int  # of the training process
     device: str  # "cpu" or "cuda"
     machine: str  # name of the GPU, or "CPU"
-    steps: int  # how many were timed
-    batch: int  # images in each
+    steps: int  # timed steps
+    batch: int  # images of each step
 
 
 def measure(config: RunConfig, samples: Sequence[Sample], num_images: int | None) -> Cost:
-    """Cut real images and time the method's own step on them. Runs here, or in a task on a node with a GPU.
+    """Make crops of real images, and measure steps of the method on them.
 
     Args:
         samples: some images that can be decoded.
-        num_images: of the training set; None = without end.
+        num_images: number of training images; None = a source without end.
 
     Raises:
-        ConfigError: a batch that does not fit the data or the method.
+        ConfigError: the batch does not fit the data or the method.
     """
     import numpy as np
     import torch
@@ -53,14 +53,14 @@ def measure(config: RunConfig, samples: Sequence[Sample], num_images: int | None
     set_precision(device)  # as in the run
     method = build_method(config, facts).to(device).train()
     pixels = sum(group.count * group.size**2 for group in config.views.values())
-    most = (256, 3e7) if device.type == "cuda" else (32, 6e5)  # images, pixels: a second or two
+    most = (256, 3e7) if device.type == "cuda" else (32, 6e5)  # images and pixels of a step, which takes a second or two
     size = max(4, min(most[0], int(most[1] / pixels), facts.global_batch_size // config.train.accumulation_steps))
     before, threads = torch.get_num_threads(), thread_count(config)  # as in the run
     try:
-        torch.set_num_threads(1)  # as in a task
+        torch.set_num_threads(1)  # as in a Ray Data task
         some = [samples[i % len(samples)] for i in range(size)]
-        make_crops(some[:1], 0, config.views, 0, 1)  # pays for imports
-        begin = time.thread_time()  # CPU time: other work on this machine does not count
+        make_crops(some[:1], 0, config.views, 0, 1)  # warm-up: imports
+        begin = time.thread_time()  # CPU time, which does not depend on other processes
         columns = make_crops(some, 0, config.views, 0, 1)
         if config.data.augment_on == "tasks":
             finish_columns(columns, config.views, (config.data.mean, config.data.std))
@@ -76,7 +76,7 @@ def measure(config: RunConfig, samples: Sequence[Sample], num_images: int | None
             step=0,
             bad=[],
         )
-        # in the second epoch: the first of some methods has no loss
+        # in the second epoch, because some methods have no loss in the first
         progress = Progress(step=facts.steps_per_epoch, total_steps=facts.total_steps, steps_per_epoch=facts.steps_per_epoch)
 
         def step() -> float:
@@ -101,7 +101,7 @@ def measure(config: RunConfig, samples: Sequence[Sample], num_images: int | None
 
 
 def image_seconds(cost: Cost, cores: float, workers: int = 1) -> float:
-    """Wall time of one image in a run, s: the slower of training and cutting; on a CPU both share the cores."""
+    """Return the wall time of one image in a run, s: the slower of training and cropping; on a CPU both share the cores."""
     train, cut = cost.train_s / workers, cost.cut_s / max(cores, 1)
     if cost.device == "cuda":
         return max(train, cut)
@@ -109,7 +109,7 @@ def image_seconds(cost: Cost, cores: float, workers: int = 1) -> float:
 
 
 def report(config: RunConfig, dataset: Any, ids: Sequence[int]) -> Iterable[Check]:
-    """The row of the doctor: images/s, and hours of the whole run.
+    """Yield a row with the images/s and the hours of the whole run.
 
     Args:
         ids: images that can be decoded.
@@ -140,7 +140,7 @@ def report(config: RunConfig, dataset: Any, ids: Sequence[int]) -> Iterable[Chec
 
 
 def loader(config: RunConfig, num_images: int | None) -> Check:
-    """The row of the doctor about the loader: what was chosen, and why."""
+    """Return a row about the images of a task and the object store."""
     from pipeline.data.crop_task import block_bytes
     from pipeline.data.ray_data import object_store_bytes
 
@@ -153,7 +153,7 @@ def loader(config: RunConfig, num_images: int | None) -> Check:
         f"{images:,} images a task ({why}), {block / 1e6:.1f} MB; one task per CPU, each with one thread; {buffer / 1e6:,.0f} MB are for "
         f"views cut ahead (data.buffer_bytes); threads of training: {thread_count(config, workers)}"
     )
-    few = 3 * group > buffer  # one group with the workers, two on the way
+    few = 3 * group > buffer  # one group with the workers, two in flight
     remedy = (
         f"a task of each shard is {group / 1e6:,.0f} MB: use a smaller data.images_per_task, or a larger data.buffer_bytes" if few else ""
     )

@@ -1,4 +1,4 @@
-"""Measuring a backbone: features, kNN, probes, clusters; online during a run and at its end.
+"""Evaluation of a backbone: features, kNN, probes, clusters; online during a run and at its end.
 
-Not here: drawing what was measured (`pipeline.figures`), measuring an exported model (`pipeline.export.evaluation`).
+Not here: figures (`pipeline.figures`), evaluation of an exported model (`pipeline.export.evaluation`).
 """

@@ -1,4 +1,4 @@
-"""What the clusters of a method hold: sizes, agreement with labels where there are any, the images to show of each."""
+"""The clusters of a method: sizes, agreement with labels, and images to show of each."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pipeline.evaluate.features import Precision, Triple, extract
 
 @dataclass(frozen=True)
 class Clusters:
-    """N images, each in the cluster whose prototype (or centre) it scores highest with.
+    """N images, each in the cluster of its highest score with a prototype (or centre).
 
     Attributes:
         images: `(N, H, W, 3)` uint8.
-        labels: `(N,)`, -1 where unknown.
+        labels: `(N,)`, -1 if unknown.
         assignments: `(N,)`, cluster of each image, from 0 to K - 1.
-        scores: `(N,)`, its score with that cluster; higher is more typical.
-        count: K, empty clusters too.
+        scores: `(N,)`, score of each image with its cluster; higher is more typical.
+        count: K, empty clusters included.
     """
 
     images: np.ndarray
@@ -33,21 +33,21 @@ class Clusters:
 
     @property
     def sizes(self) -> np.ndarray:
-        """Images in each cluster, `(K,)`."""
+        """The number of images in each cluster, `(K,)`."""
         return np.bincount(self.assignments, minlength=self.count)
 
     @property
     def even(self) -> float:
-        """N / K, what every cluster would hold if all held as many."""
+        """N / K, the size of clusters of equal size."""
         return len(self.assignments) / self.count
 
     def metrics(self) -> dict[str, float]:
-        """The figures to follow during training.
+        """Return metrics of the clusters.
 
         `cluster_min`, `cluster_max`: sizes in multiples of N / K, 1 = balanced (CoKe's lower bound is in the same unit).
-        `clusters_empty`: share of the K clusters; some are always empty when N is not much more than K.
-        `assignment_entropy`: of the sizes, as a fraction of ln K, 1 = balanced, 0 = one cluster holds everything.
-        `nmi`, `purity`: only where images have labels, on those.
+        `clusters_empty`: fraction of empty clusters; some are always empty if N is not much larger than K.
+        `assignment_entropy`: entropy of the sizes as a fraction of ln K, 1 = balanced, 0 = one cluster holds all images.
+        `nmi`, `purity`: of the labelled images, if there are any.
         """
         sizes = self.sizes
         share = sizes[sizes > 0] / sizes.sum()
@@ -66,12 +66,12 @@ class Clusters:
         return {name: float(value) for name, value in found.items()}
 
     def nearest(self, cluster: int, most: int) -> np.ndarray:
-        """At most so many images of a cluster, the most typical first: rows of `images`."""
+        """Return the rows of at most `most` images of a cluster, the most typical first."""
         rows = np.flatnonzero(self.assignments == cluster)
         return rows[np.argsort(-self.scores[rows], kind="stable")[:most]]
 
     def commonest(self, cluster: int) -> tuple[int, float] | None:
-        """The label that most images of a cluster have, and its share of those with a label; None without labels."""
+        """Return the most common label of a cluster and its fraction of the labelled images; None without labels."""
         labels = self.labels[(self.assignments == cluster) & (self.labels >= 0)]
         if not len(labels):
             return None
@@ -79,10 +79,10 @@ class Clusters:
         return int(counts.argmax()), float(counts.max() / len(labels))
 
     def worth_showing(self, each: int = 3, fewest: int = 5) -> dict[str, list[int]]:
-        """Clusters by why they are worth a look: `largest`, `smallest`, and `purest`, or `tightest` without labels.
+        """Return clusters to show by reason: `largest`, `smallest`, and `purest`, or `tightest` (highest mean score) without labels.
 
-        None is empty and none comes twice. A cluster of a few images is pure, or tight, by chance: `fewest` are wanted.
-        Tight is a high mean score.
+        None is empty and none is repeated. Pure and tight clusters have at least `fewest` images, because small ones are pure or
+        tight by chance.
         """
         sizes = self.sizes
         full = [int(k) for k in np.argsort(-sizes, kind="stable") if sizes[k]]
@@ -98,7 +98,7 @@ class Clusters:
 
 
 def purity(labels: np.ndarray, assignments: np.ndarray) -> float:
-    """Share of images that have the commonest label of their cluster, in [0, 1]. It rises with K: one image is pure."""
+    """Return the fraction of images with the most common label of their cluster, in [0, 1]. It rises with K."""
     from sklearn.metrics.cluster import contingency_matrix
 
     return float(contingency_matrix(labels, assignments).max(axis=0).sum() / len(labels))
@@ -107,10 +107,10 @@ def purity(labels: np.ndarray, assignments: np.ndarray) -> float:
 def assign(
     method: Method, images: Tensor, labels: Tensor, *, mean: Triple, std: Triple, device: torch.device, precision: Precision = "float32"
 ) -> Clusters:
-    """The clusters of uint8 images `(N, H, W, 3)`, by `method.cluster_scores`. The method is left as it was found."""
+    """Assign uint8 images `(N, H, W, 3)` to clusters by `method.cluster_scores`. The method's state does not change."""
     count = 0
 
-    def best(x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 2): all scores of all images would not fit for many prototypes
+    def best(x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 2), because all scores of all images may not fit into memory
         nonlocal count
         scores = method.cluster_scores(x)
         count = scores.shape[1]

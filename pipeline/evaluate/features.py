@@ -1,4 +1,4 @@
-"""Frozen features of finished images, and the batch-norm statistics that a backbone is evaluated with."""
+"""Features of a frozen backbone, and its batch-norm statistics for evaluation."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def extract(
     batch_size: int = 256,
     forward: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Features of uint8 images `(N, H, W, 3)`: `(N, D)`, float32, on the CPU.
+    """Return the features of uint8 images `(N, H, W, 3)`: `(N, D)`, float32, on the CPU.
 
-    The backbone runs in evaluation mode and is left as it was found: the mode of every module, batch-norm statistics
-    and the random state do not change. It must already be on `device`; only one batch of floats exists at a time.
+    The backbone must be on `device` and runs in evaluation mode. The mode of every module, batch-norm statistics and the
+    random state do not change.
 
     Args:
-        forward: what to ask instead of the backbone's own forward, `(B, 3, H, W) -> (B, D)`; it uses the backbone's modules.
+        forward: replaces the forward pass of the backbone, `(B, 3, H, W) -> (B, D)`; it uses the backbone's modules.
     """
     with _evaluating(backbone), torch.no_grad():
         batches = images.split(batch_size)
@@ -52,11 +52,10 @@ def calibrate_batchnorm(
     precision: Precision = "float32",
     batch_size: int = 256,
 ) -> nn.Module:
-    """A copy, in evaluation mode, whose batch-norm statistics are the plain average over the batches of `images`.
+    """Return a copy, in evaluation mode, whose batch-norm statistics are the mean over the batches of `images`.
 
-    The running statistics of training are an exponential average over augmented crops, of all sizes; this replaces them
-    by those of the images as they are evaluated. Everything else stays in evaluation mode. The last batch is left out
-    when it is not full, since every batch counts the same.
+    The running statistics of training are an exponential average over augmented crops of all sizes. An incomplete last
+    batch is left out, because every batch has the same weight.
 
     Args:
         images: uint8, `(N, H, W, 3)`, training images.
@@ -80,10 +79,10 @@ def calibrate_batchnorm(
 
 
 def effective_rank(features: Tensor) -> float:
-    """RankMe: exp of the entropy of the singular values of features `(N, D)`, between 1 and min(N, D).
+    """Return RankMe: exp of the entropy of the singular values of features `(N, D)`, between 1 and min(N, D).
 
-    Garrido et al. 2022, arXiv:2210.02885. Large where no direction is wasted, which a good representation needs but which
-    does not make it one; comparable between runs on the same images with backbones of the same width only.
+    Garrido et al. 2022, arXiv:2210.02885. A high rank is necessary for good features, but not sufficient. Values are comparable
+    only between runs on the same images with backbones of the same width.
     """
     rows = features.double()
     gram = rows.T @ rows if len(rows) >= rows.shape[1] else rows @ rows.T
@@ -93,7 +92,7 @@ def effective_rank(features: Tensor) -> float:
 
 
 def raw_pixels(images: Tensor) -> Tensor:
-    """The images as plain vectors in [0, 1]: `(N, H * W * 3)`, float32. A backbone must beat them."""
+    """Return the images as vectors in [0, 1], `(N, H * W * 3)` float32: a baseline."""
     return images.flatten(1).float() / 255
 
 
@@ -115,7 +114,7 @@ def _forward(
 
 @contextlib.contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every submodule has the mode that it had."""
+    """Set evaluation mode inside, and restore the mode of every submodule afterwards."""
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
     try:

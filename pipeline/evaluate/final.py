@@ -1,6 +1,6 @@
-"""What is measured, on which images, and beside which baselines.
+"""Final evaluation: its images, its kNN, and the baselines.
 
-During training, kNN asks held-out training images only; the test split is read once, at the end.
+During training, kNN uses held-out training images only; the test split is read once, at the end.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from pipeline.data.sources.base import open_test
 from pipeline.evaluate.features import calibrate_batchnorm, extract, raw_pixels
 from pipeline.evaluate.knn import centred, knn_accuracy
 
-MEMORY_LIMIT = 512 * 2**20  # bytes of evaluation images kept in memory
+MEMORY_LIMIT = 512 * 2**20  # bytes of evaluation images in memory
 
 
 @dataclass
 class KNNData:
-    """Labelled images at evaluation size: those that vote, and those that are asked."""
+    """Labelled images at evaluation size: `bank` votes on the classes of `queries`."""
 
     bank: EvaluationImages
     queries: EvaluationImages
@@ -34,7 +34,7 @@ class KNNData:
 
     @classmethod
     def load(cls, config: RunConfig, dataset: ImageDataset, most_bank: int) -> KNNData | None:
-        """Training images against held-out ones; None when there are no labels of two classes or nothing is held out."""
+        """Return training images as bank and held-out ones as queries; None without labels of two classes or held-out images."""
         fraction = config.data.held_out
         asked = dataset.held_out_ids(fraction)
         return cls.between(
@@ -49,39 +49,39 @@ class KNNData:
         bank_ids: np.ndarray,
         most_bank: int,
         asked: ImageDataset,
-        asked_ids: np.ndarray,
-        most_asked: int,
+        query_ids: np.ndarray,
+        most_queries: int,
         split: str,
     ) -> KNNData | None:
-        """At most so many labelled images of each, fewer where they would not fit into `MEMORY_LIMIT`."""
-        share = min(1.0, MEMORY_LIMIT / ((most_bank + most_asked) * config.evaluation_size**2 * 3))
-        bank_ids, asked_ids = labelled(bank, bank_ids, int(most_bank * share)), labelled(asked, asked_ids, int(most_asked * share))
-        if not len(asked_ids) or len(np.unique(bank.labels[bank_ids])) < 2:
+        """Return at most `most_bank` and `most_queries` labelled images, fewer if they exceed `MEMORY_LIMIT`."""
+        share = min(1.0, MEMORY_LIMIT / ((most_bank + most_queries) * config.evaluation_size**2 * 3))
+        bank_ids, query_ids = labelled(bank, bank_ids, int(most_bank * share)), labelled(asked, query_ids, int(most_queries * share))
+        if not len(query_ids) or len(np.unique(bank.labels[bank_ids])) < 2:
             return None
         size = config.evaluation_size
-        queries = evaluation_images(asked, asked_ids, size)
+        queries = evaluation_images(asked, query_ids, size)
         queries = dataclasses.replace(queries, labels=same_classes(asked, bank, queries.labels))
         return cls(evaluation_images(bank, bank_ids, size), queries, split)
 
 
 def labelled(dataset: ImageDataset, ids: np.ndarray, most: int) -> np.ndarray:
-    """At most `most` labelled ids, an even and repeatable choice, sorted."""
+    """Return at most `most` labelled ids, sorted. The choice is uniform and repeatable."""
     ids = np.asarray(ids)[dataset.labels[ids] >= 0]
     return np.sort(np.random.default_rng(0).permutation(ids)[:most])
 
 
 def same_classes(source: ImageDataset, target: ImageDataset, labels: Tensor) -> Tensor:
-    """Labels of one source in the numbering of another, by class name; -1 for a class that the other lacks."""
+    """Map labels of one source to those of another by class name; -1 for a class that the other lacks."""
     if source.class_names == target.class_names or not source.class_names:
         return labels
     numbers = {name: i for i, name in enumerate(target.class_names)}
     table = torch.tensor([numbers.get(name, -1) for name in source.class_names] + [-1])
-    return table[labels]  # an unknown label, -1, takes the last entry
+    return table[labels]  # the unknown label -1 maps to the last entry
 
 
 @dataclass(frozen=True)
 class Score:
-    """One line of the table: top-1 as a fraction, and what it is of."""
+    """One row of the table: top-1 as a fraction, and its label."""
 
     key: str
     label: str
@@ -90,10 +90,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Scores:
-    """kNN of the trained backbone and of what it must beat. Empty without labels."""
+    """kNN of the trained backbone and of the baselines. Empty without labels."""
 
     rows: tuple[Score, ...]
-    protocol: str  # the settings, readable
+    protocol: str  # settings as text
     split: str = ""
 
     def get(self, key: str) -> float:
@@ -101,7 +101,7 @@ class Scores:
 
     @property
     def gain(self) -> float:
-        """Points of accuracy above the best baseline (raw pixels under L2, or the untrained backbone)."""
+        """Return the points of accuracy above the best baseline (raw pixels under L2, or the untrained backbone)."""
         return 100 * (self.get("trained") - max(self.get(key) for key in ("raw_l2", "untrained", "untrained_calibrated")))
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class Scores:
 
 
 def final_scores(config: RunConfig, dataset: ImageDataset, backbone: nn.Module, untrained: nn.Module, device: torch.device) -> Scores:
-    """kNN on the test split (`evaluate.path`, or the source's own), else on held-out images, beside the baselines.
+    """Evaluate kNN on the test split (`evaluate.path`, or that of the source), else on held-out images, and on the baselines.
 
     Baselines: raw pixels (Euclidean, one vote each), raw pixels (centred cosine), the untrained backbone with its
     initial batch-norm statistics, and with statistics calibrated on the bank.
@@ -160,10 +160,10 @@ def final_scores(config: RunConfig, dataset: ImageDataset, backbone: nn.Module, 
 
 
 def final_data(config: RunConfig, dataset: ImageDataset) -> KNNData | None:
-    """Bank and queries of the final evaluation.
+    """Return bank and queries of the final evaluation.
 
     Raises:
-        ConfigError: `evaluate.path` has no labels that the training images know.
+        ConfigError: `evaluate.path` has no labels of the classes of the training images.
     """
     bank_ids = dataset.training_ids(config.data.held_out)
     path = config.evaluate.path or dataset.test_path

@@ -23,13 +23,13 @@ def knn_predict(
     metric: Metric = "cosine",
     chunk: int | None = None,
 ) -> Tensor:
-    """The class of each query `(M, D)` by the vote of its k nearest rows of the bank `(N, D)`: `(M,)` int64.
+    """Predict the class of each query `(M, D)` by the vote of its k nearest rows of the bank `(N, D)`: `(M,)` int64.
 
     `cosine`: rows have unit norm, and a neighbour of similarity s votes with exp(s / temperature). `l2`: Euclidean
-    distance on the rows as they are, one vote each (for raw pixels). Equal votes go to the class with the nearest
-    neighbour, then to the lowest label. Rows with label -1 do not vote; k is capped at the number of rows that do.
-    Half types are promoted to float32, float64 stays. `chunk` queries are compared at a time; None = as many as keep
-    the table of similarities below half a gigabyte, at most 512.
+    distance of the rows, one vote each (for raw pixels). Equal votes go to the class with the nearest neighbour, then to
+    the lowest label. Rows with label -1 do not vote; k is at most the number of rows that vote. Half types are promoted
+    to float32, float64 stays. `chunk` queries are compared at a time; None = as many as keep the similarities below half
+    a gigabyte, at most 512.
 
     Raises:
         ConfigError: a bank without labels, or features that are not finite.
@@ -58,7 +58,7 @@ def knn_accuracy(
     metric: Metric = "cosine",
     chunk: int | None = None,
 ) -> float:
-    """Top-1 accuracy of `knn_predict`, a fraction in [0, 1]. Queries with label -1 are left out.
+    """Return the top-1 accuracy of `knn_predict`, a fraction in [0, 1]. Queries with label -1 are left out.
 
     Raises:
         ConfigError: no labelled row in the bank or among the queries, or features that are not finite.
@@ -70,7 +70,7 @@ def knn_accuracy(
 
 
 def centred(bank: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-    """Both without the bank's mean: a backbone whose features share one large direction is then judged by the rest."""
+    """Subtract the mean of the bank from both, so that a direction common to all features does not dominate."""
     mean = bank.mean(0, dtype=torch.float64).to(bank.dtype)
     return bank - mean, queries - mean
 
@@ -88,11 +88,11 @@ def _vote(bank: Tensor, targets: Tensor, num_classes: int, rows: Tensor, k: int,
     else:
         closeness, neighbours = torch.cdist(rows, bank).neg().topk(k)
     labels = targets[neighbours]
-    # equally near neighbours in the order of their labels, so that a tie does not depend on the order inside topk
+    # equally near neighbours in the order of their labels, so that ties do not depend on the order of topk
     order = labels.argsort(dim=1, stable=True)
     order = order.gather(1, closeness.gather(1, order).argsort(dim=1, descending=True, stable=True))
     closeness, labels = closeness.gather(1, order), labels.gather(1, order)
-    # less the row's largest: the same ranking, and no overflow at a small temperature
+    # minus the maximum of the row: the same ranking without overflow at a small temperature
     weights = ((closeness - closeness[:, :1]) / temperature).exp() if metric == "cosine" else torch.ones_like(closeness)
     votes = torch.zeros(len(rows), num_classes, dtype=weights.dtype, device=weights.device).scatter_add_(1, labels, weights)
     wins = votes.gather(1, labels) == votes.amax(1, keepdim=True)  # (m, k): this neighbour's class has the most votes

@@ -1,4 +1,4 @@
-"""What is measured while a run trains: kNN on held-out images, and the clusters of a method that has them."""
+"""Online evaluation: kNN on held-out images during training, and the clusters of a method that has them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,11 @@ from pipeline.evaluate.probes import linear_accuracy
 
 
 class Online:
-    """Measures in the precision of training, on images that are read when first asked for and then cached.
-
-    A run that goes on after a loss does not wait for them.
+    """Evaluates in the precision of training, on images that are read at the first use and then cached.
 
     Args:
-        on_bad_images: told of the images that could not be decoded.
-        cache: where the images stay for others with the same data; None = they go with this object.
+        on_bad_images: called with the images that could not be decoded.
+        cache: images shared with other objects for the same data; None = not shared.
     """
 
     def __init__(
@@ -47,14 +45,14 @@ class Online:
 
     @cached_property
     def has_knn(self) -> bool:
-        """Whether there are labels of two classes among those that vote, and one among those that are asked."""
+        """Whether the bank has labels of two classes and the queries have a label."""
         fraction = self.config.data.held_out
         voting, asked = (self.dataset.labels[ids] for ids in (self.dataset.training_ids(fraction), self.dataset.held_out_ids(fraction)))
         return bool((asked >= 0).any()) and len(np.unique(voting[voting >= 0])) >= 2
 
     @property
     def measures(self) -> bool:
-        """Whether there is anything to measure of a backbone.
+        """Whether a backbone can be measured.
 
         Raises:
             ConfigError: `evaluate.score` needs labels, and there are none.
@@ -67,7 +65,7 @@ class Online:
         return self.has_knn or wanted is not None
 
     def measure(self, backbone: nn.Module) -> dict[str, float]:
-        """`knn`, top-1 of a backbone on held-out images, where there are labels; and `score`, if one is asked for."""
+        """Return `knn`, top-1 of a backbone on held-out images, if there are labels; and `score`, if `evaluate.score` is set."""
         settings, found = self.config.evaluate, {}
         if self.has_knn:
             data = self.knn_data
@@ -85,12 +83,12 @@ class Online:
         return found
 
     def features(self, backbone: nn.Module, part: EvaluationImages) -> Tensor:
-        """Features `(N, D)` of images cached here."""
+        """Return the features `(N, D)` of cached images."""
         mean, std = self.config.data.mean, self.config.data.std
         return extract(backbone, part.images, mean=mean, std=std, device=self.device, precision=self.precision)
 
     def clusters(self, method: Method) -> Clusters:
-        """Where a method puts the training images that vote in the kNN; without labels, as many others."""
+        """Return the clusters of the kNN bank; without labels, of as many training images."""
         found = self.clustered_images
         mean, std = self.config.data.mean, self.config.data.std
         return assign(method, found.images, found.labels, mean=mean, std=std, device=self.device, precision=self.precision)

@@ -1,6 +1,6 @@
 """Logistic regression on frozen features: `linear` on all labels, `lowshot` on a few images of each class.
 
-Both ask the images of the final kNN: the test split, or else held-out images. Nothing is chosen on them.
+Both are measured on the queries of the final kNN: the test split, or else held-out images. No setting is chosen on them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LOWSHOT_PENALTY = 0.00025  # lambda n of MSN's evaluation: the mean loss over n 
 
 @dataclass(frozen=True)
 class ProbeRow:
-    """Top-1 of one backbone as a fraction; with several draws their mean, and their standard deviation as `spread`."""
+    """Top-1 of one backbone as a fraction; the mean of several draws, with their standard deviation as `spread`."""
 
     key: str
     label: str
@@ -37,7 +37,7 @@ class ProbeRow:
 
 @dataclass(frozen=True)
 class ProbeScores:
-    """What one protocol measured, and its settings as text."""
+    """The scores of one protocol, and its settings as text."""
 
     name: str
     rows: tuple[ProbeRow, ...]
@@ -57,7 +57,7 @@ class ProbeScores:
 
 
 class Probes:
-    """Linear and low-shot scores of a trained and an untrained backbone; features of images are made once and kept.
+    """Linear and low-shot scores of a trained and an untrained backbone. Features are computed once and cached.
 
     Raises:
         ConfigError: images without labels of two classes.
@@ -75,14 +75,14 @@ class Probes:
         self.cached_features: dict[tuple[str, str], Tensor] = {}
 
     def features(self, key: str, name: str, images: Tensor) -> np.ndarray:
-        """Features of the images called `name`, `(N, D)`."""
+        """Return the features `(N, D)` of a backbone; `name` identifies the images in the cache."""
         if (key, name) not in self.cached_features:
             mean, std = self.config.data.mean, self.config.data.std
             self.cached_features[key, name] = extract(self.backbones[key], images, mean=mean, std=std, device=self.device)
         return self.cached_features[key, name].numpy()
 
     def linear(self) -> ProbeScores:
-        """Features standardised; C chosen on a tenth of the training images, then fitted to all of them."""
+        """Fit standardised features of all training images, with C chosen on a tenth of them."""
         bank, asked = self.data.bank, self.data.queries
         rows, chosen = [], {}
         for key in self.backbones:
@@ -96,7 +96,7 @@ class Probes:
         return ProbeScores("linear", tuple(rows), text, self.data.split)
 
     def lowshot(self) -> ProbeScores:
-        """MSN's protocol: rows centred and of unit length, no intercept, a fixed penalty; several draws of images."""
+        """Run MSN's protocol: centred rows of unit length, no intercept, a fixed penalty; several draws of images."""
         settings, asked = self.config.evaluate, self.data.queries
         ids = self.dataset.training_ids(self.config.data.held_out)
         labels = self.dataset.labels[ids]
@@ -110,7 +110,7 @@ class Probes:
                 x, queries = self.features(key, "drawn", found.images), self.features(key, "asked", asked.images)
                 accuracies = []
                 for drawn in draws:
-                    own = [place[i] for i in drawn[:, :count].flatten().tolist() if i in place]  # without those that cannot be decoded
+                    own = [place[i] for i in drawn[:, :count].flatten().tolist() if i in place]  # without images that cannot be decoded
                     accuracies.append(lowshot_accuracy(x[own], found.labels.numpy()[own], queries, asked.labels.numpy()))
                 text = f"{key} backbone, {count} image{'s' if count > 1 else ''} per class"
                 rows.append(ProbeRow(f"{key}_{count}", text, float(np.mean(accuracies)), spread_of(accuracies)))
@@ -131,13 +131,13 @@ PROTOCOLS: dict[str, Callable[[Probes], ProbeScores]] = {"linear": Probes.linear
 def linear_accuracy(
     bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, truth: np.ndarray, choices: Iterable[float] = CHOICES
 ) -> tuple[float, float]:
-    """Top-1 of queries `(M, D)`, and the C that was chosen on a tenth of the bank `(N, D)`; equally good: the smallest C.
+    """Return the top-1 of queries `(M, D)`, and the C with the best top-1 on a tenth of the bank `(N, D)`, of equal ones the smallest.
 
     Args:
         truth: labels of the queries, -1 unknown.
     """
     mean, std = bank.mean(axis=0, dtype=np.float64), bank.std(axis=0, dtype=np.float64)
-    scale = np.where(std > 1e-6 * max(std.max(), 1e-30), std, np.inf)  # a feature that never changes says nothing
+    scale = np.where(std > 1e-6 * max(std.max(), 1e-30), std, np.inf)  # constant features become 0
     bank, queries = (((x - mean) / scale).astype(np.float32) for x in (bank, queries))
     order = np.random.default_rng(0).permutation(len(bank))
     asked, rest = order[: max(1, len(bank) // 10)], order[max(1, len(bank) // 10) :]
@@ -147,19 +147,19 @@ def linear_accuracy(
 
 
 def lowshot_accuracy(images: np.ndarray, labels: np.ndarray, queries: np.ndarray, truth: np.ndarray) -> float:
-    """Top-1 of queries `(M, D)` from a few images `(n, D)`, MSN's way: C = 1 / (lambda n) = 1 / 0.00025."""
+    """Return the top-1 of queries `(M, D)` from a few images `(n, D)` by MSN's protocol: C = 1 / (lambda n) = 1 / 0.00025."""
     model = fitted(unit_rows(images), labels, 1 / LOWSHOT_PENALTY, fit_intercept=False, max_iter=300, tol=1e-3)
     return accuracy_of(model.predict(unit_rows(queries)), truth)
 
 
 def unit_rows(x: np.ndarray) -> np.ndarray:
-    """Every row less its own mean, and of unit length."""
+    """Subtract the mean of every row, and scale it to unit length."""
     x = x - x.mean(axis=1, keepdims=True)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)  # type: ignore[no-any-return]
 
 
 def draw(ids: np.ndarray, labels: np.ndarray, count: int, seed: int, class_names: Iterable[str] = ()) -> np.ndarray:
-    """`count` random images of every class: `(classes, count)` ids. The first columns of a draw are a smaller draw.
+    """Draw `count` random images of every class: `(classes, count)` ids. The first columns of a draw are a smaller draw.
 
     Raises:
         ConfigError: a class with fewer images.
@@ -176,12 +176,12 @@ def draw(ids: np.ndarray, labels: np.ndarray, count: int, seed: int, class_names
 
 
 def fitted(x: np.ndarray, labels: np.ndarray, C: float, **settings: Any) -> Any:
-    """Multinomial logistic regression: C sum of cross entropies + |w|^2 / 2."""
+    """Fit multinomial logistic regression: C sum of cross entropies + |w|^2 / 2."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # a large C on separable classes goes on for ever; its accuracy stands
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a large C on separable classes does not converge, but its accuracy is final
         return LogisticRegression(C=C, **{"max_iter": 1000, **settings}).fit(x, labels)
 
 
