@@ -36,9 +36,9 @@ class KNNData:
     def load(cls, config: RunConfig, dataset: ImageDataset, most_bank: int) -> KNNData | None:
         """Return training images as bank and held-out ones as queries; None without labels of two classes or held-out images."""
         fraction = config.data.held_out
-        asked = dataset.held_out_ids(fraction)
+        query_ids = dataset.held_out_ids(fraction)
         return cls.between(
-            config, dataset, dataset.training_ids(fraction), most_bank, dataset, asked, config.evaluate.knn_queries, "held-out"
+            config, dataset, dataset.training_ids(fraction), most_bank, dataset, query_ids, config.evaluate.knn_queries, "held-out"
         )
 
     @classmethod
@@ -48,19 +48,19 @@ class KNNData:
         bank: ImageDataset,
         bank_ids: np.ndarray,
         most_bank: int,
-        asked: ImageDataset,
+        query_set: ImageDataset,
         query_ids: np.ndarray,
         most_queries: int,
         split: str,
     ) -> KNNData | None:
         """Return at most `most_bank` and `most_queries` labelled images, fewer if they exceed `MEMORY_LIMIT`."""
         share = min(1.0, MEMORY_LIMIT / ((most_bank + most_queries) * config.evaluation_size**2 * 3))
-        bank_ids, query_ids = labelled(bank, bank_ids, int(most_bank * share)), labelled(asked, query_ids, int(most_queries * share))
+        bank_ids, query_ids = labelled(bank, bank_ids, int(most_bank * share)), labelled(query_set, query_ids, int(most_queries * share))
         if not len(query_ids) or len(np.unique(bank.labels[bank_ids])) < 2:
             return None
         size = config.evaluation_size
-        queries = evaluation_images(asked, query_ids, size)
-        queries = dataclasses.replace(queries, labels=same_classes(asked, bank, queries.labels))
+        queries = evaluation_images(query_set, query_ids, size)
+        queries = dataclasses.replace(queries, labels=same_classes(query_set, bank, queries.labels))
         return cls(evaluation_images(bank, bank_ids, size), queries, split)
 
 
@@ -127,18 +127,18 @@ def final_scores(config: RunConfig, dataset: ImageDataset, backbone: nn.Module, 
         return Scores((), "no kNN: there are no labels of at least two classes, or no images held out", "none")
     k, temperature = config.evaluate.knn_k, config.evaluate.knn_temperature
     mean, std = config.data.mean, config.data.std
-    asked = data.queries.labels
+    query_labels = data.queries.labels
 
     def pixels(centre: bool) -> float:
         bank, queries = raw_pixels(data.bank.images), raw_pixels(data.queries.images)
         if centre:
             bank, queries = centred(bank, queries)
-            return knn_accuracy(bank, data.bank.labels, queries, asked, k, temperature)
-        return knn_accuracy(bank, data.bank.labels, queries, asked, k, metric="l2")
+            return knn_accuracy(bank, data.bank.labels, queries, query_labels, k, temperature)
+        return knn_accuracy(bank, data.bank.labels, queries, query_labels, k, metric="l2")
 
     def features(network: nn.Module) -> float:
         bank, queries = (extract(network, part.images, mean=mean, std=std, device=device) for part in (data.bank, data.queries))
-        return knn_accuracy(bank, data.bank.labels, queries, asked, k, temperature)
+        return knn_accuracy(bank, data.bank.labels, queries, query_labels, k, temperature)
 
     untrained = untrained.to(device)
     rows = (
@@ -154,7 +154,7 @@ def final_scores(config: RunConfig, dataset: ImageDataset, backbone: nn.Module, 
     )
     protocol = (
         f"kNN, k {k}, T {temperature:g}, cosine weighted vote; {len(data.bank.labels):,} training images vote, "
-        f"{len(asked):,} {data.split} images asked, {config.evaluation_size} px"
+        f"{len(query_labels):,} {data.split} images as queries, {config.evaluation_size} px"
     )
     return Scores(rows, protocol, data.split)
 

@@ -47,8 +47,10 @@ class Online:
     def has_knn(self) -> bool:
         """Whether the bank has labels of two classes and the queries have a label."""
         fraction = self.config.data.held_out
-        voting, asked = (self.dataset.labels[ids] for ids in (self.dataset.training_ids(fraction), self.dataset.held_out_ids(fraction)))
-        return bool((asked >= 0).any()) and len(np.unique(voting[voting >= 0])) >= 2
+        bank_labels, query_labels = (
+            self.dataset.labels[ids] for ids in (self.dataset.training_ids(fraction), self.dataset.held_out_ids(fraction))
+        )
+        return bool((query_labels >= 0).any()) and len(np.unique(bank_labels[bank_labels >= 0])) >= 2
 
     @property
     def measures(self) -> bool:
@@ -70,12 +72,12 @@ class Online:
         if self.has_knn:
             data = self.knn_data
             bank, queries = self.features(backbone, data.bank), self.features(backbone, data.queries)
-            truth, asked = data.bank.labels, data.queries.labels
-            found["knn"] = knn_accuracy(bank, truth, queries, asked, settings.knn_k, settings.knn_temperature)
+            bank_labels, query_labels = data.bank.labels, data.queries.labels
+            found["knn"] = knn_accuracy(bank, bank_labels, queries, query_labels, settings.knn_k, settings.knn_temperature)
             if settings.score == "knn":
                 found["score"] = found["knn"]
             elif settings.score == "linear":
-                found["score"], _ = linear_accuracy(bank.numpy(), truth.numpy(), queries.numpy(), asked.numpy())
+                found["score"], _ = linear_accuracy(bank.numpy(), bank_labels.numpy(), queries.numpy(), query_labels.numpy())
         if settings.score == "rankme":
             rows = bank if self.has_knn else self.features(backbone, self.clustered_images)
             found["rankme"] = effective_rank(rows)

@@ -83,11 +83,11 @@ class Probes:
 
     def linear(self) -> ProbeScores:
         """Fit standardised features of all training images, with C chosen on a tenth of them."""
-        bank, asked = self.data.bank, self.data.queries
+        bank, test = self.data.bank, self.data.queries
         rows, chosen = [], {}
         for key in self.backbones:
-            x, queries = self.features(key, "bank", bank.images), self.features(key, "asked", asked.images)
-            accuracy, chosen[key] = linear_accuracy(x, bank.labels.numpy(), queries, asked.labels.numpy())
+            x, queries = self.features(key, "bank", bank.images), self.features(key, "queries", test.images)
+            accuracy, chosen[key] = linear_accuracy(x, bank.labels.numpy(), queries, test.labels.numpy())
             rows.append(ProbeRow(key, f"{key} backbone", accuracy))
         text = (
             f"logistic regression on standardised features, C {chosen['trained']:g} of {CHOICES[0]:g} to {CHOICES[-1]:g} by a tenth of the "
@@ -97,7 +97,7 @@ class Probes:
 
     def lowshot(self) -> ProbeScores:
         """Run MSN's protocol: centred rows of unit length, no intercept, a fixed penalty; several draws of images."""
-        settings, asked = self.config.evaluate, self.data.queries
+        settings, test = self.config.evaluate, self.data.queries
         ids = self.dataset.training_ids(self.config.data.held_out)
         labels = self.dataset.labels[ids]
         most = max(settings.lowshot_images)
@@ -107,11 +107,11 @@ class Probes:
         rows = []
         for count in settings.lowshot_images:
             for key in self.backbones:
-                x, queries = self.features(key, "drawn", found.images), self.features(key, "asked", asked.images)
+                x, queries = self.features(key, "drawn", found.images), self.features(key, "queries", test.images)
                 accuracies = []
                 for drawn in draws:
                     own = [place[i] for i in drawn[:, :count].flatten().tolist() if i in place]  # without images that cannot be decoded
-                    accuracies.append(lowshot_accuracy(x[own], found.labels.numpy()[own], queries, asked.labels.numpy()))
+                    accuracies.append(lowshot_accuracy(x[own], found.labels.numpy()[own], queries, test.labels.numpy()))
                 text = f"{key} backbone, {count} image{'s' if count > 1 else ''} per class"
                 rows.append(ProbeRow(f"{key}_{count}", text, float(np.mean(accuracies)), spread_of(accuracies)))
         text = (
@@ -122,7 +122,7 @@ class Probes:
 
     def query_description(self) -> str:
         known = int((self.data.queries.labels >= 0).sum())
-        return f"{known:,} {self.data.split} images asked, {self.config.evaluation_size} px"
+        return f"{known:,} {self.data.split} images as queries, {self.config.evaluation_size} px"
 
 
 PROTOCOLS: dict[str, Callable[[Probes], ProbeScores]] = {"linear": Probes.linear, "lowshot": Probes.lowshot}
@@ -140,8 +140,10 @@ def linear_accuracy(
     scale = np.where(std > 1e-6 * max(std.max(), 1e-30), std, np.inf)  # constant features become 0
     bank, queries = (((x - mean) / scale).astype(np.float32) for x in (bank, queries))
     order = np.random.default_rng(0).permutation(len(bank))
-    asked, rest = order[: max(1, len(bank) // 10)], order[max(1, len(bank) // 10) :]
-    scores = {C: float((fitted(bank[rest], labels[rest], C).predict(bank[asked]) == labels[asked]).mean()) for C in sorted(choices)}
+    validation, rest = order[: max(1, len(bank) // 10)], order[max(1, len(bank) // 10) :]
+    scores = {
+        C: float((fitted(bank[rest], labels[rest], C).predict(bank[validation]) == labels[validation]).mean()) for C in sorted(choices)
+    }
     best = max(scores, key=lambda C: scores[C])
     return accuracy_of(fitted(bank, labels, best).predict(queries), truth), best
 
