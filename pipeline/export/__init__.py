@@ -1,4 +1,4 @@
-"""Models that leave a run: weights with timm's names, MLflow's model registry, the served model, features as Parquet.
+"""Export of models: weights with timm's names, MLflow's model registry, the served model, features as Parquet.
 
 Not here: metrics and curves in MLflow (`pipeline.tracking`).
 """

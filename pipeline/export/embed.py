@@ -1,10 +1,10 @@
-"""Features of a whole data set to Parquet, as a Ray Data batch job: tasks decode on CPUs, actors embed on GPUs where there are any.
+"""Embeddings of a whole dataset as Parquet, by a Ray Data batch job: tasks decode on CPUs, actors embed on GPUs if there are any.
 
     to/part-00000.parquet ...   id int64, path string, label int64, embedding fixed_size_list<float32>[D]; ordered by id
     to/_bad_images.jsonl        images that could not be decoded; they have no row
-    to/_embed.json              what made the folder, and whether it is complete
+    to/_embed.json              model, data and settings, and whether the folder is complete
 
-Readers of Parquet folders (pyarrow, pandas, Spark, Ray) pass over names that begin with an underscore.
+Readers of Parquet folders (pyarrow, pandas, Spark, Ray) skip names that begin with an underscore.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from pipeline.run_folder import refuse_passing, write_json
 from pipeline.storage.place import write_atomic
 
 FACTS, BAD = "_embed.json", "_bad_images.jsonl"
-SMALL, IMAGES_PER_TASK = 64, (1024, 256)  # images embedded together: of up to SMALL pixels, and larger
+SMALL, IMAGES_PER_TASK = 64, (1024, 256)  # for images of up to SMALL pixels, and for larger ones
 GPU = "cuda"
 
 
 @dataclass(frozen=True)
 class EmbedReport:
-    """What `embed` did."""
+    """The result of `embed`."""
 
     rows: int  # embeddings written
     bad: int  # images left out because they cannot be decoded
@@ -46,10 +46,10 @@ class EmbedReport:
 
 @dataclass(frozen=True)
 class _Job:
-    """What every task needs; the two references point into the object store, so a cluster needs no shared model folder."""
+    """The arguments of every task. Model and dataset are references, so a cluster needs no shared model folder."""
 
-    model: Any  # -> (weights, spec)
-    dataset: Any  # -> ImageDataset
+    model: Any  # reference to (weights, spec)
+    dataset: Any  # reference to the ImageDataset
     to: Path
     size: int  # side of a crop, pixels
     images_per_task: int
@@ -68,21 +68,21 @@ def embed(
     gpus: float | None = None,
     images_per_task: int | None = None,
 ) -> EmbedReport:
-    """Embed every image of a source, whatever its split, and write the rows in the order of their ids.
+    """Embed every image of a source, held-out ones included, and write the rows in the order of their ids.
 
-    Images are fed as the model's export says (size, normalisation); `data.mean` and `data.std` are not read.
+    Size and normalisation are those of the export; `data.mean` and `data.std` are not used.
 
     Args:
-        model: an export: what `resolve_model` returns.
+        model: an export, as `resolve_model` returns it.
         to: a new or empty folder, or the output of an earlier embed, which is replaced. On a cluster a shared path.
         batch_size: images in one forward pass.
         bf16: autocast; else float32, IEEE everywhere.
-        gpus: GPUs of each actor that embeds, a fraction or a whole number, as many actors as fit; 0 = tasks on CPUs; None = 1 where Ray
-            has GPUs now, else 0.
+        gpus: GPUs of each actor, a fraction or a whole number; as many actors as fit are started. 0 = tasks on CPUs; None = 1 if Ray has
+            GPUs now, else 0.
         images_per_task: images per task and per output file; None = 1024 small or 256 large ones.
 
     Raises:
-        ConfigError: no such model, data or GPU, a folder with something else in it, or too many bad images.
+        ConfigError: no such model, data or GPU, a folder with other files, or too many bad images.
     """
     import ray
 
@@ -134,14 +134,14 @@ def embed(
 
 
 def _parts(job: _Job, images: int, gpus: float) -> Any:
-    """Embed the images part by part, each of which is one row; yield the report of each part as it ends."""
+    """Embed the images in parts, one row of Ray Data for each, and yield the report of each part."""
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that progress bars are off
     parts = -(-images // job.images_per_task)
     cut = functools.partial(_decode_part, job=job)
     dataset = ray.data.range(parts, override_num_blocks=parts).map_batches(cut, batch_size=1, num_cpus=1)
-    if gpus:  # actors, because a task on a GPU would start a process and load the model for every part
+    if gpus:  # actors, because every task on a GPU would load the model
         dataset = dataset.map_batches(
             _Embedder,
             fn_constructor_args=(job,),
@@ -150,7 +150,7 @@ def _parts(job: _Job, images: int, gpus: float) -> Any:
             num_cpus=0,  # all CPUs are for the tasks that decode
             compute=ray.data.ActorPoolStrategy(min_size=1),
         )
-    else:  # Ray Data makes one task of both steps
+    else:  # Ray Data fuses both steps into one task
         dataset = dataset.map_batches(functools.partial(_embed_part, job=job), batch_size=1, num_cpus=1)
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
@@ -158,7 +158,7 @@ def _parts(job: _Job, images: int, gpus: float) -> Any:
 
 
 def _decode_part(batch: dict[str, np.ndarray], *, job: _Job) -> dict[str, list[Any]]:
-    """Decode the images of one part, in a Ray task: `crops` `(n, size, size, 3)` uint8 of the good ones, and who they are."""
+    """Decode the images of one part. Return the bytes of the crops `(n, size, size, 3)` uint8 of good images, and their ids."""
     import ray
 
     from pipeline.data.decode import BadImage, decode, evaluation_crop
@@ -177,7 +177,7 @@ def _decode_part(batch: dict[str, np.ndarray], *, job: _Job) -> dict[str, list[A
 
 
 def _embed_part(batch: dict[str, np.ndarray], *, job: _Job) -> dict[str, list[Any]]:
-    """Embed the crops of one part and write their file."""
+    """Embed the crops of one part and write its file."""
     backbone, spec = _load(job)
     good = [tuple(row) for row in json.loads(batch["good"][0])]
     pixels = np.frombuffer(batch["crops"][0], np.uint8).reshape(len(good), spec.size, spec.size, 3)
@@ -195,7 +195,7 @@ def _embed_part(batch: dict[str, np.ndarray], *, job: _Job) -> dict[str, list[An
 
 
 class _Embedder:
-    """An actor on a GPU, which holds the model for all parts that it gets."""
+    """Actor on a GPU that keeps the model."""
 
     def __init__(self, job: _Job) -> None:
         self.job = job
@@ -205,13 +205,13 @@ class _Embedder:
         return _embed_part(batch, job=self.job)
 
 
-_loaded: dict[str, tuple[Any, Any]] = {}  # backbone and spec; of this process, for the parts that it gets
+_loaded: dict[str, tuple[Any, Any]] = {}  # backbone and spec that this process has loaded
 
 
 def _load(job: _Job) -> tuple[Any, Any]:
     import ray
 
-    key = f"{job.model.hex()} {job.device}"  # not the reference itself, which would keep the weights in the object store
+    key = f"{job.model.hex()} {job.device}"  # not the reference, which would keep the weights in the object store
     if key not in _loaded:
         set_precision(torch.device(job.device))
         weights, spec = ray.get(job.model)
@@ -234,7 +234,7 @@ def _write(path: Path, rows: list[tuple[int, str, int]], features: np.ndarray, w
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     pq.write_table(pa.table(columns), temporary)
-    os.replace(temporary, path)  # a task that runs again writes the same file
+    os.replace(temporary, path)  # a repeated task replaces its file
 
 
 def _check_target(to: Path) -> None:
@@ -246,7 +246,7 @@ def _check_target(to: Path) -> None:
 
 
 def _clear(to: Path) -> None:
-    """Make the folder, without the files of an earlier embed; anything else in it stays."""
+    """Make the folder and remove the files of an earlier embed."""
     try:
         to.mkdir(parents=True, exist_ok=True)
         for old in (*to.glob("part-*.parquet"), *to.glob(".part-*.tmp"), to / BAD):

@@ -1,4 +1,4 @@
-"""The verb `evaluate`: an exported backbone, measured as at the end of its run."""
+"""Evaluation of an exported backbone, as at the end of its run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.machine import set_precision
 
 
 def config_of(export: Path) -> RunConfig:
-    """The settings under which an export is measured: its run's, or for a registered model its own size and normalisation."""
+    """Return the settings for an export: those of its run, or the size and normalisation of a registered model."""
     saved = export.parent / "config.yaml"
     if saved.is_file():
         return from_yaml(saved.read_text())
@@ -34,7 +34,7 @@ def config_of(export: Path) -> RunConfig:
 
 
 def evaluate(export: Path, config: RunConfig, protocols: Sequence[str] = ("knn",)) -> tuple[Scores | None, list[ProbeScores]]:
-    """An export beside an untrained backbone of the same kind: its kNN, also beside raw pixels, and the other protocols.
+    """Evaluate an export and an untrained backbone of the same architecture: kNN, with raw pixels as baseline, and other protocols.
 
     Raises:
         ConfigError: images without labels of two classes.

@@ -1,4 +1,4 @@
-"""The code of a registered model: `served_model.py` with the sources of the served class and of all that it imports of ours."""
+"""The code of a registered model: `served_model.py` with the sources of the served class and of the project's modules it imports."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ EMPTY = "SOURCES: dict[str, str] = {}"
 
 
 def model_code() -> str:
-    """Return one file of Python that makes the served model wherever torch, timm and MLflow are."""
+    """Return one Python file with the served model, which needs torch, timm and MLflow only."""
     texts = "".join(f"{name!r}: {_literal(text)},\n" for name, text in sorted(sources(SERVED).items()))
     before, after = Path(__file__).with_name("served_model.py").read_text().split(EMPTY)
     return f"{before}{EMPTY[:-1]}\n{texts}}}{after}"
 
 
 def sources(*modules: str) -> dict[str, str]:
-    """Return the sources of modules of ours and of every one that they import, in functions too, with their packages."""
+    """Return the sources of modules, of the project's modules that they import, in functions too, and of their packages."""
     found: dict[str, str] = {}
     wanted = list(modules)
     while wanted:
         name = wanted.pop()
         file = PROJECT.joinpath(*name.split("."))
         file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
-        if name in found or not file.is_file():  # not a file: a function or class of its module
+        if name in found or not file.is_file():  # no file: the name of a function or class
             continue
         found[name] = file.read_text()
         wanted.append(name.rpartition(".")[0])
@@ -37,7 +37,7 @@ def sources(*modules: str) -> dict[str, str]:
 
 
 def _run(tree: ast.AST) -> Iterator[ast.AST]:
-    """Every node below one, but for those under `if TYPE_CHECKING:`, which are not run."""
+    """Yield every node below `tree`, except those under `if TYPE_CHECKING:`."""
     skipped = tree.body if isinstance(tree, ast.If) and ast.unparse(tree.test) == "TYPE_CHECKING" else []
     for node in ast.iter_child_nodes(tree):
         if node not in skipped:
@@ -46,5 +46,5 @@ def _run(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def _literal(text: str) -> str:
-    """Python for `text` that people can read."""
+    """Return `text` as a readable Python literal."""
     return f"r'''{text}'''" if "'''" not in text and not text.endswith(("'", "\\")) else repr(text)

@@ -1,8 +1,8 @@
-"""The registered model, which uses a GPU where there is one. `pipeline.export.model_code` makes one file of this and what it imports.
+"""The registered model. It uses a GPU if there is one. `pipeline.export.model_code` makes one file of this module and its imports.
 
 Input: a DataFrame with the column `image`, each cell an encoded image of any format and size as `bytes`, the same in base64 as
-`str`, or decoded pixels as a uint8 array `(H, W, 3)`. Output: `(N, D)` float32 embeddings. MLflow's own variable
-`MLFLOW_DEFAULT_PREDICTION_DEVICE` chooses another device, such as `cpu`.
+`str`, or decoded pixels as a uint8 array `(H, W, 3)`. Output: `(N, D)` float32 embeddings. MLflow's environment variable
+`MLFLOW_DEFAULT_PREDICTION_DEVICE` sets another device, such as `cpu`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipeline.data.decode import BadImage, decode, evaluation_crop
 from pipeline.evaluate.features import extract
 from pipeline.export.weights import load_export
 
-BATCH = 64  # images at a time, so that memory does not grow with the request
+BATCH = 64  # images of one forward pass
 
 
 class Embedder(mlflow.pyfunc.PythonModel):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""MLflow's model registry, and finding a model by reference. The files themselves are made and read by `pipeline.export.weights`."""
+"""MLflow's model registry, and models by reference. `pipeline.export.weights` reads the files of a model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 SCORE_TAG = "knn_held_out"
-# ranges as in pyproject.toml, not pins: the export is plain weights, so any of these versions can run it
+# ranges as in pyproject.toml: the export is plain weights, which all of these versions can run
 REQUIREMENTS = [
     "mlflow>=3.17,<4",
     "torch>=2.10,<3",
@@ -56,12 +56,12 @@ REQUIREMENTS = [
 
 @dataclass(frozen=True)
 class Registered:
-    """One version in the registry; `models:/NAME/VERSION` is its address."""
+    """A version in the registry, with the address `models:/NAME/VERSION`."""
 
     name: str
     version: int
     uri: str
-    alias_best: bool  # did the alias `best` move to this version?
+    alias_best: bool  # the alias `best` has moved to this version
 
 
 def register(
@@ -76,22 +76,22 @@ def register(
 ) -> Registered:
     """Log an export as an MLflow model that embeds images, and register it as the next version of `name`.
 
-    The alias `best` moves to it if no other version of `name` has as high a held-out kNN; no score counts as the lowest.
+    The alias `best` moves to it if its held-out kNN is higher than that of all other versions of `name`. No score is the lowest.
 
     Args:
         folder: the export.
         uri: tracking server and registry.
-        run_id: the MLflow run it came from.
+        run_id: the MLflow run of the model.
         tags: method, recipe, data fingerprint, scores.
         held_out_knn: top-1 fraction in [0, 1] on held-out training images.
-        experiment: where the model is listed when there is no run.
+        experiment: experiment of a model without a run.
 
     Raises:
-        ConfigError: a name that the registry does not take, an export that cannot be read, or a server that does not answer.
+        ConfigError: the registry rejects the name, the export cannot be read, or the server does not answer.
     """
     if not re.fullmatch(r"[\w .\-]+", name):
         raise ConfigError(f"track.model_name={name}: not a name for the registry; use letters, digits, - _ and .")
-    _, spec = load_export(folder)  # a model that cannot be loaded is not registered
+    _, spec = load_export(folder)  # raises for a damaged export
     all_tags = {key: str(value) for key, value in (tags or {}).items()}
     if held_out_knn is not None and math.isfinite(held_out_knn):
         all_tags[SCORE_TAG] = repr(float(held_out_knn))
@@ -130,8 +130,8 @@ def _add_version(folder: Path, spec: ExportSpec, name: str, uri: str, run_id: st
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    # A server takes only the model's own address. On a database MLflow would look that up at its process-wide tracking
-    # address, which may be another: there the place of the files is given, and the link only beside a run.
+    # A server accepts only the address of the logged model. On a database MLflow would look that up at the tracking address of the
+    # process, which may differ: there the location of the files is given, and the link only with a run.
     direct = not uri.startswith("http")
     return client.create_model_version(
         name,
@@ -143,7 +143,7 @@ def _add_version(folder: Path, spec: ExportSpec, name: str, uri: str, run_id: st
 
 
 def _promote(uri: str, version: Any) -> bool:
-    """Move the alias `best` to a new version if its score is above all others."""
+    """Move the alias `best` to a new version if its score is higher than all others. Return whether it moved."""
     client = mlflow_client(uri)
     others = [_score(v) for v in client.search_model_versions(f"name = '{version.name}'") if int(v.version) != int(version.version)]
     best = all(_score(version) > other for other in others)
@@ -154,7 +154,7 @@ def _promote(uri: str, version: Any) -> bool:
 
 @contextlib.contextmanager
 def _answers(uri: str) -> Iterator[None]:
-    """MLflow's errors as one sentence."""
+    """Turn MLflow's errors into ConfigErrors of one sentence."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -187,7 +187,7 @@ def _save_pyfunc(scratch: Path, folder: Path, spec: ExportSpec, model: Any) -> N
         scratch / "model",
         python_model=str(code),
         artifacts={"export": str(folder.resolve())},
-        # `binary`: the REST server decodes base64; in Python, bytes, base64 strings and arrays all pass
+        # `binary`: the REST server decodes base64; in Python, bytes, base64 strings and arrays are accepted
         signature=ModelSignature(
             inputs=Schema([ColSpec("binary", "image")]), outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, spec.features))])
         ),
@@ -201,16 +201,16 @@ def _save_pyfunc(scratch: Path, folder: Path, spec: ExportSpec, model: Any) -> N
 
 
 def resolve_model(reference: str, *, runs_dir: Path, uri: str | None = None) -> Path:
-    """The export that a reference means; feed it to `load_export`.
+    """Return the export of a reference, for `load_export`.
 
     Args:
         reference: a run's name, a run folder, an export folder, a `.safetensors` file beside its JSON, `models:/NAME@ALIAS`
             or `models:/NAME/VERSION`.
-        runs_dir: where runs are looked up by name.
+        runs_dir: folder of runs that are given by name.
         uri: the registry; None = MLFLOW_TRACKING_URI, else the SQLite database of `runs_dir`.
 
     Raises:
-        ConfigError: nothing there; the message says what was tried and what exists.
+        ConfigError: there is no such model; the message gives what was tried and what exists.
     """
     if reference.startswith("models:"):
         return _from_registry(reference, runs_dir, uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(runs_dir))
@@ -252,7 +252,7 @@ def _downloaded(client: Any, reference: str, name: str, alias: str | None, numbe
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         raise ConfigError(f"model={reference}: not in the registry; {_what_exists(client, name)}") from None
-    # the time of creation tells a version from one of the same number in a registry that was deleted and made anew
+    # the time of creation distinguishes versions of the same number, if the registry was deleted and made anew
     cache = runs_dir.expanduser().resolve() / ".models" / f"{name}-{version.version}-{version.creation_timestamp}"
     if not (cache / SPEC).is_file():
         with tempfile.TemporaryDirectory() as scratch:
@@ -262,7 +262,7 @@ def _downloaded(client: Any, reference: str, name: str, alias: str | None, numbe
                 raise ConfigError(f"model={reference}: has no {SPEC}, so it is not a Manyviews model; register one with pretrain")
             cache.mkdir(parents=True, exist_ok=True)
             write_atomic(cache / WEIGHTS, found.with_name(WEIGHTS).read_bytes())
-            write_atomic(cache / SPEC, found.read_bytes())  # last: its presence means that both are whole
+            write_atomic(cache / SPEC, found.read_bytes())  # last, so that both are whole if it exists
     return cache
 
 
@@ -277,7 +277,7 @@ def _what_exists(client: Any, name: str) -> str:
 
 
 def init_backbone(backbone: nn.Module, reference: str, *, runs_dir: Path, uri: str | None = None) -> None:
-    """Warm start: fill `backbone` with the weights of a model, or of a bare `.safetensors` file with timm's names.
+    """Load the weights of a model, or of a `.safetensors` file with timm's names, into `backbone`.
 
     Raises:
         ConfigError: no such model, or its architecture differs; the message names the parameters and the saved settings.

@@ -1,7 +1,7 @@
-"""An image model of Manyviews in one file: the sources of the modules that it needs, and their import under a name of their own.
+"""An image model of Manyviews in one file: the sources of the modules that it needs, and their import under a unique name.
 
-`pipeline.export.model_code` fills in the sources; MLflow runs the file (models from code). The name is a hash of the sources: neither
-a user's modules nor another version's code can be taken for these, nor these for them.
+`pipeline.export.model_code` fills in the sources, and MLflow runs the file (models from code). The name is a hash of the sources, so
+they do not collide with modules of users or of other versions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import mlflow.models
 
-SOURCES: dict[str, str] = {}  # by the full name of the module
+SOURCES: dict[str, str] = {}  # by full name of the module
 PACKAGE = f"manyviews_{hashlib.sha256(repr(sorted(SOURCES.items())).encode()).hexdigest()[:16]}"
 IMPORT = re.compile(r"^( *from )(?=(?:methods|pipeline)\b)", re.MULTILINE)
 MODULES = {PACKAGE: ""} | {f"{PACKAGE}.{name}": IMPORT.sub(rf"\1{PACKAGE}.", text) for name, text in SOURCES.items()}
@@ -35,7 +35,7 @@ class Importer(importlib.abc.MetaPathFinder, importlib.abc.ExecutionLoader):
         return MODULES[fullname]
 
     def get_filename(self, fullname: str) -> str:
-        return f"{__file__}/{fullname.replace('.', '/')}.py"  # for tracebacks, as of a zip file
+        return f"{__file__}/{fullname.replace('.', '/')}.py"  # for tracebacks
 
 
 if SOURCES:

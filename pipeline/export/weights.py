@@ -1,6 +1,6 @@
-"""A backbone outside its run: `backbone.safetensors` (plain timm names, float32) beside `backbone.json` (how to build and feed it).
+"""An exported backbone: `backbone.safetensors` (timm names, float32) and `backbone.json` (architecture, image size, normalisation).
 
-`pipeline.export.write` writes them; the served model uses this file too: nothing here needs more than torch, timm and safetensors.
+`pipeline.export.write` writes them. The served model includes this file, so it imports torch, timm and safetensors only.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ WEIGHTS, SPEC = "backbone.safetensors", "backbone.json"
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSpec:
-    """What `backbone.json` says."""
+    """The content of `backbone.json`."""
 
     backbone: BackboneConfig
     size: int  # side of an embedded image, pixels
     mean: Triple  # normalisation, in [0, 1]
     std: Triple
     features: int  # width D of an embedding
-    facts: dict[str, Any]  # method, recipe, data fingerprint, scores ...: for people
+    facts: dict[str, Any]  # method, recipe, data fingerprint, scores ...
 
 
 def read_export(path: Path) -> tuple[dict[str, Tensor], ExportSpec]:
-    """Weights and description of an export: its folder, or a `.safetensors` file with the JSON of the same name beside it.
+    """Read weights and description of an export: its folder, or a `.safetensors` file with the JSON of the same name beside it.
 
     Raises:
         ConfigError: a file is missing or damaged.
@@ -57,34 +57,38 @@ def _tuples(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_export(weights: Mapping[str, Tensor], spec: ExportSpec) -> nn.Module:
-    """The backbone of an export, in evaluation mode."""
+    """Build the backbone of an export, in evaluation mode."""
     backbone = build_backbone(spec.backbone)
     fill(backbone, weights, "model", wording(spec.backbone))
     return backbone.eval()
 
 
 def load_export(path: Path) -> tuple[nn.Module, ExportSpec]:
-    """The backbone of an export, in evaluation mode on the CPU, with its description; nothing in the files can run code.
+    """Load the backbone of an export, in evaluation mode on the CPU, and its description, without running code from the files.
 
     Raises:
-        ConfigError: a file is missing, damaged, or does not fit the other.
+        ConfigError: a file is missing or damaged, or weights and description do not match.
     """
     weights, spec = read_export(path)
     return build_export(weights, spec), spec
 
 
 def wording(config: BackboneConfig) -> str:
-    """A backbone's settings in a line, without those that have their default."""
+    """Return the settings of a backbone in one line, without defaults."""
     plain = BackboneConfig(name="")
     settings = {name: value for name, value in vars(config).items() if value != getattr(plain, name) and name not in ("init", "drop_path")}
     return "backbone " + " ".join(f"{name}={value}" for name, value in settings.items())
 
 
 def fill(backbone: nn.Module, weights: Mapping[str, Tensor], key: str, saved: str) -> None:
-    """Load weights, all or none.
+    """Load all weights into a backbone.
+
+    Args:
+        key: the setting that names the weights, for the message.
+        saved: the backbone of the weights, for the message.
 
     Raises:
-        ConfigError: `key` cannot work, because names or shapes differ; `saved` says what the weights were made for.
+        ConfigError: names or shapes differ; nothing is loaded.
     """
     own = backbone.state_dict()
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())

@@ -1,4 +1,4 @@
-"""Writing an export: what `pipeline.export.weights` reads."""
+"""Writing of exports, which `pipeline.export.weights` reads."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def export(
     std: Triple,
     facts: dict[str, Any],
 ) -> Path:
-    """Write a backbone so that it can be used without the run, and return the folder.
+    """Write a backbone that can be used without its run. Return the folder.
 
     Args:
-        size: side at which images are embedded, pixels.
+        size: side of embedded images, pixels.
         facts: plain values that describe the run.
     """
     from safetensors.torch import save

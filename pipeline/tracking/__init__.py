@@ -1,4 +1,4 @@
-"""Metrics and artifacts of a run on their way to MLflow, through a file that survives a server that is down.
+"""Tracking of a run in MLflow. Metrics are first written to a local file, so none are lost if the server does not answer.
 
-Not here: the model registry (`pipeline.export.registry`), the file itself (`pipeline.metrics_log`).
+Not here: the model registry (`pipeline.export.registry`), the file (`pipeline.metrics_log`).
 """

@@ -1,4 +1,4 @@
-"""How this project talks to MLflow: one address for tracking and registry, short timeouts, nothing on the user's screen."""
+"""Clients of MLflow: one address for tracking and registry, short timeouts, no log lines on the console."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from methods.parts.errors import ConfigError
 
 
 def default_uri(runs_dir: Path) -> str:
-    """The SQLite database of a runs folder as a tracking URI; absolute, so that it means the same in every process."""
+    """Return the tracking URI of the SQLite database of a runs folder, with an absolute path."""
     return f"sqlite:///{runs_dir.expanduser().resolve() / 'mlflow.db'}"
 
 
 def quiet_mlflow() -> None:
-    """Short timeouts, no telemetry, no log lines on the user's screen; settings of the environment win."""
+    """Set short timeouts, no telemetry and no log lines, unless the environment sets them."""
     defaults = {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -33,18 +33,18 @@ def quiet_mlflow() -> None:
 
 
 def mlflow_client(uri: str) -> Any:
-    """An `MlflowClient` for tracking and registry; for SQLite the folder of the database is made."""
+    """Return an `MlflowClient` for tracking and registry. For SQLite, make the folder of the database."""
     quiet_mlflow()
     from mlflow import MlflowClient
 
-    quiet_mlflow()  # importing MLflow sets its own log level
+    quiet_mlflow()  # after the import, which sets the log level
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def experiment_id(client: Any, uri: str, name: str) -> str:
-    """The experiment of that name, made if need be; with SQLite its files go beside the database, not into the cwd."""
+    """Return the experiment of that name, and create it if needed. With SQLite its files are stored beside the database."""
     from mlflow.exceptions import MlflowException
 
     location = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri() if uri.startswith("sqlite:////") else None
@@ -62,7 +62,7 @@ def experiment_id(client: Any, uri: str, name: str) -> str:
 
 
 def is_active(client: Any, run_id: str) -> bool:
-    """Does the run exist, and is it not deleted?"""
+    """Return whether the run exists and is not deleted."""
     from mlflow.exceptions import MlflowException
 
     try:

@@ -1,7 +1,7 @@
-"""Metrics, parameters and files of a run: kept locally first, sent to MLflow by a background thread.
+"""Tracking of a run: metrics, parameters and files are stored locally and sent to MLflow by a background thread.
 
-`metrics.jsonl` is both the truth and the spool. `tracking.json` holds everything needed to create the MLflow run and how
-far it was sent, so a run that trained against a dead server loses nothing: `sync` sends the rest later.
+`metrics.jsonl` has all metrics. `tracking.json` has everything needed to create the MLflow run, and the position up to which
+metrics were sent. If the server did not answer, `sync` sends the rest later.
 """
 
 from __future__ import annotations
@@ -26,34 +26,33 @@ from pipeline.tracking.client import default_uri, experiment_id, is_active, mlfl
 __all__ = ["EndStatus", "Tracker", "default_uri", "read_points", "sync"]
 
 EndStatus = Literal["FINISHED", "FAILED", "KILLED"]
-METRICS_PER_CALL, PARAMS_PER_CALL, VALUE_CHARACTERS = 1000, 100, 6000  # MLflow's own limits
-# loading MLflow and making a database takes a core for seconds, which would slow the start of training: it waits for the first
-# point, at most so many seconds, and then for others to have started
+METRICS_PER_CALL, PARAMS_PER_CALL, VALUE_CHARACTERS = 1000, 100, 6000  # MLflow's limits
+# loading MLflow and making a database occupies a core for seconds, so the thread waits for the first metrics and some time after them
 FIRST_POINT_S, SETTLING_S = 60.0, 10.0
-LONGEST_PAUSE = 60.0  # s between attempts on a server that does not answer
+LONGEST_PAUSE = 60.0  # s between two attempts to reach a server
 
 
 class Tracker:
-    """The tracking of one run by one process. Nothing here blocks or stops training.
+    """Tracks one run in one process, without blocking or stopping training.
 
-    `open`, then `log`, `artifact`, `set_tags` at will, then `close` once.
+    Call `open`, then `log`, `artifact` and `set_tags` any number of times, then `close` once.
     """
 
     def __init__(self, folder: Path, state: dict[str, Any]) -> None:
         self.folder = folder
         self._state = state
-        self._lock = threading.Lock()  # guards the state and metrics.jsonl; never held while the server or the disk is waited for
-        self._saving = threading.Lock()  # one writer of tracking.json; taken before `_lock`, never after it
+        self._lock = threading.Lock()  # guards the state and metrics.jsonl; not held during requests and disk writes
+        self._saving = threading.Lock()  # guards the file tracking.json; acquired before `_lock`
         self._wake, self._asked, self._known, self._closing, self._stop = (threading.Event() for _ in range(5))
         self._rewinds = self._failures = 0
         self._client: Any = None
         self._params: Callable[[], Mapping[str, object]] = dict
         self._thread: threading.Thread | None = None
-        self.problem: str | None = None  # the last failure, for the user's screen
+        self.problem: str | None = None  # the last failure, for the user
         if state["run_id"] and state["attached"]:
             self._known.set()
 
-    # ------------------------------------------------------------------ life
+    # ------------------------------------------------------------------ open and close
 
     @classmethod
     def open(
@@ -66,10 +65,10 @@ class Tracker:
         params: Callable[[], Mapping[str, object]],
         tags: Mapping[str, object],
     ) -> Tracker:
-        """Start tracking, or go on with the MLflow run named in the folder's `tracking.json`.
+        """Start tracking, or continue the MLflow run in the folder's `tracking.json`.
 
         Args:
-            params: asked for at the start of a run, and where its server has lost it.
+            params: called at the start of a run, and if the server no longer has the run.
             uri: tracking server; None = the SQLite database beside the run folder.
         """
         folder = folder.resolve()
@@ -79,7 +78,7 @@ class Tracker:
         state |= {"started": time.time(), "params": {}, "artifacts": [], "tags": {}}
         former = _read_state(folder)
         if former and (former["uri"], former["experiment"]) == (uri, experiment):
-            state |= former  # MLflow's parameters cannot change: those of the first life stand
+            state |= former  # with the first parameters, which cannot change in MLflow
         else:
             state["params"] = _as_strings(params())
         state["tags"] |= _as_strings(tags)
@@ -93,7 +92,7 @@ class Tracker:
         return tracker
 
     def run_id(self, timeout: float = 60.0) -> str | None:
-        """The MLflow run's id, waiting at most `timeout` s for the server; None if it does not answer or failed twice in a row."""
+        """Return the id of the MLflow run. Wait at most `timeout` s; None if the server does not answer or fails twice in a row."""
         deadline = time.monotonic() + timeout
         self._asked.set()
         self._wake.set()
@@ -104,10 +103,10 @@ class Tracker:
         return run_id
 
     def close(self, status: EndStatus = "FINISHED", timeout_s: float = 30.0) -> int:
-        """End the MLflow run and send what is left, within `timeout_s` s; give up early on a server that does not answer.
+        """Send the remaining data and end the MLflow run, within `timeout_s` s; give up earlier if the server does not answer.
 
         Returns:
-            How many points, files, tags and the like could not be sent; 0 = the server has everything.
+            Number of points, files, tags and parameters that were not sent.
         """
         with self._lock:
             self._state |= {"status": status, "ended": time.time()}
@@ -120,10 +119,10 @@ class Tracker:
         self._stop.set()
         return self.unsent()
 
-    # ------------------------------------------------------------------ what the loop calls
+    # ------------------------------------------------------------------ recording
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record numbers at `step` (completed optimizer steps): one line in `metrics.jsonl`, sent in the background."""
+        """Record the metrics of `step` (completed optimizer steps) in `metrics.jsonl`; the thread sends them."""
         try:
             with self._lock:
                 append_line(self.folder, encode(step, metrics))
@@ -132,11 +131,11 @@ class Tracker:
         self._wake.set()
 
     def wake(self) -> None:
-        """Points were appended by another process: send them."""
+        """Send points that another process has appended."""
         self._wake.set()
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Send a file or folder as it is when its turn comes, under `folder` among the run's artifacts."""
+        """Send a file or folder, with its content at the time of sending, to `folder` among the artifacts of the run."""
         self._change(lambda state: state["artifacts"].append([str(path.resolve()), folder]))
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
@@ -144,7 +143,7 @@ class Tracker:
         self._change(lambda state: state["tags"].update(_as_strings(tags)))
 
     def rewind(self, step: int) -> None:
-        """Forget every point after `step`, the position of the checkpoint that the run goes on from."""
+        """Remove every point after `step`, the step of the checkpoint from which the run is resumed."""
         path = self.folder / "metrics.jsonl"
         with self._lock, contextlib.suppress(OSError):
             kept, sent, position = [], 0, 0
@@ -159,7 +158,7 @@ class Tracker:
         self._save()
 
     def unsent(self) -> int:
-        """Points, files, tags and the like that the server does not have yet."""
+        """Return the number of points, files, tags and parameters that the server does not have."""
         with self._lock:
             state = self._state
             waiting = len(state["params"]) + len(state["tags"]) + len(state["artifacts"]) + (state["status"] is not None)
@@ -169,7 +168,7 @@ class Tracker:
                 points = sum(1 for _ in file)
             return int(waiting + points)
 
-    # ------------------------------------------------------------------ the background
+    # ------------------------------------------------------------------ sending
 
     def _change(self, change: Callable[[dict[str, Any]], object]) -> None:
         with self._lock:
@@ -195,7 +194,7 @@ class Tracker:
                 if closing:
                     return
                 self._wake.wait()
-                self._closing.wait(1.0)  # let points gather into one call
+                self._closing.wait(1.0)  # sends several points in one call
             except Exception as error:
                 self._failures += 1
                 self.problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
@@ -204,7 +203,7 @@ class Tracker:
                 (self._stop if closing else self._closing).wait(1.0 if closing else min(LONGEST_PAUSE, 2.0 ** min(self._failures, 10)))
 
     def push(self) -> int:
-        """Send everything that waits, on this thread; returns the number of points sent. Raises whatever MLflow raises."""
+        """Send everything in this thread. Return the number of points sent. Exceptions of MLflow are not caught."""
         self._attach()
         run_id, client = self._state["run_id"], self._client
         self._send_once("params", run_id)
@@ -221,17 +220,17 @@ class Tracker:
         return sent
 
     def _attach(self) -> None:
-        """Find or make the MLflow run, once per process."""
+        """Find or create the MLflow run, once per process."""
         if self._client is not None and self._state["attached"]:
             return
         client = mlflow_client(self._state["uri"])
         run_id = self._state["run_id"]
         if run_id and not is_active(client, run_id):
-            run_id, self._state["sent"] = None, 0  # deleted on the server: it gets a new run with everything
+            run_id, self._state["sent"] = None, 0  # deleted on the server: send everything to a new run
             self._state["params"] = _as_strings(self._params()) | self._state["params"]
         if run_id is None:
             where = experiment_id(client, self._state["uri"], self._state["experiment"])
-            # a request that timed out may have made the run all the same
+            # a request that timed out may have created the run
             found = client.search_runs([where], f"tags.`manyviews.key` = '{self._state['key']}'", max_results=1)
             if not found:
                 tags, begun = {"manyviews.key": self._state["key"]}, int(1000 * self._state["started"])
@@ -275,7 +274,7 @@ class Tracker:
             except MlflowException as error:
                 if error.error_code != "INVALID_PARAMETER_VALUE":
                     raise
-                for line in lines:  # leave out the points that the server refuses, keep their neighbours
+                for line in lines:  # one by one, to leave out only points that the server rejects
                     with contextlib.suppress(MlflowException):
                         self._client.log_batch(run_id, metrics=_mlflow_metrics([line]))
             total += len(lines)
@@ -293,7 +292,7 @@ class Tracker:
                     self._client.log_artifacts(run_id, path, artifact_path=folder or Path(path).name)
                 elif Path(path).is_file():
                     self._client.log_artifact(run_id, path, artifact_path=folder)
-            except Exception as error:  # must not keep the run from being ended
+            except Exception as error:  # the run is ended all the same
                 failed = error
                 continue
             with self._lock:
@@ -303,10 +302,10 @@ class Tracker:
 
 
 def sync(folder: Path) -> int:
-    """Send what an earlier process could not, and end the MLflow run; returns the number of points sent.
+    """Send the data that an earlier process could not send, and end the MLflow run. Return the number of points sent.
 
     Raises:
-        ConfigError: the run was never tracked, is in progress, or the server still does not answer.
+        ConfigError: the run was not tracked, is in progress, or the server does not answer.
     """
     folder = folder.resolve()
     state = _read_state(folder)
@@ -315,7 +314,7 @@ def sync(folder: Path) -> int:
     if RunFolder(folder).locked():
         raise ConfigError(f"run={folder.name}: is in progress and sends by itself; wait for its end")
     if state["status"] == "RUNNING" or (state["status"] is None and state["ended"] is None):
-        state |= {"status": "KILLED", "ended": time.time()}  # its process went away without a word
+        state |= {"status": "KILLED", "ended": time.time()}  # its process was killed
     drop_torn_line(folder / "metrics.jsonl")
     tracker = Tracker(folder, state | {"attached": False})
     try:
@@ -339,7 +338,7 @@ def _mlflow_metrics(lines: Iterable[bytes]) -> list[Any]:
 
 
 def _as_strings(values: Mapping[str, object]) -> dict[str, str]:
-    """As MLflow takes them."""
+    """Return values as strings, cut at MLflow's limit."""
     return {key: str(value)[:VALUE_CHARACTERS] for key, value in values.items()}
 
 
