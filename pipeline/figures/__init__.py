@@ -1,4 +1,4 @@
-"""Pictures of a run or a model: charts, contact sheets, maps; `pictures.py` lists them by name.
+"""Pictures of a run or a model: charts, contact sheets, maps; `pictures.py` finds them by name.
 
-Not here: the numbers that they show (`pipeline.evaluate`); plots of searches (`tuning`).
+Not here: the measurements that they show (`pipeline.evaluate`); plots of searches (`tuning`).
 """

@@ -1,4 +1,4 @@
-"""Picture of a ViT's attention: which patches the CLS token of the last block looks at, head by head. PNG, colour-blind-safe."""
+"""Picture of a ViT's attention from the CLS token of the last block to the patches, for each head. PNG, colour-blind-safe."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ COLOURS = "cividis"
 
 
 def attention_maps(images: np.ndarray, attention: np.ndarray, path: Path, *, source: str = "held-out images", most_heads: int = 12) -> Path:
-    """A row for each image: the image, the mean over the heads, and every head.
+    """Draw a row for each image: the image, the mean over the heads, and every head.
 
-    Each map runs from 0 (dark) to its own largest patch (bright): heads differ in how much they leave to CLS and registers.
+    Each map is scaled from 0 (dark) to its own maximum (bright), because heads give different parts of their attention to CLS and
+    registers.
 
     Args:
         images: uint8 `(B, H, W, 3)`.
         attention: from CLS to each patch, `(B, heads, h, w)`, at least 0.
         path: the PNG to write.
-        source: what the images are.
-        most_heads: at most so many heads are drawn.
+        source: description of the images.
+        most_heads: largest number of heads.
     """
     if not len(images) or len(images) != len(attention):
         raise ConfigError(f"images={len(images)}: {len(attention)} attention maps; give one for each of at least one image")

@@ -42,7 +42,7 @@ def contact_sheet(
     title: str = "What the method sees",
     row_inches: float = 1.9,
 ) -> Path:
-    """Each image with the box of every crop drawn on it, beside the finished crops. A number joins a box to its crop.
+    """Draw each image with the boxes of its crops, beside the augmented crops. Numbers match boxes and crops.
 
     Args:
         originals: B images, uint8 `(H, W, 3)`, of any sizes.
@@ -50,7 +50,7 @@ def contact_sheet(
         boxes: for each group `(B, V, 4)`: top, left, height, width in pixels of the original.
         path: the PNG to write.
         title: headline.
-        row_inches: height of one image's row.
+        row_inches: height of a row.
     """
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
@@ -68,7 +68,7 @@ def contact_sheet(
         rows = min(rows, count)
         return rows, math.ceil(count / rows)
 
-    # a lone small crop must not be blown up to the height of a large one
+    # a single small crop is not enlarged to the height of a large one
     sides = {name: (row_inches - gap * (max(2, shape(name)[0]) - 1)) / max(2, shape(name)[0]) for name in groups}
     sides |= {name: (row_inches - gap * (shape(name)[0] - 1)) / shape(name)[0] for name in groups if groups[name].shape[2] == largest}
     widest = max(image.shape[1] / image.shape[0] for image in originals)
@@ -114,7 +114,7 @@ def contact_sheet(
 
 
 def _sizes(images: Sequence[np.ndarray]) -> str:
-    """Width × height of the images, or the range of both."""
+    """Return width × height of the images, or the range of both."""
     heights, widths = [i.shape[0] for i in images], [i.shape[1] for i in images]
     spans = [f"{min(s)}" if min(s) == max(s) else f"{min(s)}–{max(s)}" for s in (widths, heights)]
     return f"{spans[0]} × {spans[1]} px"
@@ -124,9 +124,9 @@ def _sizes(images: Sequence[np.ndarray]) -> str:
 
 
 def read_metrics(metrics_jsonl: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Every metric of a run as (steps, values), in the order of its first point; a step seen twice counts once, its last value.
+    """Return every metric of a run as (steps, values), in the order of its first point. Of a repeated step the last value counts.
 
-    Points that are not finite, and a last line cut off by a crash, are left out.
+    Values that are not finite, and an incomplete last line, are left out.
     """
     series: dict[str, dict[int, float]] = {}
     lines = metrics_jsonl.read_text(encoding="utf-8", errors="replace").splitlines() if metrics_jsonl.exists() else []
@@ -146,14 +146,14 @@ def read_metrics(metrics_jsonl: Path) -> dict[str, tuple[np.ndarray, np.ndarray]
 
 
 def curves(metrics_jsonl: Path, path: Path, *, chance: tuple[float, str] | None = None, title: str = "Training") -> Path:
-    """Small multiples of a run's metrics over the logarithm of steps: loss, learning rate, online kNN, then the others.
+    """Draw a panel for each metric of a run over the logarithm of steps: loss, learning rate, online kNN, then the others.
 
-    Long curves show the mean (line) and the range (band) of up to 200 train_until_eval of equal width on the axis.
+    Long curves show the mean (line) and the range (band) of up to 200 bins of equal width on the axis.
 
     Args:
-        metrics_jsonl: one JSON object a line, with `step` and the metrics.
+        metrics_jsonl: one JSON object in each line, with `step` and the metrics.
         path: the PNG to write.
-        chance: the loss of a method that has learned nothing and how to write it, e.g. `(math.log(3000), "ln K")`.
+        chance: the loss at chance level and its formula, e.g. `(math.log(3000), "ln K")`.
         title: headline.
 
     Raises:
@@ -165,7 +165,7 @@ def curves(metrics_jsonl: Path, path: Path, *, chance: tuple[float, str] | None 
     first = [name for name in ("loss", "knn", "lr") if name in series]
     last = [name for name in ("images_per_s",) if name in series]
     names = first + [name for name in series if name not in first + last] + last
-    columns = {1: 1, 2: 2, 4: 2, 7: 4, 8: 4, 10: 4, 13: 5}.get(len(names), 3)  # no lonely panel in a last row
+    columns = {1: 1, 2: 2, 4: 2, 7: 4, 8: 4, 10: 4, 13: 5}.get(len(names), 3)  # no single panel in the last row
     rows = math.ceil(len(names) / columns)
     low = max(1, min(int(steps[0]) for steps, _ in series.values()))
     high = max(low, *(int(steps[-1]) for steps, _ in series.values()))
@@ -198,7 +198,7 @@ def curves(metrics_jsonl: Path, path: Path, *, chance: tuple[float, str] | None 
 
 
 def _is_curve(name: str, values: np.ndarray) -> bool:
-    """Figures of the finished run and the chance level are no curves; what is 0 as a rule is one once it is not."""
+    """Return whether to draw a metric: not final scores and the chance level, and not metrics that are usually 0 while they are 0."""
     return not (name.startswith("final/") or name == "loss_chance" or (name in ("bad_images", "cluster_min") and not values.any()))
 
 
@@ -228,7 +228,7 @@ def _step_axis(axes: Axes, low: int, high: int) -> None:
     axes.set_xscale("log")
     axes.set_xlim(low / 1.05, max(high * 1.05, low * 2))
     axes.xaxis.set_major_formatter(lambda v, _: _short(v))
-    if high / low < 30:  # a single decade would show one tick or none
+    if high / low < 30:  # a logarithmic locator would give one tick or none
         ticks = sorted({low, round(math.sqrt(low * high)), high})
         axes.set_xticks(ticks)
         axes.xaxis.set_minor_locator(NullLocator())
@@ -264,16 +264,16 @@ def neighbours(
     *,
     title: str = "Nearest images by the learned features",
 ) -> Path:
-    """Each query beside its k most similar images (cosine), the same class framed green with a tick, another one orange with a cross.
+    """Draw each query beside its k most similar images (cosine): those of its class have a green frame and a tick, others an orange one.
 
     Args:
         images: uint8 `(N, H, W, 3)`.
-        features: `(N, D)`, of any length.
-        labels: `(N,)`, -1 or None where unknown; without labels nothing is framed.
+        features: `(N, D)`, of any norm.
+        labels: `(N,)`, -1 or None if unknown; images without labels have no frame.
         class_names: name of each label.
-        queries: rows of `images` to ask; an image is never its own neighbour.
+        queries: rows of `images`; an image is not its own neighbour.
         path: the PNG to write.
-        k: neighbours per query.
+        k: neighbours of each query.
         title: headline.
     """
     queries = np.asarray(queries, dtype=np.int64)
@@ -325,13 +325,13 @@ def neighbours(
 def score_bars(
     rows: Sequence[tuple[str, float]], path: Path, *, title: str = "kNN accuracy on test images", chance: float | None = None
 ) -> Path:
-    """One bar per score, the last one (the trained network) in colour, the values at their ends.
+    """Draw a bar for each score, the last one (the trained network) in colour, with values at their ends.
 
     Args:
         rows: name and accuracy as a fraction in [0, 1], from top to bottom.
         path: the PNG to write.
         title: headline.
-        chance: accuracy of guessing, drawn as a dashed line.
+        chance: accuracy at chance level, drawn as a dashed line.
     """
     if not rows:
         raise ConfigError("scores=0: nothing to draw; give at least one name and score")

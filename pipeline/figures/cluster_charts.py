@@ -1,4 +1,4 @@
-"""Pictures of clusters: a gallery of what some of them hold, and how large all of them are. PNG, colour-blind-safe."""
+"""Pictures of clusters: images of some of them, and a histogram of their sizes. PNG, colour-blind-safe."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from pipeline.figures.style import BLUE, GRAY, INK, PALE, VERMILLION, cell, fram
 
 
 def gallery(clusters: Clusters, class_names: Sequence[str], path: Path, *, most: int = 10) -> Path:
-    """A row of the most typical images for each of some clusters: the largest, the smallest, and the purest (without labels: the tightest).
+    """Draw a row of the most typical images of the largest, the smallest, and the purest (without labels: the tightest) clusters.
 
-    Beside each row stand its size and, with labels, the share of its commonest class; images of another class are framed.
+    The text of a row is the size of its cluster and, with labels, the fraction of its most common class. Images of other classes
+    have a frame.
 
     Args:
-        clusters: what to show.
+        clusters: clusters to draw.
         class_names: name of each label.
         path: the PNG to write.
         most: images in a row.
@@ -32,7 +33,7 @@ def gallery(clusters: Clusters, class_names: Sequence[str], path: Path, *, most:
         top, column = top + heading, 0
         for cluster in members:
             shown = clusters.nearest(cluster, most)
-            if column + 2 + len(shown) > columns:  # clusters of few images share a row
+            if column + 2 + len(shown) > columns:  # clusters with few images share a row
                 top, column = top + step, 0
             places.append((cluster, shown, column, top))
             column += 2 + len(shown)
@@ -49,7 +50,7 @@ def gallery(clusters: Clusters, class_names: Sequence[str], path: Path, *, most:
             left, size, common = margin + (column + 2) * step, clusters.sizes[cluster], clusters.commonest(cluster)
             lines = [f"cluster {cluster}", "1 image" if size == 1 else f"{size:,} images"]
             lines += [f"{100 * common[1]:.0f} % {_name(common[0], class_names)}"] if common else []
-            x, side_of = (left - 0.1, "right") if column else (margin, "left")  # in a shared row, close to their own images
+            x, side_of = (left - 0.1, "right") if column else (margin, "left")  # in a shared row, beside its images
             for line, text in enumerate(lines):
                 style = {"size": 8} if line else {"size": 9, "weight": "bold"}
                 write(figure, x, top + 0.24 + 0.18 * line, text, ha=side_of, **style)
@@ -62,12 +63,12 @@ def gallery(clusters: Clusters, class_names: Sequence[str], path: Path, *, most:
 
 
 def size_histogram(clusters: Clusters, path: Path, *, bins: int = 30) -> Path:
-    """How many clusters hold how many images; empty ones by themselves, the even share N / K dashed.
+    """Draw a histogram of the sizes of clusters, with a bar for empty ones and a dashed line at N / K.
 
     Args:
-        clusters: what to show.
+        clusters: clusters to draw.
         path: the PNG to write.
-        bins: at most so many bars beside that of the empty clusters.
+        bins: largest number of bars, without that of empty clusters.
     """
     sizes = clusters.sizes
     width = math.ceil(sizes.max() / bins)
@@ -95,7 +96,7 @@ def size_histogram(clusters: Clusters, path: Path, *, bins: int = 30) -> Path:
 
 
 def _summary(clusters: Clusters) -> str:
-    """One line: how many images and clusters, sizes, agreement with labels."""
+    """Return one line: numbers of images and clusters, sizes, agreement with labels."""
     found, held = clusters.metrics(), clusters.sizes[clusters.sizes > 0]
     summary = f"{len(clusters.assignments):,} images; {len(held):,} clusters hold {held.min():,} to {held.max():,}"
     summary += f", {clusters.count - len(held):,} are empty" if len(held) < clusters.count else ""

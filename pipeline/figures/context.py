@@ -1,4 +1,4 @@
-"""What pictures are drawn of: a run, or a backbone without its run. Each part is made or read when a picture first asks for it."""
+"""The data of pictures: a run, or a backbone without its run. Each part is read or computed at its first use."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class FigureContext:
     """A run with its folder, or an exported backbone.
 
     Attributes:
-        config: the run's settings, of which data, views and evaluation may be changed; what was trained is as it was.
-        device: where networks run.
+        config: the settings of the run; those of data, views and evaluation may differ.
+        device: device of the networks.
         folder: None = a backbone without its run.
         export: an exported backbone; None = the run's.
     """
@@ -51,7 +51,7 @@ class FigureContext:
 
     @classmethod
     def of(cls, reference: str, *, runs_dir: Path, uri: str | None = None) -> FigureContext:
-        """A run, finished or not, or a model as `registry.resolve_model` finds it.
+        """Return the context of a run, finished or not, or of a model as `registry.resolve_model` finds it.
 
         Raises:
             ConfigError: neither a run nor a model.
@@ -73,7 +73,7 @@ class FigureContext:
 
     @cached_property
     def backbone(self) -> nn.Module:
-        """The export, or, of a run that has none yet, that of its last checkpoint."""
+        """The backbone of the export, or of the last checkpoint of a run without an export."""
         export = self.export or (self.folder.model if self.folder else None)
         if export is not None and (self.folder is None or (export / SPEC).is_file()):
             return registry.load_export(export)[0].to(self.device)
@@ -81,7 +81,7 @@ class FigureContext:
 
     @cached_property
     def method(self) -> Method:
-        """The method with the state of the run's last checkpoint, without tables by image.
+        """The method in the state of the run's last checkpoint, without memory banks.
 
         Raises:
             NothingToDraw: a model without its run, or a run without a checkpoint.
@@ -100,13 +100,13 @@ class FigureContext:
 
     @cached_property
     def untrained(self) -> nn.Module:
-        """The backbone as it was before the first step, had it started from random weights."""
+        """The randomly initialised backbone of the run's seed."""
         torch.manual_seed(self.config.train.seed)
         return build_backbone(self.config.backbone).to(self.device)
 
     @cached_property
     def calibrated(self) -> nn.Module:
-        """The untrained backbone, its batch-norm statistics, if it has any, those of training images."""
+        """The untrained backbone with batch-norm statistics of training images, if it has batch norms."""
         if not has_batch_norm(self.untrained):
             return self.untrained
         images, data = self.training_images(256).images, self.config.data
@@ -114,12 +114,12 @@ class FigureContext:
 
     @cached_property
     def scores(self) -> Scores:
-        """kNN beside its baselines."""
+        """kNN and its baselines."""
         return final_scores(self.config, self.dataset, self.backbone, self.untrained, self.device)
 
     @cached_property
     def clusters(self) -> Clusters:
-        """Where the method puts the training images that vote in the kNN; without labels, as many others.
+        """The clusters of the kNN bank; without labels, of as many training images.
 
         Raises:
             NothingToDraw: a method without clusters.
@@ -129,12 +129,12 @@ class FigureContext:
         return Online(self.config, self.dataset, self.device, torch.float32).clusters(self.method)
 
     def training_images(self, most: int, seed: int = 1) -> EvaluationImages:
-        """At most so many training images, a repeatable choice, centre crops at evaluation size; fewer where they are large."""
+        """Return centre crops of at most `most` training images at evaluation size, fewer if they are large. The choice is repeatable."""
         ids = self.dataset.training_ids(self.config.data.held_out)
         return self._images(ids, min(most, max(64, MEMORY_LIMIT // (self.config.evaluation_size**2 * 3))), seed)
 
     def a_few_images(self, count: int = 8) -> tuple[Tensor, str]:
-        """Held-out images of as many classes as there are, uint8 `(count, H, W, 3)`, and what they are; if none are, training images."""
+        """Return held-out images of many classes, uint8 `(count, H, W, 3)`, and their description; training images if none are held out."""
         fraction = self.config.data.held_out
         ids, source = self.dataset.held_out_ids(fraction), "held-out images"
         if not len(ids):
@@ -151,7 +151,7 @@ class FigureContext:
 
 
 def spread_over_classes(labels: np.ndarray, count: int) -> np.ndarray:
-    """Rows of at most `count` images, of as many classes as there are."""
+    """Return the rows of at most `count` images of many classes."""
     order = np.random.default_rng(2).permutation(len(labels))
     _, first = np.unique(labels[order], return_index=True)
     first = np.random.default_rng(3).permutation(first)

@@ -1,4 +1,4 @@
-"""Pictures made from features alone: a small decoder learns what images with such features look like.
+"""Inversion of features: a small decoder learns to sample images that have given features.
 
 Images x are written in their principal components, x = mean + sum_i c_i u_i. The decoder g maps frozen features h `(D,)` and
 noise e to coefficients. It learns the distribution of c given h, not their mean, by the energy score (Gneiting and Raftery
@@ -6,8 +6,8 @@ noise e to coefficients. It learns the distribution of c given h, not their mean
 
     loss = sum_k mean_b  |c - g(h, e)|_k - 1/2 |g(h, e) - g(h, e')|_k        e, e' independent
 
-with |.|_k the Euclidean norm of the first k components over its mean in the data: coarse shapes count as much as fine ones.
-What samples of the same h have in common is what h keeps; what differs between them is lost.
+with |.|_k the Euclidean norm of the first k components divided by its mean in the data, so coarse and fine shapes have equal weight.
+The features h keep what samples of the same h have in common; the differences between samples are lost.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ LR = 2e-3
 
 
 class Decoder(nn.Module):
-    """Features and noise to an image: `(B, D), (B, NOISE) -> (B, 3, size, size)`, in [0, 1] but for a little overshoot.
+    """Maps features and noise to an image: `(B, D), (B, NOISE) -> (B, 3, size, size)`, in [0, 1] up to small overshoot.
 
     Args:
-        features: to learn from, `(N, D)`; they are standardised by their mean and deviation.
-        images: to learn from, `(N, 3, size, size)` in [0, 1]; they give the components.
+        features: training features, `(N, D)`, for standardisation.
+        images: training images, `(N, 3, size, size)` in [0, 1], for the components.
     """
 
     center: Tensor
@@ -57,7 +57,7 @@ class Decoder(nn.Module):
         self.inner = nn.Sequential(*inner, nn.Linear(WIDTH, count))
 
     def coefficients(self, features: Tensor, noise: Tensor) -> Tensor:
-        """`(B, C)`."""
+        """Return the coefficients `(B, C)`."""
         return self.inner(torch.cat([(features - self.center) * self.scale, noise], dim=1)) * self.spread
 
     def forward(self, features: Tensor, noise: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def sample(self, features: Tensor, each: int, seed: int = 0) -> Tensor:
-        """Images of features, on the CPU, within [0, 1]: `(S, B, D) -> (S, each, B, 3, size, size)`; a seed is one noise for all."""
+        """Sample images of features, on the CPU, in [0, 1]: `(S, B, D) -> (S, each, B, 3, size, size)`. All features get the same noise."""
         noise = torch.randn(len(features), each, features.shape[1], NOISE, generator=torch.Generator().manual_seed(seed))
         h = features[:, None].expand(-1, each, -1, -1)
         made = self(h.flatten(0, 2).to(self.mean.device), noise.flatten(0, 2).to(self.mean.device))
@@ -73,7 +73,7 @@ class Decoder(nn.Module):
 
 
 def energy_score(c: Tensor, first: Tensor, second: Tensor, spread: Tensor) -> Tensor:
-    """The loss of the module's docstring, from two samples of the same features; all `(B, C)`."""
+    """Return the loss of the module's docstring from two samples of the same features; all `(B, C)`."""
     total = c.new_zeros(())
     for k in LEADING:
         x, a, b = (part[:, :k] for part in (c, first, second))
@@ -84,7 +84,7 @@ def energy_score(c: Tensor, first: Tensor, second: Tensor, spread: Tensor) -> Te
 
 @dataclass(frozen=True)
 class Fitted:
-    """A decoder after its training, and what that took."""
+    """A trained decoder, with the steps and the loss of its training."""
 
     decoder: Decoder
     steps: int
@@ -106,10 +106,10 @@ def fit(
 
     Args:
         features: `(V, N, D)`, of V looks at each of N images.
-        images: what they are of, `(N, 3, size, size)` in [0, 1].
-        steps: at most so many.
-        seconds: CPU time after which training ends early, its learning rate at 0 all the same.
-        precision: of the products.
+        images: the images, `(N, 3, size, size)` in [0, 1].
+        steps: largest number of steps.
+        seconds: CPU time after which training ends early, also with learning rate 0.
+        precision: of matrix products.
     """
     looks, count, _ = features.shape
     with torch.random.fork_rng(devices=[]):

@@ -1,15 +1,15 @@
-"""Picture of what a representation keeps of an image: images that a decoder makes of features of parts of it (MSN's fig. 4 and 5).
+"""Picture of the content of features: images that a decoder samples from the features of parts of an image (MSN's fig. 4 and 5).
 
-A decoder (`pipeline/figures/inversion.py`) learns, from training images, to sample whole images from the frozen features of parts of
-them. Then, for held-out images, it samples from features of several parts. What a row's samples share with the image is kept;
-what differs between them is lost. Beside them the same from the untrained backbone.
+A decoder (`pipeline/figures/inversion.py`) learns, from training images, to sample whole images from the frozen features of their
+parts. Then it samples from the features of several parts of held-out images. The features keep what the samples of a row share with
+the image; the differences between samples are lost. The same is drawn for the untrained backbone.
 
-A ViT is shown half of its patches, the others are dropped; another network a box of a quarter to half of the image, enlarged.
+A ViT sees half of its patches, the others are dropped; other networks see an enlarged box of a quarter to half of the image.
 
 Departs:
     MSN (Assran et al. 2022, arXiv:2204.07141) samples from a diffusion model of ImageNet conditioned on features (RCDM,
-    arXiv:2112.09164), days of a GPU. Ours is a small decoder that is trained in about two minutes on the images at hand, so
-    its samples are soft: they show colours and coarse shapes, and no more than those should be read from them.
+    arXiv:2112.09164), which takes days on a GPU. This small decoder is trained in minutes on the images of the run. Its samples
+    are blurred: only colours and coarse shapes can be read from them.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from pipeline.figures.pictures import picture
 from pipeline.figures.style import BLUE, GRAY, INK, cell, picture_at, show, write
 from pipeline.machine import choose_device
 
-IMAGES, LOOKS = 4000, 2  # that a decoder learns from, and looks at each
+IMAGES, LOOKS = 4000, 2  # training images of a decoder, and looks at each
 SHOWN, SAMPLES = 8, 4  # images in the picture, and samples of each
-STEPS = 1500  # of a decoder
-SECONDS = 60.0  # CPU time that each decoder has at most, and as much for its features
-MASKED = 0.5  # share of a ViT's patches that a look goes without
-BOX = (0.25, 0.5)  # of a box in the image's area
-LARGEST = 64  # pixels, of a decoded image
+STEPS = 1500  # training steps of a decoder
+SECONDS = 60.0  # largest CPU time for the training of each decoder, and for its features
+MASKED = 0.5  # fraction of a ViT's patches that a look drops
+BOX = (0.25, 0.5)  # area of a box as a fraction of the image
+LARGEST = 64  # largest side of a decoded image, pixels
 
 
 @picture("keeps", every_run=False)
 def keeps(subject: FigureContext, path: Path) -> Path:
-    """What the features keep of an image: what a small decoder makes of features of its parts; about 2 minutes."""
+    """What the features keep of an image: samples of a small decoder from features of its parts; about 2 minutes."""
     found, (held_out, source) = subject.training_images(IMAGES), subject.a_few_images(64)
     side, (_, precision) = min(held_out.shape[1], LARGEST), choose_device(subject.config)
     truth, shown = small(held_out, side), torch.from_numpy(np.linspace(0, len(held_out) - 1, min(SHOWN, len(held_out))).astype(int))
@@ -53,7 +53,7 @@ def keeps(subject: FigureContext, path: Path) -> Path:
         count = features.shape[1]
         images, limits = small(found.images[:count], side), {"steps": steps, "seconds": SECONDS}
         fitted = inversion.fit(features, images, device=subject.device, precision=precision, **limits)  # type: ignore[arg-type]
-        steps = fitted.steps  # the second learns no longer and from no more than the first
+        steps = fitted.steps  # the second decoder has as many steps and images as the first
         looks = Looks(subject, seed=1)
         drawn = fitted.decoder.sample(looks.of(network, held_out, SAMPLES), each=8)  # (S, 8, B, 3, side, side)
         colours, shapes = explained(truth, drawn.flatten(0, 1).mean(dim=0))
@@ -68,10 +68,10 @@ def keeps(subject: FigureContext, path: Path) -> Path:
 
 
 class Looks:
-    """Random looks at parts of images: the same parts for every network with as large patches.
+    """Random looks at parts of images, the same for every network with patches of the same size.
 
     Attributes:
-        seen: of the last images, what each look saw: float `(N, H, W, 3)` in [0, 1], NaN elsewhere.
+        seen: the visible part of the last images in each look: float `(N, H, W, 3)` in [0, 1], NaN elsewhere.
     """
 
     def __init__(self, subject: FigureContext, seed: int) -> None:
@@ -80,7 +80,7 @@ class Looks:
         self.seen: list[Tensor] = []
 
     def of(self, network: nn.Module, images: Tensor, looks: int, *, seconds: float = float("inf")) -> Tensor:
-        """Features of `looks` parts of each image, `(N, H, W, 3) -> (looks, n, D)`; n < N where these take too long."""
+        """Return the features of `looks` parts of each image, `(N, H, W, 3) -> (looks, n, D)`; n < N if `seconds` have passed."""
         began, features = time.process_time(), []
         for batch in images.split(256):
             self.seen = []
@@ -110,22 +110,22 @@ class Looks:
 
 
 def only(images: Tensor, inside: Tensor) -> Tensor:
-    """Images `(N, H, W, 3)` in [0, 1] where a square grid `(N, g * g)` is not 0, else NaN."""
+    """Return images `(N, H, W, 3)` in [0, 1], with NaN in the cells of a square grid `(N, g * g)` that are 0."""
     side = round(inside.shape[1] ** 0.5)
     grid = F.interpolate(inside.view(-1, 1, side, side), size=images.shape[1:3], mode="nearest").permute(0, 2, 3, 1)
     return torch.where(grid > 0, images.float() / 255, torch.nan)
 
 
 def small(images: Tensor, side: int) -> Tensor:
-    """uint8 `(N, H, W, 3)` to `(N, 3, side, side)` in [0, 1]."""
+    """Resize uint8 `(N, H, W, 3)` to `(N, 3, side, side)` in [0, 1]."""
     x = images.permute(0, 3, 1, 2).float() / 255
     return x if x.shape[-1] == side else F.interpolate(x, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
 
 
 def explained(images: Tensor, means: Tensor) -> tuple[float, float]:
-    """Shares of the variance of images `(B, 3, H, W)` that predictions of them explain: of their mean colours, and of the rest.
+    """Return the explained variance of predictions of images `(B, 3, H, W)`: of their mean colours, and of the rest.
 
-    1 - squared error / variance; below 0 where predictions are worse than none.
+    It is 1 - squared error / variance, and below 0 if predictions are worse than the mean.
     """
     colours, guessed = images.mean(dim=(2, 3), keepdim=True), means.mean(dim=(2, 3), keepdim=True)
     found = []
@@ -135,7 +135,7 @@ def explained(images: Tensor, means: Tensor) -> tuple[float, float]:
 
 
 def alike(samples: Tensor) -> float:
-    """Share of the variance of samples `(S, B, ...)` that lies between images, not between samples of an image."""
+    """Return the fraction of the variance of samples `(S, B, ...)` between images, not between samples of an image."""
     within = samples.var(dim=0).mean()
     return float(1 - within / samples.flatten(0, 1).var(dim=0).mean().clamp(min=1e-12))
 
@@ -153,15 +153,15 @@ def draw(
     *,
     source: str = "held-out images",
 ) -> Path:
-    """A row for each image: the image, the parts of it that were looked at, and by backbone what was made of each part.
+    """Draw a row for each image: the image, its visible parts, and the samples of each backbone from each part.
 
     Args:
         images: uint8 `(B, H, W, 3)`.
-        seen: `(B, S, H, W, 3)` in [0, 1], NaN where nothing was seen.
-        samples: by the backbone's name, `(B, S, h, w, 3)` in [0, 1]; values outside are cut.
-        captions: by the backbone's name, up to three lines about it.
+        seen: `(B, S, H, W, 3)` in [0, 1], NaN for pixels that are not visible.
+        samples: `(B, S, h, w, 3)` by name of the backbone, clipped to [0, 1].
+        captions: up to three lines by name of the backbone.
         path: the PNG to write.
-        source: what the images are.
+        source: description of the images.
     """
     count = seen.shape[1]
     side, step, margin, gap, head = 0.72, 0.76, 0.2, 0.26, 1.62  # inches

@@ -17,5 +17,5 @@ def clusters(subject: FigureContext, path: Path) -> Path:
 
 @picture("cluster_sizes")
 def cluster_sizes(subject: FigureContext, path: Path) -> Path:
-    """How many clusters hold how many images."""
+    """The histogram of the sizes of clusters."""
     return cluster_charts.size_histogram(subject.clusters, path)

@@ -1,4 +1,4 @@
-"""Pictures of what a backbone makes of images."""
+"""Pictures of features and predictions of a network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of what went into a run, and of its figures."""
+"""Pictures of the views and the metrics of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def curves(subject: FigureContext, path: Path) -> Path:
         raise NothingToDraw(f"model={subject.name}: an exported backbone has no curves; give the run that made it")
     try:
         chance = subject.method.chance_loss()
-    except NothingToDraw:  # curves come before the first checkpoint
+    except NothingToDraw:  # there are curves before the first checkpoint
         chance = None
     return charts.curves(subject.folder.metrics, path, chance=chance, title=subject.name)
 

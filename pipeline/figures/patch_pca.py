@@ -1,4 +1,4 @@
-"""Picture of what a backbone tells apart inside an image: its patches' features, three principal components as red, green and blue."""
+"""Picture of the features of patches: three principal components as red, green and blue."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pipeline.figures.context import FigureContext
 from pipeline.figures.pictures import picture
 from pipeline.figures.style import GRAY, cell, picture_at, show, write
 
-LEAST = 8  # patches on a side, if the network has any map as fine
+LEAST = 8  # patches on a side, if the network has such a map
 
 
 @picture("patch_pca")
 def patch_pca(subject: FigureContext, path: Path) -> Path:
-    """Three principal components of the patches' features as colours: like parts of all images get like colours."""
+    """Three principal components of the features of patches as colours: similar parts of all images get similar colours."""
     data = subject.config.data
     settings = {"mean": data.mean, "std": data.std, "device": subject.device}
     images, source = subject.a_few_images()
@@ -30,7 +30,7 @@ def patch_pca(subject: FigureContext, path: Path) -> Path:
 
 
 def patch_features(network: nn.Module, images: Tensor) -> Tensor:
-    """`(B, 3, H, W) -> (B, h, w, D)`: patch tokens of a ViT; of other networks the deepest map of at least 8 x 8, or the finest."""
+    """Return the patch tokens of a ViT, or the deepest map of at least 8 x 8 (else the finest): `(B, 3, H, W) -> (B, h, w, D)`."""
     if isinstance(network, ViT):
         size = network.patch_embed.patch_size
         return network.tokens(images).patches.unflatten(1, [side // patch for side, patch in zip(images.shape[-2:], size, strict=True)])
@@ -43,13 +43,13 @@ def patch_features(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def draw(images: np.ndarray, maps: dict[str, np.ndarray], path: Path, *, source: str = "held-out images") -> Path:
-    """Columns of images, two beside each other: the image, then each network's components.
+    """Draw each image beside the components of each network, in two columns of images.
 
     Args:
         images: uint8 `(B, H, W, 3)`.
-        maps: features by the name of their network, `(B, h, w, D)`.
+        maps: features `(B, h, w, D)` by name of the network.
         path: the PNG to write.
-        source: what the images are.
+        source: description of the images.
     """
     side, step, margin, gap, head = 1.1, 1.16, 0.2, 0.3, 0.95  # inches
     blocks = 2 if len(images) > 1 else 1
@@ -71,10 +71,10 @@ def draw(images: np.ndarray, maps: dict[str, np.ndarray], path: Path, *, source:
 
 
 def components(features: np.ndarray) -> tuple[np.ndarray, float]:
-    """The first three principal components over all patches, each in [0, 1], and the share of the variance that they hold.
+    """Return the first three principal components over all patches, each in [0, 1], and their fraction of the variance.
 
-    `(B, h, w, D) -> (B, h, w, 3)`. Each component runs from its 2nd to its 98th percentile, and the side with more patches
-    is dark, so the signs, which a decomposition leaves open, are settled.
+    `(B, h, w, D) -> (B, h, w, 3)`. Each component is scaled from its 2nd to its 98th percentile. Its sign, which is arbitrary, is
+    chosen so that most patches are dark.
     """
     flat = features.reshape(-1, features.shape[-1]).astype(np.float64)
     flat = flat - flat.mean(axis=0)

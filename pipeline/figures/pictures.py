@@ -1,6 +1,6 @@
-"""Pictures of a run or a model, by name. A picture is a function of a file in this folder, found like recipes are.
+"""Pictures of a run or a model, by name. A picture is a decorated function in this folder, found like a recipe.
 
-Listing them imports nothing heavy. `context.py` has what they are drawn of; `charts.py` and its neighbours draw.
+Listing them imports no heavy library. `context.py` has their data; `charts.py` and other files draw.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Drawer = Callable[["FigureContext", Path], Path]
 
 
 class NothingToDraw(ConfigError):
-    """This run or model has not what the picture shows."""
+    """This run or model lacks the data of the picture."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Picture:
 
     name: str
     draw: Drawer
-    every_run: bool  # drawn at the end of every run that has what it shows
+    every_run: bool  # drawn at the end of every run that has its data
 
 
 _pictures: dict[str, Picture] = {}
 
 
 def picture(name: str, *, every_run: bool = True) -> Callable[[Drawer], Drawer]:
-    """Decorator: make a function known as a picture."""
+    """Register a function as a picture (decorator)."""
 
     def add(draw: Drawer) -> Drawer:
         _pictures[name] = Picture(name, draw, every_run)
@@ -46,22 +46,22 @@ def picture(name: str, *, every_run: bool = True) -> Callable[[Drawer], Drawer]:
 
 
 def entries() -> list[Entry]:
-    """Every picture, without importing the files that hold them."""
+    """Return every picture, without importing its file."""
     return discover(Path(__file__).parent, __package__, "picture")
 
 
 def find(name: str) -> Picture:
-    """The picture of a name.
+    """Return the picture of a name.
 
     Raises:
-        ConfigError: there is none; the message gives the nearest.
+        ConfigError: the name is unknown; the message gives the nearest names.
     """
     import_entry(entries(), name, "figure", "manyviews figure --help")
     return _pictures[name]
 
 
 def draw_for_run(subject: FigureContext, folder: Path) -> list[Path]:
-    """The pictures that a finished run gets, as `folder/NAME.png`; those it has nothing for are left out."""
+    """Draw the pictures of a finished run as `folder/NAME.png`, except those whose data it lacks."""
     drawn = []
     for entry in entries():
         found = find(entry.name)

@@ -1,4 +1,4 @@
-"""Picture of a masked autoencoder: a few images, what it saw of them, and what it made of that. PNG."""
+"""Picture of a masked autoencoder: a few images, their visible patches, and the reconstructions. PNG."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ MASKED = 0.75  # gray
 
 
 def reconstructions(images: np.ndarray, seen: np.ndarray, made: np.ndarray, path: Path, *, source: str = "held-out images") -> Path:
-    """Columns of images, two beside each other: the image, what was seen of it, and the reconstruction.
+    """Draw each image, its visible patches and its reconstruction, in two columns of images.
 
     Args:
         images: uint8 `(B, H, W, 3)`.
-        seen: the same in [0, 1], NaN where nothing was seen.
-        made: the whole, in [0, 1]; values outside are cut.
+        seen: the images in [0, 1], NaN in masked patches.
+        made: the reconstructions, clipped to [0, 1].
         path: the PNG to write.
-        source: what the images are.
+        source: description of the images.
     """
     if not len(images) or not len(images) == len(seen) == len(made):
         raise ConfigError(f"images={len(images)}: {len(seen)} and {len(made)} reconstructions; give one for each of at least one image")

@@ -1,4 +1,4 @@
-"""The contact sheet of a run's crops, and the pictures that a finished run gets. `pictures/` has them all by name."""
+"""The contact sheet of a run's crops, and the pictures of a finished run. `pictures.py` finds all by name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def views_sheet(config: RunConfig, dataset: ImageDataset, path: Path, *, images: int = 6) -> Path:
-    """The crops that epoch 0 makes of a few training images, evenly spread over the source, exactly as training sees them.
+    """Draw the crops of epoch 0 of a few training images, evenly spread over the source, exactly as in training.
 
     Raises:
         ConfigError: none of the images tried can be decoded.
@@ -61,7 +61,7 @@ def views_sheet(config: RunConfig, dataset: ImageDataset, path: Path, *, images:
 def run_figures(
     context: RunContext, folder: RunFolder, backbone: nn.Module, scores: Scores, clusters: Clusters | None, device: torch.device
 ) -> list[Path]:
-    """The pictures of a run that has just finished, drawn from what it still holds."""
+    """Draw the pictures of a run that has just finished, from the objects in memory."""
     from pipeline.figures.context import FigureContext
     from pipeline.figures.pictures import draw_for_run
 

@@ -1,4 +1,4 @@
-"""What the pictures are drawn with: the palette, a figure that is saved in one step, cells measured in inches."""
+"""Style and helpers of all pictures: the palette, a figure that is saved atomically, axes placed in inches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: told apart with any common colour vision
+# Okabe and Ito's palette, safe for common kinds of colour blindness
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 GROUP_COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 INK, GRAY, PALE = "#222222", "#767676", "#D9D9D9"
@@ -41,7 +41,7 @@ STYLE = {
 
 @contextmanager
 def picture_at(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure of width x height inches that is saved at `path` in one step when the block ends without an error."""
+    """Yield a figure of width x height inches. It is saved atomically at `path` after the block, if there is no error."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -58,7 +58,7 @@ def picture_at(path: Path, width: float, height: float) -> Iterator[Figure]:
 
 
 def cell(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    """Axes without ticks; the arguments are inches from the figure's top left corner."""
+    """Return axes without ticks; the arguments are inches from the top left corner of the figure."""
     full_width, full_height = figure.get_size_inches()
     axes = figure.add_axes((left / full_width, 1 - (top + height) / full_height, width / full_width, height / full_height))
     axes.set(xticks=[], yticks=[])
@@ -97,5 +97,5 @@ def frame(axes: Axes, colour: str, width: float) -> None:
 
 
 def note(axes: Axes, text: str, at: tuple[float, float], coordinates: Any, offset: tuple[float, float], **style: Any) -> None:
-    """Write text beside a spot of the axes, `offset` points away from it."""
+    """Write text at a position of the axes, plus `offset` points."""
     axes.annotate(text, at, xycoords=coordinates, xytext=offset, textcoords="offset points", annotation_clip=False, **style)
