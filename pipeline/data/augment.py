@@ -146,7 +146,7 @@ def _finish(
     return list((out.movedim(-1, 1) if channels_last else out).split(counts))
 
 
-# ---------------------------------------------------------------------------- what the device must know
+# ---------------------------------------------------------------------------- host arrays
 
 
 def _arrays(recipe: Recipes) -> dict[str, np.ndarray]:
