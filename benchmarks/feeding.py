@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--load", type=float, default=0.5, help="what the sleeping workers ask for, as a part of the rate without sleep")
     options = parser.parse_args()
     start_ray()
-    image = block_bytes(LARGE, 1, finished=False)
+    image = block_bytes(LARGE, 1, augmented=False)
     one, many = fed(1, options.steps, 0.0)[0], fed(options.workers, options.steps, 0.0)[0]
     for workers, rate in ((1, one), (options.workers, many)):
         print(f"{workers} worker{'s' * (workers > 1)}: {rate:,.0f} images/s, {rate * image / 1e6:,.0f} MB/s", flush=True)

@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from methods.parts.views import ViewsConfig
 from pipeline.build import prepare
 from pipeline.config import RunConfig, override
-from pipeline.data.augment import finish_views
+from pipeline.data.augment import augment_views
 from pipeline.data.crops import draw_views
 from pipeline.data.loader import Batch, TrainLoader
 from pipeline.data.ray_data import start_ray
@@ -196,7 +196,7 @@ def measure(config: RunConfig, folder: Path, device: torch.device, seconds: floa
     data, last = config.data, trainer.position.step
     row["bf16_gain"] = row["step"] / row["float32_step"]
     row["launches"] = launches(lambda: trainer.step(dataclasses.replace(batch, step=last)), device)
-    row["colour_launches"] = launches(lambda: finish_views(batch, config.views, data.mean, data.std, device), device)
+    row["colour_launches"] = launches(lambda: augment_views(batch, config.views, data.mean, data.std, device), device)
     start_ray()
     row["loader"] = loader_rate(loader, device, seconds)
     row["fed"], row["wait_ms"] = fed(trainer, loader, seconds)

@@ -79,16 +79,16 @@ def random_batch(config: RunConfig, images: int) -> Any:
 
 
 def colour(config: RunConfig, images: int) -> int:
-    """Launches of `finish_views`, with the copies to the device: of each group's crops, two small ones of each size, ids and labels."""
+    """Launches of `augment_views`, with the copies to the device: of each group's crops, two small ones of each size, ids and labels."""
     batch, chunk = random_batch(config, images), augment.CHUNK_VALUES
     augment.CHUNK_VALUES = 2**62
     try:
 
         def finish() -> object:
-            return augment.finish_views(batch, config.views, config.data.mean, config.data.std, "cpu")
+            return augment.augment_views(batch, config.views, config.data.mean, config.data.std, "cpu")
 
         few = random_batch(config, 1)  # makes what is kept from step to step
-        augment.finish_views(few, config.views, config.data.mean, config.data.std, "cpu")
+        augment.augment_views(few, config.views, config.data.mean, config.data.std, "cpu")
         count = launches(finish).total()
     finally:
         augment.CHUNK_VALUES = chunk
@@ -119,7 +119,7 @@ def method_step(recipe: str, images: int) -> tuple[int, int]:
     config = load_recipe(recipe)
     resolved = resolve(config, 10**6)
     method = build_method(config, resolved.facts).train()
-    views = augment.finish_views(random_batch(config, images), config.views, config.data.mean, config.data.std, "cpu")
+    views = augment.augment_views(random_batch(config, images), config.views, config.data.mean, config.data.std, "cpu")
     optimizer = build_optimizer(config.optim, method.param_groups())
     progress = Progress(step=1, total_steps=resolved.facts.total_steps, steps_per_epoch=resolved.facts.steps_per_epoch)
     outputs: list[Any] = []

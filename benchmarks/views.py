@@ -26,7 +26,7 @@ from torchvision.transforms import v2
 from methods.parts.views import CropGroup, ViewsConfig
 from pipeline.data import augment
 from pipeline.data import decode as decoding
-from pipeline.data.crop_task import finish_columns, make_crops
+from pipeline.data.crop_task import augment_columns, make_crops
 from pipeline.data.crops import COLUMNS, cut_crops, draw_views
 from pipeline.data.decode import decode
 from pipeline.data.image_dataset import Sample
@@ -82,7 +82,7 @@ def complete(views: ViewsConfig) -> Engine:
 
     def engine(images: list[bytes]) -> object:
         columns: Any = begin(images)
-        finish_columns(columns, views, (MEAN, STD))
+        augment_columns(columns, views, (MEAN, STD))
         return columns
 
     return engine
@@ -297,7 +297,7 @@ def photometric_steps() -> dict[str, Callable[[Any, Any, ViewsConfig], None]]:
                 table = tables[name].reshape(-1, len(COLUMNS)).copy()
                 for column, value in off.items():
                     table[:, augment.COLUMN[column]] = value
-                augment.finish_crops(torch.from_numpy(crops[name]).flatten(0, 1), table, group, MEAN, STD)
+                augment.augment_crops(torch.from_numpy(crops[name]).flatten(0, 1), table, group, MEAN, STD)
 
         return run
 

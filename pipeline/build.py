@@ -66,7 +66,7 @@ def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = 
         config.train.seed,
         facts.total_steps,
         step_offset=config.train.first_epoch * facts.steps_per_epoch,
-        finish=(data.mean, data.std) if data.augment_on == "tasks" else None,
+        normalisation=(data.mean, data.std) if data.augment_on == "tasks" else None,
         buffer_bytes=data.buffer_bytes,
     )
     return RunContext(config, loader, resolved, build_method(config, facts, start_from))

@@ -36,7 +36,7 @@ Recipes = dict[str, np.ndarray]  # parameters of N crops by name, each (N,)
 
 
 class CutBatch(Protocol):
-    """The attributes of a batch that `finish_views` reads (see `loader.Batch`)."""
+    """The attributes of a batch that `augment_views` reads (see `loader.Batch`)."""
 
     @property
     def crops(self) -> Mapping[str, Tensor]: ...
@@ -48,7 +48,7 @@ class CutBatch(Protocol):
     def labels(self) -> Tensor: ...
 
 
-def finish_views(
+def augment_views(
     batch: CutBatch,
     views: ViewsConfig,
     mean: tuple[float, float, float],
@@ -86,7 +86,7 @@ def finish_views(
     return Views(stacks=stacks, counts=counts, image_ids=ids, labels=labels)
 
 
-def finish_crops(
+def augment_crops(
     pixels: Tensor,
     table: np.ndarray,
     group: CropGroup,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from methods.parts.views import ViewsConfig
-from pipeline.data.augment import Normalisation, finish_crops
+from pipeline.data.augment import Normalisation, augment_crops
 from pipeline.data.crops import COLUMNS, cut_crops, draw_views, shrink_factor, shrunk
 from pipeline.data.decode import BadImage, decode, large_size
 from pipeline.data.image_dataset import Sample
@@ -50,12 +50,12 @@ def make_crops(samples: list[Sample], epoch: int, views: ViewsConfig, seed: int,
     return columns
 
 
-def finish_columns(columns: dict[str, np.ndarray], views: ViewsConfig, finish: Normalisation) -> None:
+def augment_columns(columns: dict[str, np.ndarray], views: ViewsConfig, normalisation: Normalisation) -> None:
     """Replace uint8 crops by augmented and normalised ones, `(n, V, 3, size, size)` float32."""
     for name, group in views.items():
         if group.count:
             crops, table = torch.from_numpy(columns[f"crops/{name}"]), columns[f"table/{name}"]
-            done = finish_crops(crops.flatten(0, 1), table.reshape(-1, len(COLUMNS)), group, *finish, channels_last=False)
+            done = augment_crops(crops.flatten(0, 1), table.reshape(-1, len(COLUMNS)), group, *normalisation, channels_last=False)
             columns[f"crops/{name}"] = done.unflatten(0, crops.shape[:2]).numpy()
 
 
@@ -92,7 +92,7 @@ def _draw(samples: list[Sample], sizes: list[tuple[int, ...]], seed: int, epoch:
     return draw_views(seed, epoch, np.array([sample.id for sample in samples]), heights, widths, views)
 
 
-def block_bytes(views: ViewsConfig, images: int, finished: bool) -> int:
+def block_bytes(views: ViewsConfig, images: int, augmented: bool) -> int:
     """Return the bytes of a block of `images` rows."""
-    pixels = sum(g.count * (3 * g.size * g.size * (4 if finished else 1) + 4 * len(COLUMNS)) for g in views.values())
+    pixels = sum(g.count * (3 * g.size * g.size * (4 if augmented else 1) + 4 * len(COLUMNS)) for g in views.values())
     return images * (pixels + 64)

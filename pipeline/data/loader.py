@@ -17,7 +17,7 @@ from torch import Tensor
 
 from methods.parts.views import ViewsConfig
 from pipeline.data.augment import Normalisation
-from pipeline.data.crop_task import block_bytes, decode_all, finish_columns, make_crops
+from pipeline.data.crop_task import augment_columns, block_bytes, decode_all, make_crops
 from pipeline.data.decode import evaluation_crop
 from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.prefetch import CLOSE_S, DeviceCopies, Prefetcher, in_background
@@ -115,7 +115,7 @@ class TrainLoader:
 
     Attributes:
         step_offset: steps of the earlier phases of a continued run.
-        finish: mean and standard deviation if the tasks augment the views; None = `finish_views` does it on the device.
+        normalisation: mean and standard deviation if the tasks augment the views; None = `augment_views` does it on the device.
         buffer_bytes: bytes of views in Ray's object stores; None = as many as these hold. See `execution_bytes`.
         execution_steps: least steps of one Ray Data execution.
     """
@@ -126,7 +126,7 @@ class TrainLoader:
     seed: int
     total_steps: int
     step_offset: int = 0
-    finish: Normalisation | None = None
+    normalisation: Normalisation | None = None
     buffer_bytes: int | None = None
     execution_steps: int = EXECUTION_STEPS
 
@@ -209,7 +209,7 @@ class TrainLoader:
         sampler = self.sampler
         cut = self.task(ray.put((self.dataset.bind_to_run(sampler, first), sampler)))
         group_bytes = sampler.num_shards * block_bytes(
-            self.views, sampler.steps_per_group * sampler.shard_batch, finished=self.finish is not None
+            self.views, sampler.steps_per_group * sampler.shard_batch, augmented=self.normalisation is not None
         )
         store = self.buffer_bytes or int(ray.cluster_resources().get("object_store_memory", 0))
 
@@ -223,7 +223,7 @@ class TrainLoader:
 
     def task(self, shared: Any) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
         """Return the function that a Ray Data task runs; `shared` is a reference to the dataset and the sampler."""
-        return partial(_cut_item, shared=shared, views=self.views, seed=self.seed, finish=self.finish)
+        return partial(_cut_item, shared=shared, views=self.views, seed=self.seed, normalisation=self.normalisation)
 
     def _slices(
         self, iterator: DataIterator, part: tuple[int, int], shards: range, micro_batches: int, copies: DeviceCopies | None
@@ -318,15 +318,15 @@ def _get(reference: Any) -> Any:
 
 
 def _cut_item(
-    item: dict[str, np.ndarray], shared: Any, views: ViewsConfig, seed: int, finish: Normalisation | None = None
+    item: dict[str, np.ndarray], shared: Any, views: ViewsConfig, seed: int, normalisation: Normalisation | None = None
 ) -> dict[str, np.ndarray]:
     """Make the crops of one task: one item in, one block of `steps_in(group) * shard_batch` rows out."""
     dataset, sampler = _get(shared)
     epoch, group, shard = (int(item[key][0]) for key in ("epoch", "group", "shard"))
     ids = sampler.task_ids(epoch, group, shard)
     columns = make_crops(dataset.read(ids), epoch, views, seed, sampler.shard_batch)
-    if finish is not None:
-        finish_columns(columns, views, finish)
+    if normalisation is not None:
+        augment_columns(columns, views, normalisation)
     columns["epoch"] = np.full(len(ids), epoch)
     columns["slot"] = sampler.first_slot(group, shard) + np.arange(len(ids))
     return columns

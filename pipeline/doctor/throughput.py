@@ -44,8 +44,8 @@ def measure(config: RunConfig, samples: Sequence[Sample], num_images: int | None
 
     from methods.parts.contract import Progress
     from pipeline.build import build_method
-    from pipeline.data.augment import finish_views
-    from pipeline.data.crop_task import finish_columns, make_crops
+    from pipeline.data.augment import augment_views
+    from pipeline.data.crop_task import augment_columns, make_crops
     from pipeline.data.loader import Batch
 
     facts = resolve(config, num_images).facts
@@ -63,7 +63,7 @@ def measure(config: RunConfig, samples: Sequence[Sample], num_images: int | None
         begin = time.thread_time()  # CPU time, which does not depend on other processes
         columns = make_crops(some, 0, config.views, 0, 1)
         if config.data.augment_on == "tasks":
-            finish_columns(columns, config.views, (config.data.mean, config.data.std))
+            augment_columns(columns, config.views, (config.data.mean, config.data.std))
         cut_s = (time.thread_time() - begin) / size
         torch.set_num_threads(threads)
         names = [name for name, group in config.views.items() if group.count]
@@ -81,7 +81,7 @@ def measure(config: RunConfig, samples: Sequence[Sample], num_images: int | None
 
         def step() -> float:
             begin = time.perf_counter()
-            views = finish_views(batch, config.views, config.data.mean, config.data.std, device)
+            views = augment_views(batch, config.views, config.data.mean, config.data.std, device)
             with torch.autocast(device.type, dtype=precision, enabled=precision is not torch.float32):
                 loss = method(views, progress, method.draw_masks(views, progress)).loss
             if loss is not None:
@@ -145,7 +145,7 @@ def loader(config: RunConfig, num_images: int | None) -> Check:
     from pipeline.data.ray_data import object_store_bytes
 
     images = resolve(config, num_images).window
-    block = block_bytes(config.views, images, finished=config.data.augment_on == "tasks")
+    block = block_bytes(config.views, images, augmented=config.data.augment_on == "tasks")
     group, buffer = config.data.num_shards * block, config.data.buffer_bytes or object_store_bytes()
     workers = max(1, config.train.worker_range[1])
     why = "data.images_per_task" if config.data.images_per_task else "so that the cost of a task hardly counts"

@@ -11,7 +11,7 @@ from torch import nn
 
 from methods.parts.errors import ConfigError
 from pipeline.config import RunConfig
-from pipeline.data.augment import finish_views
+from pipeline.data.augment import augment_views
 from pipeline.data.crops import COLUMN, cut_crops, draw_views
 from pipeline.data.decode import BadImage, decode
 from pipeline.data.image_dataset import ImageDataset
@@ -49,7 +49,7 @@ def views_sheet(config: RunConfig, dataset: ImageDataset, path: Path, *, images:
     crops = {name: torch.from_numpy(cut) for name, cut in cut_crops(originals, tables, config.views).items()}
     unknown = torch.full((len(chosen),), -1)
     batch = Batch(crops=crops, tables=tables, ids=torch.tensor(chosen), labels=unknown, epoch=0, step=0, bad=[])
-    finished = finish_views(batch, config.views, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), torch.device("cpu"))
+    finished = augment_views(batch, config.views, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), torch.device("cpu"))
     shown = {
         name: stack.unflatten(0, (-1, len(chosen))).permute(1, 0, 3, 4, 2).clamp(0, 1).numpy() for name, stack in finished.stacks.items()
     }

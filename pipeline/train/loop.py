@@ -22,7 +22,7 @@ from methods.parts.distributed import all_gather_objects, all_reduce_max, all_re
 from methods.parts.norms import average_statistics
 from pipeline import checkpoint
 from pipeline.config import RunConfig
-from pipeline.data.augment import finish_views
+from pipeline.data.augment import augment_views
 from pipeline.data.loader import Batch, DecodeFailure
 from pipeline.evaluate.clusters import Clusters
 from pipeline.resolve import Resolved
@@ -174,7 +174,7 @@ class Trainer:
         micro_outputs: list[StepOutput] = []
         for i, part in enumerate(batch.split(config.accumulation_steps)):
             progress = self.seeded(progress, i)
-            views = finish_views(part, self.config.views, self.config.data.mean, self.config.data.std, self.device)
+            views = augment_views(part, self.config.views, self.config.data.mean, self.config.data.std, self.device)
             with self.maybe_no_sync(unless=i == config.accumulation_steps - 1):
                 mixed = torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not torch.float32)
                 with mixed, torch.set_grad_enabled(has_loss):

@@ -10,7 +10,7 @@ from scipy.ndimage import gaussian_filter
 from torchvision.transforms.v2 import functional as F
 
 from methods.parts.views import CropGroup
-from pipeline.data.augment import ORDERS, blur_radius, finish_crops, finish_views
+from pipeline.data.augment import ORDERS, augment_crops, augment_views, blur_radius
 from pipeline.data.crops import COLUMN, draw_views
 from pipeline.data.normalise import normalise
 
@@ -62,7 +62,7 @@ def test_equal_to_torchvision(size: int, changes: dict[str, Any]) -> None:
     group, count = CropGroup(size=size, **(STRONG | changes)), 64
     pixels, rows = crops(count, size), table(count, group)
     assert len(set(rows[:, COLUMN["order"]])) > 15
-    finished = finish_crops(pixels, rows, group, MEAN, STD)
+    finished = augment_crops(pixels, rows, group, MEAN, STD)
     for i in range(count):
         difference = (finished[i] - one_by_one(pixels[i], rows[i], group)).abs() * torch.tensor(STD)[:, None, None]
         if rows[i, COLUMN["solarize"]]:  # a pixel within rounding of the threshold may fall on either side
@@ -77,7 +77,7 @@ def test_the_blur_is_a_gaussian(size: int) -> None:
     pixels = crops(6, size)
     rows = table(6, plain)
     rows[:, COLUMN["blur_sigma"]] = [0.1, 0.3, 0.7, 1.0, 1.5, 2.0]
-    finished = finish_crops(pixels, rows, plain, (0, 0, 0), (1, 1, 1)).double() * 255
+    finished = augment_crops(pixels, rows, plain, (0, 0, 0), (1, 1, 1)).double() * 255
     for i, sigma in enumerate(rows[:, COLUMN["blur_sigma"]]):
         exact = gaussian_filter(pixels[i].numpy().astype(np.float64), (sigma, sigma, 0), mode="mirror", truncate=8.0)
         assert np.abs(finished[i].permute(1, 2, 0).numpy() - exact).max() < 0.05, sigma
@@ -86,7 +86,7 @@ def test_the_blur_is_a_gaussian(size: int) -> None:
 def test_no_augmentation_is_normalisation() -> None:
     plain = CropGroup(size=24, jitter=(0, 0, 0, 0), grayscale=0, blur=0, solarize=0)
     pixels = crops(5, 24)
-    finished = finish_crops(pixels, table(5, plain), plain, MEAN, STD)
+    finished = augment_crops(pixels, table(5, plain), plain, MEAN, STD)
     expected = F.normalize(pixels.permute(0, 3, 1, 2).float() / 255, list(MEAN), list(STD))
     assert torch.allclose(finished, expected, atol=1e-6)
     assert torch.allclose(normalise(pixels, MEAN, STD, "cpu"), expected, atol=1e-6)
@@ -96,10 +96,10 @@ def test_no_augmentation_is_normalisation() -> None:
 def test_a_crop_does_not_depend_on_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     group = CropGroup(size=32, **STRONG)
     pixels, rows = crops(40, 32), table(40, group)
-    whole = finish_crops(pixels, rows, group, MEAN, STD)
+    whole = augment_crops(pixels, rows, group, MEAN, STD)
     monkeypatch.setattr("pipeline.data.augment.CHUNK_VALUES", 3 * 32 * 32 * 7)
-    assert torch.allclose(whole, finish_crops(pixels, rows, group, MEAN, STD), atol=1e-5)
-    assert torch.allclose(whole[7:8], finish_crops(pixels[7:8], rows[7:8], group, MEAN, STD), atol=1e-5)
+    assert torch.allclose(whole, augment_crops(pixels, rows, group, MEAN, STD), atol=1e-5)
+    assert torch.allclose(whole[7:8], augment_crops(pixels[7:8], rows[7:8], group, MEAN, STD), atol=1e-5)
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -110,12 +110,12 @@ def test_views_are_view_major(channels_last: bool) -> None:
     pixels = {name: torch.randint(0, 256, (5, g.count, g.size, g.size, 3), dtype=torch.uint8) for name, g in views.items()}
     batch = SimpleNamespace(crops=pixels, tables=tables, ids=torch.arange(5), labels=torch.full((5,), -1))
     before = {name: crop.clone() for name, crop in pixels.items()}
-    finished = finish_views(batch, views, MEAN, STD, "cpu", channels_last=channels_last)
+    finished = augment_views(batch, views, MEAN, STD, "cpu", channels_last=channels_last)
     assert [tuple(c.shape) for c in finished.crops] == [(5, 3, 24, 24)] * 2 + [(5, 3, 12, 12)] * 3
     layout = torch.channels_last if channels_last else torch.contiguous_format
     assert all(stack.is_contiguous(memory_format=layout) for stack in finished.stacks.values())
     for v in range(3):
-        expected = finish_crops(pixels["local"][:, v], tables["local"][:, v], views["local"], MEAN, STD)
+        expected = augment_crops(pixels["local"][:, v], tables["local"][:, v], views["local"], MEAN, STD)
         assert torch.allclose(finished.crops[2 + v], expected, atol=1e-5)
     assert all((pixels[name] == before[name]).all() for name in pixels)
     assert finished.image_ids.tolist() == [0, 1, 2, 3, 4]
@@ -129,11 +129,11 @@ def test_groups_of_one_size_keep_their_own_settings() -> None:
     tables = draw_views(0, 0, np.arange(9), sizes, sizes, views)
     pixels = {name: torch.randint(0, 256, (9, g.count, g.size, g.size, 3), dtype=torch.uint8) for name, g in views.items()}
     batch = SimpleNamespace(crops=pixels, tables=tables, ids=torch.arange(9), labels=torch.full((9,), -1))
-    finished = finish_views(batch, views, MEAN, STD, "cpu")
+    finished = augment_views(batch, views, MEAN, STD, "cpu")
     assert list(finished.stacks) == ["first", "small", "other"]
     for name, group in views.items():
         for v, crops in enumerate(finished.stacks[name].chunk(group.count)):
-            expected = finish_crops(pixels[name][:, v], tables[name][:, v], group, MEAN, STD)
+            expected = augment_crops(pixels[name][:, v], tables[name][:, v], group, MEAN, STD)
             assert torch.allclose(crops, expected, atol=1e-5), name
 
 
@@ -144,6 +144,6 @@ def test_the_device_is_never_asked() -> None:
     tables = draw_views(0, 0, np.arange(20), sizes, sizes, views)
     pixels = {name: torch.zeros((20, g.count, g.size, g.size, 3), dtype=torch.uint8) for name, g in views.items()}
     batch = SimpleNamespace(crops=pixels, tables=tables, ids=torch.arange(20), labels=torch.full((20,), -1))
-    finished = finish_views(batch, views, MEAN, STD, "meta")
+    finished = augment_views(batch, views, MEAN, STD, "meta")
     assert [tuple(stack.shape) for stack in finished.stacks.values()] == [(40, 3, 24, 24), (20, 3, 12, 12)]
     assert all(stack.is_meta and stack.is_contiguous(memory_format=torch.channels_last) for stack in finished.stacks.values())

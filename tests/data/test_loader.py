@@ -23,7 +23,7 @@ from PIL import Image
 from methods.parts.views import CropGroup
 from pipeline.config import DataConfig
 from pipeline.data import loader, ray_data
-from pipeline.data.augment import Normalisation, finish_views
+from pipeline.data.augment import Normalisation, augment_views
 from pipeline.data.crop_task import make_crops, substitutes
 from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.loader import Batch, TrainLoader, evaluation_images
@@ -62,7 +62,7 @@ def collect(
     steps: int = 1000,
     micro_batches: int = 1,
 ) -> list[Batch]:
-    stream = TrainLoader(dataset, sampler, VIEWS, 3, total, finish=finish, execution_steps=steps)
+    stream = TrainLoader(dataset, sampler, VIEWS, 3, total, normalisation=finish, execution_steps=steps)
     return list(stream.batches(start, tasks=2, micro_batches=micro_batches))
 
 
@@ -110,7 +110,7 @@ def test_views_finished_by_the_tasks_are_those_finished_on_the_device(ray_local:
     cut, finished = collect(dataset, sampler, 3), collect(dataset, sampler, 3, finish=size)
     for one, other in zip(cut, finished, strict=True):
         assert other.crops["global"].shape == (32, 2, 3, 16, 16) and other.crops["global"].dtype == torch.float32
-        ours, theirs = finish_views(one, VIEWS, *size, "cpu"), finish_views(other, VIEWS, *size, "cpu")
+        ours, theirs = augment_views(one, VIEWS, *size, "cpu"), augment_views(other, VIEWS, *size, "cpu")
         for name in VIEWS:
             assert theirs.stacks[name].is_contiguous(memory_format=torch.channels_last)
             torch.testing.assert_close(ours.stacks[name], theirs.stacks[name], rtol=0, atol=5e-6)

@@ -16,7 +16,7 @@ from benchmarks.gpu import configured, make_images, random_batch
 from methods.parts.backbones import BackboneConfig, build_backbone
 from pipeline.build import prepare
 from pipeline.config import DataConfig
-from pipeline.data.augment import finish_views
+from pipeline.data.augment import augment_views
 from pipeline.data.loader import TrainLoader
 from pipeline.export.embed import embed
 from pipeline.export.write import export
@@ -38,8 +38,8 @@ def test_colour_on_the_device_is_that_of_the_cpu(recipe: str, device: torch.devi
     config = load_recipe(recipe)
     batch, there = (random_batch(config.views, 8, where) for where in (torch.device("cpu"), device))
     data = config.data
-    expected = finish_views(batch, config.views, data.mean, data.std, "cpu").stacks
-    found = finish_views(there, config.views, data.mean, data.std, device).stacks
+    expected = augment_views(batch, config.views, data.mean, data.std, "cpu").stacks
+    found = augment_views(there, config.views, data.mean, data.std, device).stacks
     for name, stack in expected.items():
         assert found[name].device.type == device.type and found[name].shape == stack.shape
         differences = (found[name].cpu() - stack).abs().flatten() * min(data.std)  # of values in [0, 1]

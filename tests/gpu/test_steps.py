@@ -17,7 +17,7 @@ from methods.parts.contract import Progress, find, registered
 from methods.parts.views import Views
 from pipeline.build import prepare
 from pipeline.config import RunConfig, override
-from pipeline.data.augment import finish_views
+from pipeline.data.augment import augment_views
 from pipeline.data.loader import Batch
 from pipeline.recipes import entries, load_recipe
 from pipeline.run_folder import create_run
@@ -111,7 +111,7 @@ def test_loss_and_gradients_in_float32_are_those_of_the_cpu(recipe: str, device:
     there = copy.copy(here)
     there.method = copy.deepcopy(here.method).to(device)
     data, due = here.config.data, batch(here)
-    views = finish_views(due, here.config.views, data.mean, data.std, "cpu")
+    views = augment_views(due, here.config.views, data.mean, data.std, "cpu")
     masks = here.method.draw_masks(views, now(here))
     expected, expected_gradient = gradients(here, views, masks)
     loss, gradient = gradients(there, moved(views, device), masks and [mask.to(device) for mask in masks])
