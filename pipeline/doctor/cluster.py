@@ -78,14 +78,14 @@ def inspect_nodes(alive: list[Mapping[str, Any]], runs_dir: Path, config: RunCon
         probe.write_text(key)
     except OSError as error:
         raise ConfigError(f"runs_dir={place}: {error.strerror}; give a folder you may write to with --runs-dir") from None
-    twins = Counter(node["NodeManagerAddress"] for node in alive)
+    address_counts = Counter(node["NodeManagerAddress"] for node in alive)
     data = local_images(config)
     answered: dict[str, Node] = {}
     try:
         tasks = {}
         for node in alive:
             address = node["NodeManagerAddress"]
-            name = address if twins[address] == 1 else f"{address} ({node['NodeID'][:6]})"
+            name = address if address_counts[address] == 1 else f"{address} ({node['NodeID'][:6]})"
             pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             task = ray.remote(inspect).options(num_cpus=0, max_retries=0, scheduling_strategy=pinned)
             tasks[name] = task.remote(str(probe), key, node["NodeID"], data)
@@ -187,25 +187,25 @@ def run_on_gpu(function: Callable[..., Any], *arguments: Any) -> tuple[Any, floa
 
 def check_nodes(nodes: Mapping[str, Node], runs_dir: Path, config: RunConfig | None) -> Iterable[Check]:
     """Yield rows about the answers of the nodes."""
-    silent = {name: node.error for name, node in nodes.items() if node.error}
-    if silent:
+    unreachable = {name: node.error for name, node in nodes.items() if node.error}
+    if unreachable:
         remedy = "see the node's logs in the dashboard; where a module is missing: pip install '.[cluster]' on that node"
-        yield Check("nodes", "fail", _listed(silent), remedy)
-    spoke = {name: node for name, node in nodes.items() if not node.error}
-    if not spoke:
+        yield Check("nodes", "fail", _listed(unreachable), remedy)
+    answering = {name: node for name, node in nodes.items() if not node.error}
+    if not answering:
         return
     place = existing(runs_dir)
-    blind = {name: node.storage for name, node in spoke.items() if node.storage}
-    remedy = "give a folder that every node mounts at the same path: --runs-dir /shared/runs" if blind else ""
-    seen = f"{_count(len(spoke), 'node')} write and read {place}"
-    yield Check("shared runs", "fail" if blind else "ok", f"{place}\n{_listed(blind)}" if blind else seen, remedy)
+    failing = {name: node.storage for name, node in answering.items() if node.storage}
+    remedy = "give a folder that every node mounts at the same path: --runs-dir /shared/runs" if failing else ""
+    seen = f"{_count(len(answering), 'node')} write and read {place}"
+    yield Check("shared runs", "fail" if failing else "ok", f"{place}\n{_listed(failing)}" if failing else seen, remedy)
     images = local_images(config)
     if images:
-        blind = {name: node.data for name, node in spoke.items() if node.data}
-        remedy = "put the images where every node sees them at the same path, such as /shared/data" if blind else ""
-        found = f"{images}\n{_listed(blind)}" if blind else f"{_count(len(spoke), 'node')} see {images}"
-        yield Check("shared images", "fail" if blind else "ok", found, remedy)
-    yield check_versions({name: node.versions for name, node in spoke.items()})
+        failing = {name: node.data for name, node in answering.items() if node.data}
+        remedy = "put the images where every node sees them at the same path, such as /shared/data" if failing else ""
+        found = f"{images}\n{_listed(failing)}" if failing else f"{_count(len(answering), 'node')} see {images}"
+        yield Check("shared images", "fail" if failing else "ok", found, remedy)
+    yield check_versions({name: node.versions for name, node in answering.items()})
 
 
 def check_versions(found: Mapping[str, Mapping[str, str]]) -> Check:
