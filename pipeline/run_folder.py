@@ -40,20 +40,20 @@ class RunFolder:
     """The folder of one run.
 
     Args:
-        where: a local folder, which may be the driver's copy of a folder in an object store; on workers, the URI of the latter.
+        location: a local folder, which may be the driver's copy of a folder in an object store; on workers, the URI of the latter.
             With a URI only `checkpoints`, `config_text`, `state`, `update` and `bad_images` can be used.
     """
 
-    where: Path | str
+    location: Path | str
 
     @property
     def path(self) -> Path:
-        return Path(self.where)
+        return Path(self.location)
 
     @property
     def place(self) -> Place:
         """The place of all files but checkpoints."""
-        return Place(str(self.where))
+        return Place(str(self.location))
 
     @property
     def shared(self) -> Place:

@@ -45,5 +45,5 @@ def send(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, Tenso
     places = {name: slice(end - -(-a.nbytes // 8) * 8, None) for end, (name, a) in zip(ends, arrays.items(), strict=True)}
     for name, array in arrays.items():
         packed[places[name]][: array.nbytes].numpy()[:] = np.frombuffer(array.tobytes(), np.uint8)
-    there = packed.to(device, non_blocking=True)
-    return {name: there[places[name]][: a.nbytes].view(torch.from_numpy(a).dtype).view(a.shape) for name, a in arrays.items()}
+    received = packed.to(device, non_blocking=True)
+    return {name: received[places[name]][: a.nbytes].view(torch.from_numpy(a).dtype).view(a.shape) for name, a in arrays.items()}

@@ -97,11 +97,11 @@ def embed(
     if dataset.num_training(0.0) is None:
         raise ConfigError(f"data.path={data.path}: has no end, so its embeddings would have none; give a folder, Parquet or tars")
     start_ray()
-    there = ray.cluster_resources().get("GPU", 0)
-    if gpus and not there and not joins_cluster():  # a cluster may grow
+    total_gpus = ray.cluster_resources().get("GPU", 0)
+    if gpus and not total_gpus and not joins_cluster():  # a cluster may grow
         raise ConfigError(f"gpus={gpus:g}: there is no GPU here; leave it out")
     if gpus is None:
-        gpus = 1.0 if there >= 1 else 0.0
+        gpus = 1.0 if total_gpus >= 1 else 0.0
     _clear(to)
     facts = {"model": str(model), "backbone": spec.backbone.name, "size": spec.size, "features": spec.features}
     facts |= {"data": data.path, "fingerprint": dataset.fingerprint, "images": len(dataset), "precision": "bf16" if bf16 else "float32"}

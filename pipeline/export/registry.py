@@ -116,8 +116,8 @@ def _add_version(folder: Path, spec: ExportSpec, name: str, uri: str, run_id: st
     from mlflow.models import Model
 
     client = mlflow_client(uri)
-    where = client.get_run(run_id).info.experiment_id if run_id else experiment_id(client, uri, experiment)
-    logged = client.create_logged_model(where, name=name, source_run_id=run_id, tags=tags)
+    experiment_of_run = client.get_run(run_id).info.experiment_id if run_id else experiment_id(client, uri, experiment)
+    logged = client.create_logged_model(experiment_of_run, name=name, source_run_id=run_id, tags=tags)
     with tempfile.TemporaryDirectory() as scratch:
         model = Model(artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id)
         _save_pyfunc(Path(scratch), folder, spec, model)

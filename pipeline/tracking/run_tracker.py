@@ -229,12 +229,12 @@ class Tracker:
             run_id, self._state["sent"] = None, 0  # deleted on the server: send everything to a new run
             self._state["params"] = _as_strings(self._params()) | self._state["params"]
         if run_id is None:
-            where = experiment_id(client, self._state["uri"], self._state["experiment"])
+            experiment = experiment_id(client, self._state["uri"], self._state["experiment"])
             # a request that timed out may have created the run
-            found = client.search_runs([where], f"tags.`manyviews.key` = '{self._state['key']}'", max_results=1)
+            found = client.search_runs([experiment], f"tags.`manyviews.key` = '{self._state['key']}'", max_results=1)
             if not found:
                 tags, begun = {"manyviews.key": self._state["key"]}, int(1000 * self._state["started"])
-                found = [client.create_run(where, start_time=begun, tags=tags, run_name=self._state["name"])]
+                found = [client.create_run(experiment, start_time=begun, tags=tags, run_name=self._state["name"])]
             run_id = found[0].info.run_id
         elif self._state["status"] == "RUNNING":
             client.update_run(run_id, status="RUNNING")

@@ -66,8 +66,8 @@ def open_folder(root: str, tree: list[File], shown: str) -> ImageDataset:
             raise ConfigError(f"data.path={shown}: the folder is empty; give a folder with images, or patches")
         few = ", ".join(name for name, _ in skipped[:3])
         more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
-        there = {os.path.splitext(name)[1].lower() for name, _ in skipped}
-        remedy = next((text for ending, text in REMEDIES.items() if ending in there), "give a folder with jpg, png, webp, ... files")
+        extensions = {os.path.splitext(name)[1].lower() for name, _ in skipped}
+        remedy = next((text for ending, text in REMEDIES.items() if ending in extensions), "give a folder with jpg, png, webp, ... files")
         raise ConfigError(f"data.path={shown}: no images among {few}{more}; {remedy}")
     folders = [name.partition("/")[0] if "/" in name else None for name, _ in images]
     class_names = sorted({folder for folder in folders if folder is not None})

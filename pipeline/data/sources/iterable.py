@@ -114,10 +114,10 @@ class Reader:
             while self.next <= max(ids):
                 self.buffer[self.next] = next(self.iterator)
                 self.next += 1
-            gone = {id for id in ids if id not in self.buffer}
-            if gone:  # this reader or a task was restarted: read again from the beginning
-                again = itertools.islice(arrivals(self.function), max(gone) + 1)
-                self.buffer |= {id: image for id, image in enumerate(again) if id in gone}
+            missing = {id for id in ids if id not in self.buffer}
+            if missing:  # this reader or a task was restarted: read again from the beginning
+                again = itertools.islice(arrivals(self.function), max(missing) + 1)
+                self.buffer |= {id: image for id, image in enumerate(again) if id in missing}
             return [self.buffer.pop(id) for id in ids]
 
 

@@ -179,16 +179,16 @@ def _check_columns(schema: pa.Schema, name: str, data: DataConfig) -> None:
 
     from pipeline.config import DataConfig
 
-    there = ", ".join(schema.names)
+    columns = ", ".join(schema.names)
     if data.image_column not in schema.names:
-        raise ConfigError(f"data.image_column={data.image_column}: no such column in {name}; it has {there}")
+        raise ConfigError(f"data.image_column={data.image_column}: no such column in {name}; it has {columns}")
     if data.label_column not in schema.names and data.label_column != DataConfig.label_column:
-        raise ConfigError(f"data.label_column={data.label_column}: no such column in {name}; it has {there}")
+        raise ConfigError(f"data.label_column={data.label_column}: no such column in {name}; it has {columns}")
     kind = schema.field(data.image_column).type
     if pa.types.is_struct(kind):
         kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else kind
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-        raise ConfigError(f"data.image_column={data.image_column}: holds {kind}, not encoded bytes, in {name}; it has {there}")
+        raise ConfigError(f"data.image_column={data.image_column}: holds {kind}, not encoded bytes, in {name}; it has {columns}")
 
 
 def _declared_names(schema: pa.Schema, label_column: str) -> list[str] | None:

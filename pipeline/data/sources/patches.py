@@ -68,17 +68,17 @@ def open_patches(path: str) -> ImageDataset:
     """Open the built-in set; patches are cut when they are read."""
     options = parse(path)
     test = options.split == "test"
-    each = options.fifth if test else options.per_photo + options.fifth
-    count = each * len(FILES)
+    images_per_photo = options.fifth if test else options.per_photo + options.fifth
+    count = images_per_photo * len(FILES)
     chosen = f"pixels={options.pixels},per_photo={options.per_photo},seed={options.seed}"
     return PatchDataset(
-        labels=np.repeat(np.arange(len(FILES)), each),
+        labels=np.repeat(np.arange(len(FILES)), images_per_photo),
         class_names=CLASS_NAMES,
         fingerprint=fingerprint([f"patches:{chosen},split={options.split}"], CLASS_NAMES),
         spans=np.stack([np.arange(count), np.ones(count, np.int64)], axis=1),
         test_path=None if test else f"patches:{chosen},split=test",
         options=options,
-        each=each,
+        images_per_photo=images_per_photo,
     )
 
 
@@ -87,24 +87,24 @@ class PatchDataset(ImageDataset):
     """Patches by photograph; in the train split, each photograph's training patches come before its held-out ones."""
 
     options: PatchOptions
-    each: int  # patches of one photograph
+    images_per_photo: int  # patches of one photograph
 
     def path(self, id: int) -> str:
-        return f"patches/{self.options.split}/{CLASS_NAMES[id // self.each]}#{id % self.each}"
+        return f"patches/{self.options.split}/{CLASS_NAMES[id // self.images_per_photo]}#{id % self.images_per_photo}"
 
     def held_out_ids(self, fraction: float) -> np.ndarray:
         """Return the patches of the held-out tiles, for any fraction but 0."""
         if self.options.split == "test" or fraction <= 0:
             return super().held_out_ids(fraction)
         ids = np.arange(len(self))
-        return ids[ids % self.each >= self.options.per_photo]
+        return ids[ids % self.images_per_photo >= self.options.per_photo]
 
     def _read(self, ids: Sequence[int] | np.ndarray) -> Iterator[tuple[bytes, str | None]]:
         options = self.options
         header = f"P6\n{options.pixels} {options.pixels}\n255\n".encode()
         draws = uniforms(options.seed, int(options.split == "test"), np.asarray(ids), PATCH, 4)
         for i, (pick, extent, down, right) in zip(ids, draws, strict=True):
-            photo_index, place = divmod(int(i), self.each)
+            photo_index, place = divmod(int(i), self.images_per_photo)
             split = 2 if options.split == "test" else int(place >= options.per_photo)
             photo = load_photo(photo_index)
             tile, corners = tiles(photo_index, options.pixels, options.seed)
