@@ -173,20 +173,20 @@ class TrainLoader:
             stack.callback(lambda: wait([building] if building else [], timeout=CLOSE_S))
             references: list[Any] = []  # the iterators are deleted with rank 0's last reference to them
 
-            def begin(part: tuple[int, int]) -> Prefetcher[CopiedBatch]:
+            def start(part: tuple[int, int]) -> Prefetcher[CopiedBatch]:
                 references[:] = broadcast(building.result() if building else None)
-                reading = Prefetcher(partial(slices, ray.get(references[0])[rank], part), PREFETCH_BATCHES)
-                stack.callback(reading.close)
-                return reading
+                prefetcher = Prefetcher(partial(slices, ray.get(references[0])[rank], part), PREFETCH_BATCHES)
+                stack.callback(prefetcher.close)
+                return prefetcher
 
-            following = begin(parts[0])
-            for part, upcoming in itertools.zip_longest(parts, parts[1:]):
-                reading = following
-                for batch, arrived in reading:
-                    if upcoming and build and batch.step == max(part[0], part[1] - BUILD_STEPS):
-                        building = in_background(partial(build, upcoming))
-                    if upcoming and batch.step == max(part[0], part[1] - HAND_OVER_STEPS):
-                        following = begin(upcoming)
+            next_prefetcher = start(parts[0])
+            for part, next_part in itertools.zip_longest(parts, parts[1:]):
+                prefetcher = next_prefetcher
+                for batch, arrived in prefetcher:
+                    if next_part and build and batch.step == max(part[0], part[1] - BUILD_STEPS):
+                        building = in_background(partial(build, next_part))
+                    if next_part and batch.step == max(part[0], part[1] - HAND_OVER_STEPS):
+                        next_prefetcher = start(next_part)
                     if copies and arrived:
                         copies.receive(batch.tensors(), arrived)
                     yield batch
@@ -223,7 +223,7 @@ class TrainLoader:
 
     def task(self, shared: Any) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
         """Return the function that a Ray Data task runs; `shared` is a reference to the dataset and the sampler."""
-        return partial(_cut_item, shared=shared, views=self.views, seed=self.seed, normalisation=self.normalisation)
+        return partial(_crop_item, shared=shared, views=self.views, seed=self.seed, normalisation=self.normalisation)
 
     def _slices(
         self, iterator: DataIterator, part: tuple[int, int], shards: range, micro_batches: int, copies: DeviceCopies | None
@@ -317,7 +317,7 @@ def _get(reference: Any) -> Any:
     return ray.get(reference)
 
 
-def _cut_item(
+def _crop_item(
     item: dict[str, np.ndarray], shared: Any, views: ViewsConfig, seed: int, normalisation: Normalisation | None = None
 ) -> dict[str, np.ndarray]:
     """Make the crops of one task: one item in, one block of `steps_in(group) * shard_batch` rows out."""

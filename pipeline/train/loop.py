@@ -105,14 +105,14 @@ class Trainer:
             checkpoint.DiskFull: a checkpoint could not be written.
         """
         total = self.resolved.facts.total_steps
-        guards = HealthMonitor(self.method, patience_steps=min(2 * self.resolved.facts.steps_per_epoch, total // 2))
+        monitor = HealthMonitor(self.method, patience_steps=min(2 * self.resolved.facts.steps_per_epoch, total // 2))
         outputs: list[StepOutput] = []  # since the last log
         bad: list[DecodeFailure] = []  # since the last exchange
         stopping = False
         measures = bool(all_reduce_max(torch.tensor(int(bool(self.online or self.online_clusters)))))
         if self.position.step == 0:
             self.measure()
-            self.measure_clusters(guards)
+            self.measure_clusters(monitor)
             yield self.measured
         self.method.train()
         for batch in batches:
@@ -128,13 +128,13 @@ class Trainer:
             if save or measure or step % self.config.train.log_every == 0:
                 metrics = self.flush(outputs)
                 outputs = []
-                for warning in guards.warnings(step, metrics):
+                for warning in monitor.warnings(step, metrics):
                     self.reporter.info(f"[yellow]warning:[/yellow] {warning}")
                 if save or measure:
                     average_statistics(self.method)
                 improved = measure and bool(all_reduce_max(torch.tensor(int(self.measure()))))
                 if measure:
-                    self.measure_clusters(guards)
+                    self.measure_clusters(monitor)
                 if save or improved:
                     self.save(best=improved)
                 if measure and not stopping:
@@ -258,13 +258,13 @@ class Trainer:
         self.position.best_knn, self.position.best_step = score, step
         return True
 
-    def measure_clusters(self, guards: HealthMonitor) -> None:
+    def measure_clusters(self, monitor: HealthMonitor) -> None:
         """Report the sizes of the clusters and their agreement with labels, and warn of degenerate ones."""
         if self.online_clusters is None:
             return
         found = self.online_clusters(self.method)
         self.report(self.position.step, found.metrics())
-        for warning in guards.cluster_warnings(self.position.step, found.sizes):
+        for warning in monitor.cluster_warnings(self.position.step, found.sizes):
             self.reporter.info(f"[yellow]warning:[/yellow] {warning}")
 
     def state(self) -> checkpoint.State:
