@@ -83,7 +83,7 @@ def _vit(config: BackboneConfig, settings: dict[str, Any]) -> nn.Module:
     if not ViT.fits(model):
         _refuse(config, "is no plain ViT with a CLS token", positions="leave it out", xavier="leave it out")
         return model
-    vit = ViT.of(model, config.positions)
+    vit = ViT(model, config.positions)
     if config.image_size is not None:
         require_whole_patches(vit, "backbone.image_size", config.image_size)
     if config.xavier:

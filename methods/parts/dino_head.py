@@ -49,7 +49,8 @@ class DINOHead(nn.Module):
 class Prototypes(nn.Module):
     """Scores with weight-normalised rows, W_k = g_k v_k / ||v_k||: `(B, D) -> (B, K)`.
 
-    What torch's weight_norm does to a Linear without bias, but it can be pickled, and so sent to a worker.
+    It does to a Linear without bias what `torch.nn.utils.parametrizations.weight_norm` does. A module that torch has
+    parametrized cannot be pickled, so it cannot be sent to a worker.
 
     Args:
         unit: g stays 1 and has no gradient.
@@ -61,4 +62,5 @@ class Prototypes(nn.Module):
         self.directions = nn.Parameter(nn.Linear(in_features, num_prototypes, bias=False).weight.detach())  # v, of any length
 
     def forward(self, z: Tensor) -> Tensor:
+        # the one inner name of torch in this project: the kernel behind `parametrizations.weight_norm` has no public one
         return F.linear(z, torch._weight_norm(self.directions, self.lengths))

@@ -51,19 +51,17 @@ class ViT(VisionTransformer):  # type: ignore[misc]
             return False
         return all(type(block) is Block for block in model.blocks)
 
-    @classmethod
-    def of(cls, model: VisionTransformer, positions: Positions) -> ViT:
-        """The same model under this class, for images of any size that is a multiple of the patch."""
-        model.__class__ = cls
-        model.positions = positions
-        follow_images(model)
+    def __init__(self, model: VisionTransformer, positions: Positions) -> None:
+        """Take over all parts of a timm model, whose functions know the arguments of every name; the model is not used again."""
+        nn.Module.__init__(self)
+        vars(self).update(vars(model))
+        self.positions = positions
+        follow_images(self)
         if positions == "sincos":
-            h, w = model.patch_embed.grid_size
-            table = sincos_table(h, w, model.embed_dim)
-            prefix = torch.zeros(model.pos_embed.shape[1] - len(table), model.embed_dim)  # CLS has no position
-            model.pos_embed = nn.Parameter(torch.cat([prefix, table])[None], requires_grad=False)
-        assert isinstance(model, cls)
-        return model
+            h, w = self.patch_embed.grid_size
+            table = sincos_table(h, w, self.embed_dim)
+            prefix = torch.zeros(self.pos_embed.shape[1] - len(table), self.embed_dim)  # CLS has no position
+            self.pos_embed = nn.Parameter(torch.cat([prefix, table])[None], requires_grad=False)
 
     # ------------------------------------------------------------------------ tokens
 
@@ -94,7 +92,7 @@ class ViT(VisionTransformer):  # type: ignore[misc]
         if masked is not None:
             assert mask_token is not None
             x = torch.where(masked.view(*x.shape[:3], 1), mask_token.to(x.dtype), x)
-        x = self._pos_embed(x)
+        x = self.with_positions(x)
         if keep is not None:
             first = self.num_prefix_tokens
             patches = x[:, first:].gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
@@ -151,8 +149,8 @@ class ViT(VisionTransformer):  # type: ignore[misc]
 
     # ------------------------------------------------------------------------ positions
 
-    def _pos_embed(self, x: Tensor) -> Tensor:
-        """timm's hook, also of its own forward: prefix tokens and positions, `(B, h, w, D) -> (B, 1 + R + h w, D)`."""
+    def with_positions(self, x: Tensor) -> Tensor:
+        """Add prefix tokens and positions: `(B, h, w, D) -> (B, 1 + R + h w, D)`."""
         b, h, w, d = x.shape
         tokens = [self.cls_token] if self.reg_token is None else [self.cls_token, self.reg_token]
         prefix = torch.cat([token.expand(b, -1, -1) for token in tokens], dim=1)

@@ -19,7 +19,7 @@ from methods.parts.backbones import BackboneConfig, build_backbone
 from methods.parts.contract import RunFacts
 from methods.parts.distributed import all_gather_rows, average_gradients
 from methods.parts.errors import ConfigError
-from methods.parts.norms import average_statistics, convert_sync_batchnorm
+from methods.parts.norms import BATCH_NORMS, average_statistics, convert_sync_batchnorm
 from methods.simclr import SimCLR, SimCLRConfig, head
 from tests.parity.common import EXACT, SINGLE, Same, in_processes, progress, two_views
 
@@ -202,7 +202,7 @@ def test_projector_and_the_part_that_is_fine_tuned() -> None:
         method.network_up_to(4)
     excluded = {id(p) for p in method.param_groups()[1].params}
     names = {name for name, p in method.named_parameters() if id(p) in excluded}
-    norms = {f"{name}.weight" for name, m in method.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    norms = {f"{name}.weight" for name, m in method.named_modules() if isinstance(m, BATCH_NORMS)}
     assert names == norms | {name for name, _ in method.named_parameters() if name.endswith("bias")}
     assert len(head(8, 9, 4, 1)) == 1
 
