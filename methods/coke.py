@@ -13,7 +13,7 @@ With unit projections x and predictions y of the B images of a global batch, f =
     loss   = beta CE(q, y c' / tau) + (1 - beta) CE(q, x c' / tau)      q: label of epoch t - 1, c' its centres
 
 as a mean over heads with K of their own. Two views: q of one is alpha onehot(l) + (1 - alpha) softmax(x' c' / tau), x' the other's.
-Crops of the group `local` take no part in clustering; their q averages that of all large views; half of the loss is theirs.
+Local crops take no part in clustering; their q averages that of all large views; half of the loss is theirs.
 
 Stage 2 (from `averaging_start_epoch` s on, share w = 1 / (t - s + 1)): images are assigned by c', centres are averages over epochs,
 c' <- normalize((1 - w) c' + w c), and so are labels: of an image's weights w_k, q_k = exp(w_k / 0.5) / sum (t > s).
@@ -130,8 +130,8 @@ class CoKe(Method):
         x = views.split(l2_normalize(z))  # V times (B, D)
         y = x if self.predictor is None else views.split(l2_normalize(self.predictor(z)))  # likewise
         with autocast_disabled(x[0]):
-            large = [v for name, positions in views.groups.items() if name != "local" for v in positions]
-            require(bool(large), "views.global.count", 0, "coke clusters the crops outside the group local; use 1 or 2")
+            large = views.positions("global")
+            require(bool(large), "views.global.count", 0, "coke clusters the global crops; use 1 or 2")
             features = torch.stack([x[v].detach() for v in large]).mean(dim=0)
             averaging = self.share(progress) is not None
             new = torch.stack([clusters.assign(features, averaging) for clusters in self.heads()], dim=1)  # (B, heads)

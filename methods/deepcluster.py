@@ -78,7 +78,8 @@ class DeepCluster(Method):
     @classmethod
     def default_views(cls) -> ViewsConfig:
         """2 x 224 + 6 x 96, as SwAV."""
-        return {"global": CropGroup(count=CROPS, size=224, scale=(0.14, 1.0)), "local": CropGroup(count=6, size=96, scale=(0.05, 0.14))}
+        local = CropGroup(role="local", count=6, size=96, scale=(0.05, 0.14))
+        return {"global": CropGroup(count=CROPS, size=224, scale=(0.14, 1.0)), "local": local}
 
     def memory_banks(self) -> dict[str, MemoryBank]:
         return {"memory": self.memory, "labels": self.labels}
@@ -105,7 +106,7 @@ class DeepCluster(Method):
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         # one backbone pass per resolution, one pass of the projector over all crops
         z = l2_normalize(self.projector(views.map_crops(self.backbone))).unflatten(0, (-1, len(views.image_ids)))  # (V, B, D)
-        unit = z[views.groups["global"]].detach().transpose(0, 1)  # (B, 2, D)
+        unit = z[views.positions("global")].detach().transpose(0, 1)  # (B, 2, D)
         outputs = {"ids": views.image_ids, "z": unit}
         with autocast_disabled(z):
             metrics: Metrics = {"embedding_std": embedding_std(unit[:, 0])} if progress.reports else {}

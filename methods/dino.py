@@ -10,9 +10,8 @@ s_v = h(f(x_v)) and t_g = h'(f'(x_g)) with K prototypes, centre c, and the tempe
     theta' <- m theta' + (1 - m) theta                                     with the new theta; m rises to 1 on a cosine
     c      <- 0.9 c + 0.1 mean(t)                                          eq. (4), after the loss, over all workers
 
-H is linear in q, so one log-softmax of each crop meets the sum of the targets of the other global crops. Every group of
-crops but `local` is of global crops. `teacher_targets=sinkhorn` balances t / tau_t over the batch in the place of the
-centre (DINOv2, arXiv:2304.07193).
+H is linear in q, so one log-softmax of each crop meets the sum of the targets of the other global crops.
+`teacher_targets=sinkhorn` balances t / tau_t over the batch in the place of the centre (DINOv2, arXiv:2304.07193).
 
 Departs:
     With micro-batches the centre moves once in an optimizer step, by their joint mean, so cutting the batch changes
@@ -98,14 +97,14 @@ class DINO(MomentumTeacher):
         return {
             "global": first,
             "global_solarized": replace(first, blur=0.1, solarize=0.2),
-            "local": replace(first, count=8, size=96, scale=(0.05, 0.4), blur=0.5),
+            "local": replace(first, role="local", count=8, size=96, scale=(0.05, 0.4), blur=0.5),
         }
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         batch = len(views.image_ids)
-        large = [i for name, crops in views.groups.items() if name != "local" for i in crops]
+        large = views.positions("global")
         with torch.no_grad():
-            h = views.drop_group("local").map_crops(self.teacher.get_submodule("backbone"))  # (G B, D)
+            h = views.of("global").map_crops(self.teacher.get_submodule("backbone"))  # (G B, D)
             t = self.teacher.get_submodule("head")(h)  # (G B, K)
         s = self.head(views.map_crops(self.backbone))  # (V B, K), crop by crop
         with autocast_disabled(s):

@@ -11,9 +11,9 @@ each image, prototypes q_k, and unit rows everywhere (cos):
     theta, q <- optimizer(theta, q; gradient)
     theta'  <- m_t theta' + (1 - m_t) theta                        m_t from m_0 to 1 on a straight line
 
-H(a, b) = - sum_k a_k ln b_k. Anchors are every group of crops but `target`. Of `random` ones, patches drawn at random are
-dropped before the first block, so they cost nothing and there is no mask token; `focal` ones are small crops. Each
-group is one pass of the encoder, and the head's batch norm sees one group at a time. Prototypes have a gradient through
+H(a, b) = - sum_k a_k ln b_k. Anchors are the global crops (the paper's random masks) and the local ones (its focal masks). Of
+global ones, patches drawn at random are dropped before the first block, so they cost nothing and there is no mask token.
+Each group is one pass of the encoder, and the head's batch norm sees one group at a time. Prototypes have a gradient through
 their normalisation, from the anchors only, are not decayed and not clipped.
 
 All schedules end at 1.25 times the run: it stops at 80 % of them (`schedule_stretch`, and `optim.schedule_stretch` for learning
@@ -23,7 +23,7 @@ Departs:
     Every image has a mask of its own (the original draws one for all images of a worker: `shared_mask=True`).
     Gradients of the prototypes are averaged over workers like all others; the original adds them up, which AdamW hardly notices.
     Learning rate and weight decay are those of one step earlier; the original counts its first step as one that is done.
-    Target and masked anchors may have any sizes: which crops are masked follows from their group, not from their width.
+    Target and masked anchors may have any sizes: which crops are masked follows from their role, not from their width.
 """
 
 from __future__ import annotations
@@ -111,31 +111,33 @@ class MSN(MomentumTeacher):
     @classmethod
     def default_views(cls) -> ViewsConfig:
         """A target and a masked anchor of 224, and 10 focal anchors of 96 (sec. 5)."""
-        target = CropGroup(count=1, size=224, scale=(0.3, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur=0.5)
-        return {"target": target, "random": target, "focal": replace(target, count=10, size=96, scale=(0.05, 0.3))}
+        random = CropGroup(count=1, size=224, scale=(0.3, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur=0.5)
+        focal = replace(random, role="local", count=10, size=96, scale=(0.05, 0.3))
+        return {"target": replace(random, role="target"), "random": random, "focal": focal}
 
     def draw_masks(self, views: Views, progress: Progress) -> Masks:
-        """The patches that the `random` crops keep, `(V_r B, n)`, crop by crop; no entry where none is missing."""
+        """Draw the patches that each group of global crops keeps, `(V_g B, n)`, crop by crop; no entry where none is missing."""
         c, generator = self.config, progress.generator
-        crops = views.stacks.get("random")
         draws = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
         ratio = c.mask_ratio + c.mask_spread * (2 * draws[0] - 1)
-        if crops is None or not len(crops) or ratio == 0 or draws[1] >= c.mask_probability:
+        if ratio == 0 or draws[1] >= c.mask_probability:
             return []
-        patches = num_patches(self.anchor.backbone, crops.shape[-1])
-        ids = torch.zeros_like(views.image_ids) if c.shared_mask else views.image_ids
-        return [random_keep(ids, patches, num_kept(patches, ratio), seed=draw_seed(generator), crops=views.counts["random"])]
+        ids, masks = torch.zeros_like(views.image_ids) if c.shared_mask else views.image_ids, []
+        for name, stack in views.of("global").stacks.items():
+            patches = num_patches(self.anchor.backbone, stack.shape[-1])
+            masks.append(random_keep(ids, patches, num_kept(patches, ratio), seed=draw_seed(generator), crops=views.counts[name]))
+        return masks
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         masks = self.draw_masks(views, progress) if masks is None else masks
-        keep = masks[0] if masks else None
-        anchors = {name: stack for name, stack in views.stacks.items() if name != "target" and len(stack)}
-        if views.counts.get("target") != 1 or not anchors:
+        kept = dict(zip(views.of("global").stacks, masks, strict=bool(masks)))
+        targets, anchors = views.of("target").crops, views.of("global", "local").stacks
+        if len(targets) != 1 or not anchors:
             counts = ", ".join(f"views.{name}.count={count}" for name, count in views.counts.items())
             raise ConfigError(f"{counts}: MSN compares anchors with one target; use a group target of 1 crop, and random or focal ones")
         with torch.no_grad():
-            z_target = upcast_half(self.target(views.stacks["target"]))  # (B, D)
-        z = upcast_half(torch.cat([self.anchor(stack, keep if name == "random" else None) for name, stack in anchors.items()]))  # (M B, D)
+            z_target = upcast_half(self.target(targets[0]))  # (B, D)
+        z = upcast_half(torch.cat([self.anchor(stack, kept.get(name)) for name, stack in anchors.items()]))  # (M B, D)
         with autocast_disabled(z):
             log_p = self.log_predictions(z)  # (M B, K)
             codes = self.targets(z_target, progress)  # (B, K)
@@ -146,8 +148,8 @@ class MSN(MomentumTeacher):
                 return StepOutput(loss=loss)
             metrics = self.diagnostics(codes, log_p.detach(), z_target, progress)
             metrics |= {"cross_entropy": ce.detach(), "me_max": me_max.detach()}
-            if keep is not None:
-                metrics["tokens"] = float(keep.shape[1])
+            if masks:
+                metrics["tokens"] = float(masks[0].shape[1])
             return StepOutput(loss=loss, metrics=metrics)
 
     def after_step(self, outputs: list[Outputs], progress: Progress) -> None:

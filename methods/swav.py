@@ -76,7 +76,8 @@ class SwAV(Method):
     @classmethod
     def default_views(cls) -> ViewsConfig:
         """2 x 224 + 6 x 96 (paper, appendix A)."""
-        return {"global": CropGroup(count=2, size=224, scale=(0.14, 1.0)), "local": CropGroup(count=6, size=96, scale=(0.05, 0.14))}
+        local = CropGroup(role="local", count=6, size=96, scale=(0.05, 0.14))
+        return {"global": CropGroup(count=2, size=224, scale=(0.14, 1.0)), "local": local}
 
     def start_epoch(self, progress: Progress) -> None:
         self.distinct.fill_(distinct_share(self.prototypes.weight))  # K^2 D products, fewer than an epoch's scores
@@ -90,7 +91,7 @@ class SwAV(Method):
         z = views.split(l2_normalize(self.projector(views.map_crops(self.backbone))))  # V times (B, D)
         with autocast_disabled(z[0]):
             scores = [self.prototypes(z_v) for z_v in z]  # V times (B, K)
-            global_crops = views.groups["global"]
+            global_crops = views.positions("global")
             codes = {g: self.codes(i, scores[g]) for i, g in enumerate(global_crops)}  # eq. (3)
             others = [[q for g, q in codes.items() if g != v] for v in range(len(scores))]  # eq. (6)
             terms = [cross_entropy_sum(q, s, self.config.temperature) for q, s in zip(others, scores, strict=True) if q]

@@ -17,7 +17,7 @@ from methods.parts.backbones import BackboneConfig
 from methods.parts.contract import MethodConfig, find, to_dict
 from methods.parts.errors import RENAMED, require, unknown_key
 from methods.parts.fields import SearchRange, at_least, below_one, check_limits, fraction, positive
-from methods.parts.views import ViewsConfig
+from methods.parts.views import ROLES_BY_NAME, ViewsConfig
 
 Triple = tuple[float, float, float]
 
@@ -208,13 +208,12 @@ def override(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
 def keys_meant(config: RunConfig, key: str) -> list[str]:
     """The settings that a dotted name stands for: `views.global.KEY` and `views.local.KEY` are known to every recipe.
 
-    Where no group has that name, `global` are the groups of the largest crops and `local` all others. Their number is each group's own.
+    Where no group has that name, they are the groups with the role `local`, and all others. The number of crops is each group's own.
     """
     group, _, leaf = key.removeprefix("views.").partition(".")
     if not key.startswith("views.") or group in config.views or group not in ("global", "local"):
         return [key]
-    largest = max((views.size for views in config.views.values()), default=0)
-    meant = [f"views.{name}.{leaf}" for name, views in config.views.items() if (views.size == largest) == (group == "global")]
+    meant = [f"views.{name}.{leaf}" for name, views in config.views.items() if (views.role == "local") == (group == "local")]
     return meant if meant and (leaf != "count" or len(meant) == 1) else [key]
 
 
@@ -272,6 +271,8 @@ def from_yaml(text: str) -> RunConfig:
         if key in tree.get(section, {}):
             value = tree[section].pop(key)
             tree[section][name] = "workers" if (old, value) == ("data.finish", "tasks") else value
+    for name, group in tree.get("views", {}).items():
+        group.setdefault("role", ROLES_BY_NAME.get(name, "global"))
     method = dict(tree.pop("method"))
     entry = find(method.pop("name"))
     config: RunConfig = _build(RunConfig, tree, "")

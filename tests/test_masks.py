@@ -16,7 +16,7 @@ from methods.parts.errors import ConfigError
 from methods.parts.masking import masked_of, num_kept, random_keep
 from methods.parts.views import Views
 from tests.parity.common import progress
-from tests.parity.test_msn import FACTS, loss_of, method_of, small_vit, views_of
+from tests.parity.test_msn import FACTS, ROLES, loss_of, method_of, small_vit, views_of
 
 # ---------------------------------------------------------------------------- masks
 
@@ -151,7 +151,8 @@ def test_advice_and_refusals() -> None:
     assert "method.sinkhorn=True" in large.hints()
     with pytest.raises(ConfigError, match=r"views\.target\.count=2.* one target"):
         stacks = {"target": torch.zeros(16, 3, 16, 16), "focal": torch.zeros(8, 3, 8, 8)}
-        method_of()(Views(stacks=stacks, counts={"target": 2, "focal": 1}, image_ids=torch.arange(8), labels=torch.zeros(8)), progress())
+        counts = {"target": 2, "focal": 1}
+        method_of()(Views(stacks=stacks, counts=counts, roles=ROLES, image_ids=torch.arange(8), labels=torch.zeros(8)), progress())
     with pytest.raises(ConfigError, match="MSN works on patches"):
         MSN(MSNConfig(), build_backbone(BackboneConfig(name="resnet18", width=0.125)), FACTS)
 

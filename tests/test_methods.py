@@ -47,7 +47,8 @@ def built(recipe: str) -> tuple[Method, Views]:
     counts = {name: group.count for name, group in config.views.items()}
     sides = {name: max(8, group.size * 32 // config.evaluation_size) for name, group in config.views.items()}  # at most 32
     stacks = {name: torch.randn(counts[name] * BATCH, 3, side, side) for name, side in sides.items()}
-    return method, Views(stacks=stacks, counts=counts, image_ids=torch.arange(BATCH), labels=torch.full((BATCH,), -1))
+    ids, roles = torch.arange(BATCH), {name: group.role for name, group in config.views.items()}
+    return method, Views(stacks=stacks, counts=counts, roles=roles, image_ids=ids, labels=torch.full_like(ids, -1))
 
 
 def progress(step: int) -> Progress:

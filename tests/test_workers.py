@@ -145,7 +145,7 @@ def test_running_statistics_are_averaged(tmp_path: Path) -> None:
 def _own_rows(views: Views, rank: int, world: int) -> Views:
     rows = torch.arange(BATCH).chunk(world)[rank]
     stacks = {name: torch.cat([crop[rows] for crop in stack.chunk(views.counts[name])]) for name, stack in views.stacks.items()}
-    return Views(stacks=stacks, counts=views.counts, image_ids=views.image_ids[rows], labels=views.labels[rows])
+    return Views(stacks=stacks, counts=views.counts, roles=views.roles, image_ids=views.image_ids[rows], labels=views.labels[rows])
 
 
 def _two_steps(rank: int, world: int, recipe: str, ddp: bool) -> dict[str, Any]:

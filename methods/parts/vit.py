@@ -43,6 +43,7 @@ class ViT(VisionTransformer):  # type: ignore[misc]
     """timm's ViT with a CLS token; `forward` is timm's: `(B, 3, H, W) -> (B, D)`, CLS after the final norm."""
 
     positions: Positions
+    pos_embed: nn.Parameter
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -54,7 +55,7 @@ class ViT(VisionTransformer):  # type: ignore[misc]
     def __init__(self, model: VisionTransformer, positions: Positions) -> None:
         """Take over all parts of a timm model, whose functions know the arguments of every name; the model is not used again."""
         nn.Module.__init__(self)
-        vars(self).update(vars(model))
+        self.__dict__.update(vars(model))
         self.positions = positions
         follow_images(self)
         if positions == "sincos":
@@ -163,7 +164,7 @@ class ViT(VisionTransformer):  # type: ignore[misc]
         """Positions of h x w patches, behind those of the prefix tokens if they have any: `(1, P + h w, D)`."""
         rows, columns = self.patch_embed.grid_size
         if (h, w) == (rows, columns):
-            return self.pos_embed  # type: ignore[no-any-return]
+            return self.pos_embed
         first = self.pos_embed.shape[1] - rows * columns
         grid = self.pos_embed[:, first:].unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
         resized = resize_grid(grid, h, w, offset=0.1 if self.positions == "learned-offset" else 0.0)

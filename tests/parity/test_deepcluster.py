@@ -44,7 +44,8 @@ def batch_of(step: int, rank: int = 0, world: int = 1) -> Views:
     own = crops.view(2 + SMALL_CROPS, world, -1, DIM)[:, rank]
     stacks = {"global": own[:2].reshape(-1, DIM), "local": own[2:].reshape(-1, DIM)}
     ids = ids.view(world, -1)[rank]
-    return Views(stacks=stacks, counts={"global": 2, "local": SMALL_CROPS}, image_ids=ids, labels=torch.full_like(ids, -1))
+    counts: dict[str, int] = {"global": 2, "local": SMALL_CROPS}
+    return Views(stacks=stacks, counts=counts, roles={"local": "local"}, image_ids=ids, labels=torch.full_like(ids, -1))
 
 
 def train(method: DeepCluster, steps: range, rank: int = 0, world: int = 1) -> list[dict[str, Any]]:

@@ -100,16 +100,16 @@ def test_rows_are_crop_major() -> None:
     assert abs(method(views, progress()).loss.item() - loss) > 1e-3
 
 
-def test_every_group_but_local_is_of_global_crops() -> None:
+def test_groups_with_the_role_global_are_of_global_crops() -> None:
     method, views = dino(), images(0)
     loss = method(views, progress()).loss
     a, b = views.stacks["global"].chunk(2)
     stacks = {"global": a, "global_solarized": b, "local": views.stacks["local"]}
     counts = {"global": 1, "global_solarized": 1, "local": 3}
-    split = Views(stacks=stacks, counts=counts, image_ids=views.image_ids, labels=views.labels)
+    split = Views(stacks=stacks, counts=counts, roles=views.roles, image_ids=views.image_ids, labels=views.labels)
     assert torch.equal(method(split, progress()).loss, loss)
     first = {"local": views.stacks["local"], "global": views.stacks["global"]}  # the order of the groups is free
-    turned = Views(stacks=first, counts=views.counts, image_ids=views.image_ids, labels=views.labels)
+    turned = Views(stacks=first, counts=views.counts, roles=views.roles, image_ids=views.image_ids, labels=views.labels)
     torch.testing.assert_close(method(turned, progress()).loss, loss, **EXACT)
     alone = Views(stacks={"global": a}, counts={"global": 1}, image_ids=views.image_ids, labels=views.labels)
     with pytest.raises(ConfigError, match=r"views: 1 crop, 1 of them global; use 2 or more"):

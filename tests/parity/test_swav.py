@@ -71,7 +71,7 @@ def views(embeddings: Tensor, batch: int, large: int) -> Views:
     small = len(embeddings) // batch - large
     stacks = {"global": embeddings[: large * batch], "local": embeddings[large * batch :]}
     ids = torch.arange(batch)
-    return Views(stacks=stacks, counts={"global": large, "local": small}, image_ids=ids, labels=ids)
+    return Views(stacks=stacks, counts={"global": large, "local": small}, roles={"local": "local"}, image_ids=ids, labels=ids)
 
 
 def progress(step: int = 0) -> Progress:
