@@ -22,7 +22,6 @@ Departs:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -30,13 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.parts import (
-    CropGroup, Masks, MemoryBank, Method, MethodConfig, Metrics, Outputs, Progress, RunFacts, SearchRange, StepOutput, Views, ViewsConfig,
-    all_gather_rows, all_reduce_sum, at_least, autocast_disabled, chunk_rows, count_of_each, embedding_std, first_places, l2_normalize, mlp,
-    num_features, positive, rank, register, require, world_size,
+    LOWER_RATE, CropGroup, Hints, Masks, MemoryBank, Method, MethodConfig, Metrics, Outputs, Progress, RunFacts, SearchRange, StepOutput,
+    Views, ViewsConfig, all_gather_rows, all_reduce_sum, at_least, autocast_disabled, chunk_rows, count_of_each, embedding_std,
+    first_places, l2_normalize, many_clusters, mlp, num_features, one_of, positive, rank, register, require, told, world_size,
 )  # fmt: skip
 
 CROPS = 2  # global crops that are memorised
-UNKNOWN = -1  # the label of an image that was not seen yet
+UNKNOWN = -1  # label of an image that was not seen yet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +50,23 @@ class DeepClusterConfig(MethodConfig):
     projector_hidden: int = at_least(1, 2048)
     projection_dim: int = at_least(2, 128)  # D
 
+    def hints(self, facts: RunFacts) -> Hints:
+        k = self.num_prototypes
+        return Hints(
+            chance_loss=(math.log(k), "ln K"),
+            remedies=one_of(LOWER_RATE, "fewer method.num_prototypes", "softer crops and jitter"),
+            warnings=told(
+                many_clusters("method.num_prototypes", k, k, facts, images_each=10, advised=10),
+                facts.total_steps <= facts.steps_per_epoch
+                and f"train.steps={facts.total_steps} end before the second epoch: the first only looks, and nothing is learned",
+            ),
+        )
+
 
 @register("deepcluster-v2", DeepClusterConfig)
 class DeepCluster(Method):
     config: DeepClusterConfig
     paper = "Caron et al. 2020, arXiv:2006.09882"
-    needs_dense_ids = True
     needs_full_epochs = True
     prototypes: Tensor  # (H, K, D), the centroids: unit rows
     empty: Tensor  # (), share of clusters without an image at the last clustering
@@ -64,7 +74,7 @@ class DeepCluster(Method):
     def __init__(self, config: DeepClusterConfig, backbone: nn.Module, facts: RunFacts) -> None:
         super().__init__()
         images, ids, k = facts.num_images, facts.num_ids or facts.num_images, config.num_prototypes
-        assert images is not None and ids is not None  # needs_dense_ids
+        assert images is not None and ids is not None  # needs_full_epochs
         require(k <= images, "method.num_prototypes", k, f"more than the {images} images; use {max(2, images // 10)} or fewer")
         self.config = config
         self.backbone = backbone
@@ -77,7 +87,7 @@ class DeepCluster(Method):
 
     @classmethod
     def default_views(cls) -> ViewsConfig:
-        """2 x 224 + 6 x 96, as SwAV."""
+        """Return 2 x 224 + 6 x 96, as SwAV."""
         local = CropGroup(role="local", count=6, size=96, scale=(0.05, 0.14))
         return {"global": CropGroup(count=CROPS, size=224, scale=(0.14, 1.0)), "local": local}
 
@@ -86,7 +96,7 @@ class DeepCluster(Method):
 
     @torch.no_grad()
     def start_epoch(self, progress: Progress) -> None:
-        """Cluster the memory: new centroids and labels for every head."""
+        """Cluster the memory anew: centroids and labels of every head."""
         if progress.epoch == 0:
             return
         memory, labels = (table.rows_on(self.prototypes.device) for table in (self.memory, self.labels))
@@ -127,28 +137,16 @@ class DeepCluster(Method):
         self.memory.write(ids, unit[first_places(ids)])  # a repeated image is memorised as where it comes first
 
     def cluster_scores(self, images: Tensor) -> Tensor:
-        """Cosines with the first head's centroids."""
+        """Return cosines with the first head's centroids."""
         z = l2_normalize(self.projector(self.backbone(images)))
         with autocast_disabled(z):
             return z @ self.prototypes[0].T
 
-    def chance_loss(self) -> tuple[float, str]:
-        return math.log(self.config.num_prototypes), "ln K"
-
-    def hints(self) -> str:
-        return "try a lower optim.base_lr or a longer warm-up, fewer method.num_prototypes, or softer crops and jitter"
-
-    def config_warnings(self, facts: RunFacts) -> Iterable[str]:
-        k, images = self.config.num_prototypes, facts.num_images
-        if images is not None and k * 10 > images:
-            yield f"method.num_prototypes={k} for {images} images; use {max(2, images // 10)} or fewer"
-        if facts.total_steps <= facts.steps_per_epoch:
-            yield f"train.steps={facts.total_steps} end before the second epoch: the first only looks, and nothing is learned"
 
 
 @torch.no_grad()
 def random_rows(features: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """Random rows `(count, D)` of all workers' `(N_w, D)`, the same on every worker and however the rows are cut over workers.
+    """Return random rows `(count, D)` of all workers' `(N_w, D)`, the same on every worker and however the rows are cut over workers.
 
     Rows repeat only if there are fewer than `count`.
     """
@@ -163,14 +161,14 @@ def random_rows(features: Tensor, count: int, generator: torch.Generator | None)
 
 @torch.no_grad()
 def spherical_kmeans(features: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-    """k-means by cosine over the rows of all workers, a few rows at a time.
+    """Run k-means by cosine over the rows of all workers, a few rows at a time.
 
     Args:
         features: unit rows, `(N_w, D)` on each worker; N_w may differ.
-        centroids: to begin with, unit rows `(K, D)`, the same on every worker.
+        centroids: the first ones, unit rows `(K, D)`, the same on every worker.
 
     Returns:
-        Centroids `(K, D)`, then the nearest of them to each row `(N_w,)`, and how many rows of all workers each has `(K,)`.
+        Centroids `(K, D)`, the nearest of them to each row `(N_w,)`, and the number of rows of all workers of each `(K,)`.
     """
     size = chunk_rows(centroids.T)  # rows of (N, K)
     for _ in range(iterations):

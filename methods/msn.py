@@ -29,17 +29,17 @@ Departs:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from methods.parts import (
-    ConfigError, CropGroup, Masks, MethodConfig, Metrics, MomentumTeacher, Outputs, ParamGroup, Progress, RunFacts, SearchRange, StepOutput,
-    ViT, Views, ViewsConfig, at_least, autocast_disabled, below_one, draw_seed, ema, embedding_std, entropy, fraction, gather_with_gradient,
-    l2_normalize, mlp, num_kept, num_patches, param_groups_weight_decay, positive, random_keep, register, require, require_vit, sinkhorn,
-    trunc_normal_linears, upcast_half, used_share,
+    LARGER_BATCH, LOWER_RATE, ConfigError, CropGroup, Hints, Masks, MethodConfig, Metrics, MomentumTeacher, Outputs, ParamGroup, Progress,
+    RunFacts, SearchRange, StepOutput, ViT, Views, ViewsConfig, at_least, autocast_disabled, below_one, blunt_targets, code_meters,
+    draw_seed, ema, embedding_std, entropy, fraction, gather_with_gradient, l2_normalize, many_clusters, mlp, num_kept, num_patches, one_of,
+    param_groups_weight_decay, positive, random_keep, register, require, require_vit, sinkhorn, slow_average, told, trunc_normal_linears,
+    upcast_half,
 )  # fmt: skip
 
 
@@ -71,10 +71,34 @@ class MSNConfig(MethodConfig):
     final_momentum: float = fraction(1.0)  # m at the end of the schedule; equal to momentum: constant
     schedule_stretch: float = positive(1.25)  # schedules of momentum and tau+ end at so many times the run
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         most = min(self.mask_ratio, 1 - self.mask_ratio)
         require(0 <= self.mask_spread <= most, "method.mask_spread", self.mask_spread, f"use 0 to {most:g} with this mask_ratio")
+
+    def hints(self, facts: RunFacts) -> Hints:
+        hottest = max(self.target_temperature, self.final_target_temperature or 0.0)
+        large = facts.num_features is not None and facts.num_features >= 1024
+        return Hints(
+            chance_loss=(math.log(self.num_prototypes), "ln K"),
+            uniform_metric="code_entropy",
+            remedies=one_of(
+                f"method.target_temperature={self.target_temperature / 2:g}",
+                LOWER_RATE,
+                "" if self.sinkhorn else "method.sinkhorn=True",
+                LARGER_BATCH,
+            ),
+            warnings=told(
+                blunt_targets("target", hottest, self.temperature, f"{self.temperature / 4:g}"),
+                not self.sinkhorn
+                and self.me_max < 3
+                and f"method.me_max={self.me_max:g} without Sinkhorn leaves prototypes unused; use 5",
+                large
+                and self.mask_ratio < 0.5
+                and f"method.mask_ratio={self.mask_ratio:g} with a ViT this large gave NaN in the paper; use 0.5 or more",
+                slow_average(self.momentum, facts, "target"),
+                many_clusters("method.num_prototypes", self.num_prototypes, self.num_prototypes, facts, images_each=1, advised=10),
+            ),
+        )
 
 
 class Encoder(nn.Module):
@@ -93,8 +117,7 @@ class Encoder(nn.Module):
 class MSN(MomentumTeacher):
     config: MSNConfig
     paper = "Assran et al. 2022, arXiv:2204.07141"
-    accumulation = "refuse"
-    accumulation_remedy = "the prototypes are balanced over the batch; train.gradient_checkpointing needs less memory"
+    whole_batch_remedy = "the prototypes are balanced over the batch; train.gradient_checkpointing needs less memory"
 
     def __init__(self, config: MSNConfig, backbone: nn.Module, facts: RunFacts) -> None:
         super().__init__()
@@ -110,7 +133,7 @@ class MSN(MomentumTeacher):
 
     @classmethod
     def default_views(cls) -> ViewsConfig:
-        """A target and a masked anchor of 224, and 10 focal anchors of 96 (sec. 5)."""
+        """Return a target and a masked anchor of 224, and 10 focal anchors of 96 (sec. 5)."""
         random = CropGroup(count=1, size=224, scale=(0.3, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur=0.5)
         focal = replace(random, role="local", count=10, size=96, scale=(0.05, 0.3))
         return {"target": replace(random, role="target"), "random": random, "focal": focal}
@@ -156,14 +179,14 @@ class MSN(MomentumTeacher):
         self.follow(self.target, self.anchor, progress)
 
     def log_predictions(self, z: Tensor) -> Tensor:
-        """ln p of projections of any length: `(n, D) -> (n, K)`."""
+        """Return ln p of projections of any length: `(n, D) -> (n, K)`."""
         k, s = self.config.num_prototypes, self.config.label_smoothing
         log_p = torch.log_softmax(self.cosines(z) / self.config.temperature, dim=1)
         return log_p if s == 0 else ((1 - s) * log_p.exp() + s / k).log()
 
     @torch.no_grad()
     def targets(self, z: Tensor, progress: Progress) -> Tensor:
-        """p+, the soft assignments of the targets: `(B, D) -> (B, K)`, rows sum to 1."""
+        """Return p+, the soft assignments of the targets: `(B, D) -> (B, K)`, rows sum to 1."""
         power = self.config.temperature / self.target_temperature(progress)  # 1 / T
         log_p = torch.log_softmax(self.log_predictions(z) * power, dim=1)
         if not self.config.sinkhorn:
@@ -172,86 +195,58 @@ class MSN(MomentumTeacher):
         return sinkhorn(log_p, 1.0, self.config.sinkhorn_iterations, span=span)
 
     def cosines(self, z: Tensor) -> Tensor:
+        """Return cosines of projections with the prototypes: `(n, D) -> (n, K)`."""
         return l2_normalize(z) @ l2_normalize(self.prototypes).T
 
     def target_temperature(self, progress: Progress) -> float:
-        """tau+."""
+        """Return tau+ of this step."""
         start, end = self.config.target_temperature, self.config.final_target_temperature
         return start if end is None else self.scheduled(progress, start, end)
 
     def momentum(self, progress: Progress) -> float:
-        """m_t."""
+        """Return m_t."""
         return self.scheduled(progress, self.config.momentum, self.config.final_momentum)
 
     def scheduled(self, progress: Progress, start: float, end: float) -> float:
-        """On a straight line from `start` to `end`, which it has at `schedule_stretch` times the run."""
+        """Return the value of this step on a straight line from `start` to `end`, reached at `schedule_stretch` times the run."""
         return start + (end - start) * min(1.0, progress.step / (progress.total_steps * self.config.schedule_stretch))
 
     @torch.no_grad()
     def diagnostics(self, codes: Tensor, log_p: Tensor, z_target: Tensor, progress: Progress) -> Metrics:
-        """Meters of this worker's targets and predictions; entropies as fractions of ln K.
+        """Return meters of this worker's targets and predictions; entropies as fractions of ln K.
 
         Collapse to one prototype: `mean_entropy` and `prototypes_used` fall to 0. Collapse to uniform: `code_entropy` and
         `prediction_entropy` rise to 1, `code_max` falls to 1 / K.
         """
-        k = self.config.num_prototypes
-        p = log_p.exp()
-        return {
-            "code_entropy": entropy(codes).mean() / math.log(k),
-            "code_max": codes.amax(dim=1).mean(),
-            "prediction_entropy": entropy(p).mean() / math.log(k),
-            "mean_entropy": entropy(p.mean(dim=0)) / math.log(k),
-            "prototypes_used": used_share(codes),
+        p, most = log_p.exp(), math.log(self.config.num_prototypes)
+        return code_meters(codes) | {
+            "prediction_entropy": entropy(p).mean() / most,
+            "mean_entropy": entropy(p.mean(dim=0)) / most,
             "embedding_std": embedding_std(l2_normalize(z_target)),
             "momentum": self.momentum(progress),
         }
 
     def param_groups(self) -> list[ParamGroup]:
-        """Biases and norms do not decay, tokens and position table do; prototypes neither decay nor count in clipping."""
+        """Return matrices, vectors and prototypes. Tokens and position table decay; prototypes neither decay nor count in clipping."""
         groups = param_groups_weight_decay(self.anchor)
         if self.config.train_prototypes:
             groups.append(ParamGroup(params=[self.prototypes], name="prototypes", decay=False, adapt=False, clip=False))
         return groups
 
     def evaluation_backbone(self) -> nn.Module:
+        """Return the target encoder's backbone."""
         return self.target.backbone
 
     def cluster_scores(self, images: Tensor) -> Tensor:
-        """Cosines of the target encoder's projections with the prototypes."""
+        """Return cosines of the target encoder's projections with the prototypes."""
         z = upcast_half(self.target(images))
         with autocast_disabled(z):
             return self.cosines(z)
 
-    def chance_loss(self) -> tuple[float, str]:
-        return math.log(self.config.num_prototypes), "ln K"
-
-    def hints(self) -> str:
-        c = self.config
-        return (
-            f"try method.target_temperature={c.target_temperature / 2:g}, a lower optim.base_lr or a longer warm-up, "
-            f"{'method.sinkhorn=True, ' if not c.sinkhorn else ''}or a larger train.global_batch_size"
-        )
-
-    def config_warnings(self, facts: RunFacts) -> Iterable[str]:
-        c = self.config
-        hottest = max(c.target_temperature, c.final_target_temperature or 0.0)
-        if hottest >= c.temperature:
-            yield (
-                f"a target temperature of {hottest:g} is not below method.temperature={c.temperature:g}: without sharpening the "
-                f"targets become uniform; use {c.temperature / 4:g}"
-            )
-        if not c.sinkhorn and c.me_max < 3:
-            yield f"method.me_max={c.me_max:g} without Sinkhorn leaves prototypes unused; use 5"
-        if self.anchor.backbone.embed_dim >= 1024 and c.mask_ratio < 0.5:
-            yield f"method.mask_ratio={c.mask_ratio:g} with a ViT this large gave NaN in the paper; use 0.5 or more"
-        if facts.total_steps * (1 - c.momentum) < 3 and c.momentum < 1:
-            yield f"method.momentum={c.momentum:g} in {facts.total_steps} steps: the target hardly moves; use 0.99 or less"
-        if facts.num_images is not None and c.num_prototypes > facts.num_images:
-            yield f"method.num_prototypes={c.num_prototypes} for {facts.num_images} images; use {max(2, facts.num_images // 10)} or fewer"
 
 
 def mean_prediction(log_p: Tensor) -> Tensor:
-    """pbar, over the rows of all workers: `(n, K) -> (K,)`. Every worker must bring n rows.
+    """Return pbar, over the rows of all workers: `(n, K) -> (K,)`. Every worker must bring n rows.
 
     With the gather's gradient each worker has d loss / d pbar at its own rows, so parameter gradients that are averaged
     over workers are those of one process.

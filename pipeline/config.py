@@ -56,22 +56,22 @@ class OptimConfig:
     name: Literal["larc", "lars", "lars-classic", "sgd", "adamw"] = "larc"
     base_lr: float = positive(0.6, SearchRange(around=4, scale="log", reason="four times less and more than the recipe's"))
     lr_rule: Literal["none", "linear", "sqrt"] = "none"  # none: base_lr is the rate; else times (batch / 256) or its root
-    zero_lr_epochs: float = at_least(0, 0.0)  # epochs at rate 0 before the warm-up begins (CoKe: 1)
+    zero_lr_epochs: float = at_least(0, 0.0)  # epochs at rate 0 before the warm-up begins, e.g. 1 where the first epoch has no loss
     warmup_epochs: float = at_least(0, 0.0, SearchRange(scale="choice", choices=(0, 0.5, 1, 5, 10), reason="longer for larger rates"))
-    warmup_reaches_base: bool = True  # the last step of the warm-up has the base rate; False: the step after it (CoKe)
+    warmup_reaches_base: bool = True  # the last step of the warm-up has the base rate; False: the first step after it
     warmup_start_lr: float = 0.0  # scaled by lr_rule like base_lr
     final_lr: float = 0.0  # scaled likewise
     schedule: Literal["cosine", "steps"] = "cosine"
-    #: length of the cosines of rate and weight decay, in runs (MSN: 1.25: training stops at 80 % of them)
+    #: length of the cosines of rate and weight decay, in runs; 1.25: training stops at 80 % of them
     schedule_stretch: float = at_least(1, 1.0)
     milestones: tuple[float, ...] = (0.6, 0.8)  # schedule steps: at these fractions of the run the rate falls to a tenth
     weight_decay: float = at_least(0, 1e-6, SearchRange(around=10, scale="log", reason="ten times less and more than the recipe's"))
-    final_weight_decay: float | None = at_least(0, None)  # a cosine from weight_decay to it over the whole run (DINO, MSN); None = constant
+    final_weight_decay: float | None = at_least(0, None)  # a cosine from weight_decay to it over the whole run; None = constant
     momentum: float = below_one(0.9)  # SGD, LARC, both LARS
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW
     trust_coefficient: float = 0.001  # LARC, both LARS
     clip_norm: float | None = positive(None)  # largest norm of the gradient; None = no clipping
-    clip_scope: Literal["joint", "tensor"] = "joint"  # the norm of all gradients together, or of each parameter tensor by itself (DINO)
+    clip_scope: Literal["joint", "tensor"] = "joint"  # the norm of all gradients together, or of each parameter tensor by itself
 
     def __post_init__(self) -> None:
         check_limits(self, "optim.")

@@ -140,7 +140,7 @@ def run_on_meta(case: Case) -> None:
     if method.sync_batchnorm:
         convert_sync_batchnorm(method)
     for number in (0, STEPS - 1, 2 * STEPS):  # the first of the first epoch, a last one, the first of a later one
-        step(method, views, number, micro_steps=2 if number and method.accumulation == "exact" else 1)
+        step(method, views, number, micro_steps=2 if number and not method.whole_batch_remedy else 1)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from methods.parts.contract import Metrics
+from methods.parts.meters import Metrics
 from methods.parts.numerics import chunk_rows
 
 

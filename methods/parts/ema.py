@@ -43,8 +43,3 @@ class MomentumTeacher(Method):
 
     def follow(self, teacher: nn.Module, student: nn.Module, progress: Progress) -> None:
         update(teacher, student, self.momentum(progress))
-
-    def faster(self) -> str:
-        """Return a remedy with a comma behind it: a teacher that moves three times as far in a step; empty where m is near no limit."""
-        m = self.config.momentum
-        return f"method.momentum={1 - (1 - m) * 3:g}, " if 0.7 < m < 1 else ""

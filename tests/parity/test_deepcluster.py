@@ -222,5 +222,5 @@ def test_more_clusters_than_images_are_refused() -> None:
 
 def test_a_run_that_ends_in_its_first_epoch_is_warned_of() -> None:
     facts = RunFacts(global_batch_size=BATCH, steps_per_epoch=STEPS, total_steps=STEPS, num_images=1000)
-    (config_warnings,) = deepcluster().config_warnings(facts)
-    assert config_warnings.startswith(f"train.steps={STEPS} end before the second epoch")
+    (warning,) = deepcluster().config.hints(facts).warnings
+    assert warning.startswith(f"train.steps={STEPS} end before the second epoch")

@@ -81,7 +81,8 @@ def test_no_opinion_costs_ln_k_and_gradients_sum_to_zero() -> None:
     k = 11
     student, teacher = torch.zeros(20, k, dtype=torch.float64), torch.randn(8, k, dtype=torch.float64)
     method, views = of_scores(student, teacher, 2, 4)
-    assert method(views, progress()).loss.item() == pytest.approx(math.log(k), abs=1e-12) and method.chance_loss() == (math.log(k), "ln K")
+    assert method(views, progress()).loss.item() == pytest.approx(math.log(k), abs=1e-12)
+    assert method.config.hints(FACTS).chance_loss == (math.log(k), "ln K")
     student = torch.randn(20, k, dtype=torch.float64, requires_grad=True)
     method, views = of_scores(student, teacher, 2, 4)
     method(views, progress()).loss.backward()
@@ -162,9 +163,9 @@ def test_sinkhorn_targets_equal_those_of_the_original_dinov2(golden) -> None:
 
 
 def test_settings_decide_whether_micro_batches_are_exact() -> None:
-    assert dino().accumulation == "exact" and dino(teacher_targets="sinkhorn").accumulation == "refuse"
+    assert not dino().whole_batch_remedy and dino(teacher_targets="sinkhorn").whole_batch_remedy
     halves = override(load_recipe("dino-small"), {"train.accumulation_steps": 2, "method.teacher_targets": "centering"})
-    assert build_method(halves, FACTS).accumulation == "exact"
+    assert not build_method(halves, FACTS).whole_batch_remedy
     with pytest.raises(ConfigError, match=r"accumulation_steps=2: dino needs the whole batch at once; use 1 \(method.teacher_targets=cent"):
         build_method(override(halves, {"method.teacher_targets": "sinkhorn"}), FACTS)
 
@@ -261,8 +262,8 @@ def test_cluster_scores_are_the_teachers() -> None:
 )
 def test_advice(settings: dict[str, Any], words: str) -> None:
     facts = RunFacts(global_batch_size=4, steps_per_epoch=EPOCH, total_steps=TOTAL, num_images=1000)
-    assert any(words in sentence for sentence in dino(facts=facts, **settings).config_warnings(facts))
-    assert list(dino(facts=facts, momentum=0.7).config_warnings(facts)) == []
+    assert any(words in sentence for sentence in DINOConfig(**{"num_prototypes": 16, "momentum": 0.7, **settings}).hints(facts).warnings)
+    assert DINOConfig(num_prototypes=16, momentum=0.7).hints(facts).warnings == ()
 
 
 @pytest.mark.parametrize(

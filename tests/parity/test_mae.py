@@ -190,7 +190,8 @@ def test_normalised_targets_do_not_change_with_brightness_and_contrast() -> None
     torch.testing.assert_close(method.pixel_targets(7 * images + 3), targets, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(targets.mean(-1), torch.zeros(4, 16, dtype=torch.float64), atol=1e-12, rtol=0)
     assert float((1 - targets.var(-1, correction=0)).abs().max()) < 1e-5
-    assert method.chance_loss() == (1.0, "1") and method_of(normalize_patches=False).chance_loss() is None
+    assert method.config.hints(FACTS).chance_loss == (1.0, "1")
+    assert MAEConfig(normalize_patches=False).hints(FACTS).chance_loss is None
 
 
 @pytest.mark.parametrize(("height", "width", "patch"), [(16, 16, 4), (8, 24, 8), (12, 6, 3)])
@@ -260,7 +261,7 @@ def test_settings_that_cannot_work_are_refused(settings: dict) -> None:
     [(name, value)] = settings.items()
     with pytest.raises(ConfigError, match=rf"method\.{name}={value}: "):
         MAEConfig(**settings)
-    assert list(method_of(mask_ratio=0.2).config_warnings(FACTS)) and not list(method_of().config_warnings(FACTS))
+    assert MAEConfig(mask_ratio=0.2).hints(FACTS).warnings and not MAEConfig().hints(FACTS).warnings
 
 
 def test_one_fixed_batch_is_painted_right() -> None:

@@ -107,7 +107,8 @@ def test_equal_projections_give_the_loss_of_chance_and_say_so() -> None:
         method.memory.rows.copy_(unit(torch.ones(5, 4)))
     ones = torch.ones(6, 4, dtype=torch.float64)
     out = method(two_views(ones, ones), progress())
-    level, _ = method.chance_loss()
+    facts = RunFacts(global_batch_size=6, steps_per_epoch=1, total_steps=1)
+    level, _ = method.config.hints(facts).chance_loss
     assert out.loss.item() == pytest.approx(level, abs=1e-12) == pytest.approx(math.log(11 + 5))
     assert float(out.metrics["contrastive_top1"]) == 0
     assert float(out.metrics["embedding_std"]) == pytest.approx(0, abs=1e-9)
