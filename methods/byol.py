@@ -20,6 +20,7 @@ Why it works (sec. 1 and table 5a), by configuration alone, with the online netw
 Departs:
     The target starts as a copy of the online network (the original draws another one); `independent_target_init` draws
     it anew. No classifier is trained beside the network: the kNN figure takes its place.
+    With a ViT, the target runs without drop path, as the teachers of the papers on ViTs do; the paper has ResNets only.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class BYOL(MomentumTeacher):
         d = config.projection_dim
         self.projector = mlp(num_features(backbone), config.projector_hidden, d, bias=False)
         self.predictor = mlp(d, config.predictor_hidden, d, bias=False) if config.predictor else nn.Identity()
-        self.target = ema.frozen_copy(self.online())
+        self.target = ema.teacher_of(self.online())
         if config.independent_target_init:
             redraw(self.target)
 

@@ -178,3 +178,12 @@ def test_settings_that_had_other_names_are_read_in_old_files_and_refused_by_them
     for key, new in RENAMED.items():
         with pytest.raises(ConfigError, match=f"^{re.escape(key)}: is called {re.escape(new)} now$"):
             override(config, {key: 1})
+
+
+@pytest.mark.parametrize("name", ["msn-small", "dino-small", "coke-two-views", "byol-small"])
+def test_files_from_before_groups_had_roles_are_read(name: str) -> None:
+    config = load_recipe(name)
+    tree = yaml.safe_load(to_yaml(config))
+    for group in tree["views"].values():
+        del group["role"]
+    assert from_yaml(yaml.safe_dump(tree)) == config

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.byol import BYOL, BYOLConfig, distance
+from methods.parts.backbones import BackboneConfig, build_backbone
 from methods.parts.contract import Progress, RunFacts
 from methods.parts.errors import ConfigError
 from methods.parts.views import Views
@@ -309,6 +310,15 @@ def test_an_average_lies_between() -> None:
     start = method.target.backbone.linear.weight.clone()
     target, online = trained(method).target.backbone.linear.weight, method.backbone.linear.weight.detach()
     assert 0 < float((target - start).norm()) < float((online - start).norm())
+
+
+def test_the_target_drops_no_paths() -> None:
+    vit = BackboneConfig(name="vit_tiny_patch16_224", width=0.25, image_size=16, patch_size=4, depth=(3,), drop_path=0.5)
+    method = byol(build_backbone(vit)).train()
+    x = torch.randn(6, 3, 16, 16, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.equal(method.target(x), method.target(x))
+        assert not torch.equal(method.online()(x), method.online()(x))
 
 
 def test_a_random_network_learns_nothing_but_its_statistics() -> None:
