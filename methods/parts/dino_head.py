@@ -1,4 +1,4 @@
-"""The head of DINO's family: a bottleneck, then scores with weight-normalised prototypes."""
+"""The head of DINO and of the methods after it: a bottleneck, then scores with weight-normalised prototypes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from methods.parts.numerics import autocast_disabled, l2_normalize, upcast_half
 class DINOHead(nn.Module):
     """`(B, in) -> (B, K)`: scores_k = g_k cos(v_k, z) with z = mlp(x), `(B, bottleneck)`.
 
-    The MLP is Linear-GELU blocks, then a Linear; weights are drawn from a normal of std 0.02 cut at two units, biases are 0.
+    The MLP is Linear-GELU blocks, then a Linear; weights are drawn from a normal of std 0.02 truncated at +-2, biases are 0.
     The prototypes W_k = g_k v_k / ||v_k|| keep torch's own draw for v, and g begins at 1. Normalisation and prototypes
     are computed in float32 or better: at a temperature of 0.04 an error of bf16 in a cosine is 0.05 in the exponent.
 
