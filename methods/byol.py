@@ -1,4 +1,4 @@
-"""BYOL: predict the projection of another view, made by a slow average of the network itself. Grill et al. 2020, arXiv:2006.07733.
+"""BYOL: predict the projection that a moving average of the network makes of another view. Grill et al. 2020, arXiv:2006.07733.
 
 With views v ~ T and v' ~ T', the online network (backbone f, projector g, predictor q; parameters theta), the target
 network (f', g'; parameters xi), p = q(g(f(v))), y = g'(f'(v)), n(x) = x / ||x|| and sg = stop gradient:

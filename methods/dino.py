@@ -1,4 +1,4 @@
-"""DINO: a student that sees any crop predicts what its own slow average makes of a global crop. Caron et al. 2021, arXiv:2104.14294.
+"""DINO: a student that sees any crop predicts the output of its moving average for a global crop. Caron et al. 2021, arXiv:2104.14294.
 
 With the student (backbone f, head h; parameters theta) and the teacher (f', h'; theta'), G global crops of V crops, scores
 s_v = h(f(x_v)) and t_g = h'(f'(x_g)) with K prototypes, centre c, and the temperatures tau_s and tau_t of the epoch:

@@ -8,11 +8,11 @@ q = query(x1) and k = key(x2) unit rows `(N, D)` and a queue of K keys of earlie
     the keys enter the queue, the oldest leave it                                 (after the step)
 
 Shuffled batch norm: the keys' images are permuted over the whole batch, then every norm sees one part of it. So a query
-and its key are normalised in different company, and their statistics do not tell that they belong together.
+and its key are normalised with different images, and their statistics do not reveal that they belong together.
 
 Departs:
-    The batch norm of the original sees the images of one GPU, of eight. Here it sees one of `bn_groups` parts of the batch
-    on any number of workers up to as many, so one device, too, does what eight do.
+    The batch norm of the original sees the images of one of eight GPUs. Here it sees one of `bn_groups` parts of the batch, on any
+    number of workers up to `bn_groups`, so one device does the same as eight.
     The queue takes batches of any size (the original asks that they divide its length).
     With micro-batches, all of one step see the same queue, and their keys enter it together.
 """
@@ -45,7 +45,7 @@ class MoCoConfig(MethodConfig):
     projector_layers: int = at_least(1, 2)  # v1: 1
     projector_hidden: int | None = at_least(1, None)  # None = the width of the features
     projection_dim: int = at_least(2, 128)  # D
-    bn_groups: int = at_least(1, 8)  # parts of the batch that batch norm sees by themselves; 1 = the whole, which may give keys away
+    bn_groups: int = at_least(1, 8)  # parts of the batch, each with batch-norm statistics of its own; 1 = the whole, which may reveal keys
 
     def hints(self, facts: RunFacts) -> Hints:
         length, key = self.queue_length, "method.queue_length"
@@ -70,7 +70,7 @@ class MoCo(Method):
     def __init__(self, config: MoCoConfig, backbone: nn.Module, facts: RunFacts) -> None:
         super().__init__()
         batch, groups = facts.global_batch_size, config.bn_groups
-        self.has_batch_norm = has_batch_norm(backbone)  # a ViT has none: nothing to shuffle for
+        self.has_batch_norm = has_batch_norm(backbone)  # a ViT has none and needs no shuffling
         if self.has_batch_norm and (batch % groups or batch < 2 * groups):
             near = max(g for g in range(1, groups + 1) if batch % g == 0 and batch >= 2 * g)
             raise ConfigError(

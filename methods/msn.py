@@ -1,11 +1,11 @@
-"""MSN: a crop of which patches are missing is assigned to prototypes like the whole. Assran et al. 2022, arXiv:2204.07141.
+"""MSN: a crop with missing patches is assigned to prototypes like the whole image. Assran et al. 2022, arXiv:2204.07141.
 
 With the anchor encoder f (ViT, head; parameters theta), the target encoder f' (theta'), M anchors x_m and one target x' of
 each image, prototypes q_k, and unit rows everywhere (cos):
 
     p_m     = softmax(cos(f(x_m without its masked patches), q) / tau)
     p+      = softmax(cos(f'(x'), q) / tau+)                       no gradient; sharper, tau+ < tau
-    p+     <- sinkhorn(p+) over all workers                        if `sinkhorn`: every prototype gets as much
+    p+     <- sinkhorn(p+) over all workers                        if `sinkhorn`: every prototype gets the same mass
     pbar    = mean of p_m over anchors, images and workers
     loss    = mean_m mean_b H(p+, p_m) + lambda (ln K - H(pbar))   eq. (1); the second term is me-max
     theta, q <- optimizer(theta, q; gradient)
@@ -16,13 +16,13 @@ global ones, patches drawn at random are dropped before the first block, so they
 Each group is one pass of the encoder, and the head's batch norm sees one group at a time. Prototypes have a gradient through
 their normalisation, from the anchors only, are not decayed and not clipped.
 
-All schedules end at 1.25 times the run: it stops at 80 % of them (`schedule_stretch`, and `optim.schedule_stretch` for learning
-rate and weight decay).
+All schedules end at 1.25 times the run, so training stops at 80 % of them (`schedule_stretch`; for learning rate and weight
+decay `optim.schedule_stretch`).
 
 Departs:
     Every image has a mask of its own (the original draws one for all images of a worker: `shared_mask=True`).
-    Gradients of the prototypes are averaged over workers like all others; the original adds them up, which AdamW hardly notices.
-    Learning rate and weight decay are those of one step earlier; the original counts its first step as one that is done.
+    Gradients of the prototypes are averaged over workers like all others; the original adds them up, which changes AdamW's steps little.
+    Learning rate and weight decay are those of one step earlier; the original counts its first step as done.
     Target and masked anchors may have any sizes: which crops are masked follows from their role, not from their width.
 """
 
@@ -57,7 +57,7 @@ class MSNConfig(MethodConfig):
     #: K
     num_prototypes: int = at_least(2, 1024, SearchRange(scale="choice", choices=(64, 128, 256, 1024, 2048), reason="few hurt, many do not"))
     train_prototypes: bool = True
-    label_smoothing: float = below_one(0.0)  # s: each prototype stands for the class (1 - s) own + s / K of all
+    label_smoothing: float = below_one(0.0)  # s: predictions are (1 - s) p + s / K
     projector_layers: int = at_least(1, 3)
     projector_hidden: int = at_least(1, 2048)
     projection_dim: int = at_least(2, 256)
@@ -69,7 +69,7 @@ class MSNConfig(MethodConfig):
     #: m_0; the shorter the run, the lower
     momentum: float = fraction(0.996, SearchRange(0.95, 0.999, "linear", reason="short runs need a faster target"))
     final_momentum: float = fraction(1.0)  # m at the end of the schedule; equal to momentum: constant
-    schedule_stretch: float = positive(1.25)  # schedules of momentum and tau+ end at so many times the run
+    schedule_stretch: float = positive(1.25)  # where the schedules of momentum and tau+ end, in runs
 
     def check(self) -> None:
         most = min(self.mask_ratio, 1 - self.mask_ratio)

@@ -55,9 +55,7 @@ class NNCLRConfig(MethodConfig):
         terms = 2 if self.column_term else 1
         return Hints(
             chance_loss=(terms * math.log(candidates), f"2 {formula}" if self.column_term else formula),
-            remedies=one_of(
-                "method.warmup_with_views=true", f"method.temperature={self.temperature * 2:g}", "a lower optim.base_lr"
-            ),
+            remedies=one_of("method.warmup_with_views=true", f"method.temperature={self.temperature * 2:g}", "a lower optim.base_lr"),
             warnings=told(
                 queue_beyond_images(key, size, facts, "neighbours are mostly the image itself"),
                 queue_filled_late(key, size, facts, "and holds noise until then; use fewer rows"),

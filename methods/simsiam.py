@@ -1,4 +1,4 @@
-"""SimSiam: predict the other view's projection, held still. Chen and He 2020, arXiv:2011.10566.
+"""SimSiam: predict the projection of the other view, without gradient to it. Chen and He 2020, arXiv:2011.10566.
 
 With views x1, x2 of one image, z = g(f(x)) (backbone f, projector g), p = h(z) (predictor h) and sg = stop gradient:
 
@@ -32,9 +32,7 @@ class SimSiamConfig(MethodConfig):
     constant_predictor_lr: bool = True  # the predictor should follow the newest projections to the end
 
     def hints(self, facts: RunFacts) -> Hints:
-        return Hints(
-            remedies=one_of("a lower optim.base_lr", "a warm-up", LARGER_BATCH, "a narrower method.predictor_hidden")
-        )
+        return Hints(remedies=one_of("a lower optim.base_lr", "a warm-up", LARGER_BATCH, "a narrower method.predictor_hidden"))
 
 
 @register("simsiam", SimSiamConfig)
