@@ -12,15 +12,15 @@ With unit projections x and predictions y of the B images of a global batch, f =
     c_k   <- normalize((n_k c_k + sum_{l_i = k} f_i) / (n_k + b_k))     n_k images of this epoch before the batch
     loss   = beta CE(q, y c' / tau) + (1 - beta) CE(q, x c' / tau)      q: label of epoch t - 1, c' its centres
 
-as a mean over heads with K of their own. Two views: q of one is alpha onehot(l) + (1 - alpha) softmax(x' c' / tau), x' the other's.
-Local crops take no part in clustering; their q averages that of all large views; half of the loss is theirs.
+as a mean over heads, each with its own K. With two views, q of one is alpha onehot(l) + (1 - alpha) softmax(x' c' / tau),
+x' of the other. Local crops take no part in clustering. Their q is the average over all large views, and half of the loss is theirs.
 
 Stage 2 (from `averaging_start_epoch` s on, share w = 1 / (t - s + 1)): images are assigned by c', centres are averages over epochs,
 c' <- normalize((1 - w) c' + w c), and so are labels: of an image's weights w_k, q_k = exp(w_k / 0.5) / sum (t > s).
 
 Departs:
     A label that is not known yet (the original: label 1) takes no part in the loss, which stays a sum over B images.
-    An image that comes twice in a batch, in another's place, is clustered once.
+    An image that comes twice in a batch, because it stands in for a bad one, is clustered once.
     Epoch 0, in which the original's learning rate is 0, runs forward only; `train_first_epoch` runs it backward.
     The original's checkpoints hold the counters n of epoch 0; ours those of the epoch. Stage 2 takes several views too.
 """
@@ -50,8 +50,8 @@ class CoKeConfig(MethodConfig):
     num_clusters: tuple[int, ...] = (3000, 4000, 5000)
     #: r': least size of a cluster as a fraction of N / K; 0 = plain online k-means, 1 = balanced
     constraint_ratio: float = fraction(0.4, SearchRange(0.0, 1.0, "linear", reason="low: empty clusters; high: restless labels"))
-    #: eta, the paper's is 20 for K >= 3000. None = K min(3 / steps_per_epoch, 0.05): an empty cluster's dual rises by 3 r' in an
-    #: epoch, beside cosines in [-1, 1], and by 0.05 r' at most in a step, or whole batches would fall into one cluster in turn
+    #: eta, in the paper 20 for K >= 3000. None = K min(3 / steps_per_epoch, 0.05): the dual of an empty cluster rises by 3 r' in an
+    #: epoch, beside cosines in [-1, 1], and by 0.05 r' at most in a step. With larger steps, whole batches fall into one cluster
     dual_learning_rate: float | None = positive(None)
     #: tau; 0.05 with two views
     temperature: float = positive(0.1, SearchRange(0.03, 0.3, "log", reason="sharpness of the predictions"))
@@ -114,8 +114,8 @@ class CoKe(Method):
         self.clusters = nn.ModuleList(
             OnlineClusters(k, d, config.constraint_ratio, eta or default_dual_learning_rate(k, steps)) for k in config.num_clusters
         )
-        self.register_buffer("begun", torch.zeros((), dtype=torch.bool))  # whether a first pass is done; a continued run has it behind it
-        self.has_labels = False  # as `begun`, known without asking the device
+        self.register_buffer("begun", torch.zeros((), dtype=torch.bool))  # whether a first pass is done, also before `continue`
+        self.has_labels = False  # as `begun`, without asking the device
         self.register_load_state_dict_post_hook(_note_first_pass)
         self.labels = MemoryBank(ids, (heads,), dtype=torch.int32, fill=-1, sharded=config.shard_tables)
         self.tables = {"labels": self.labels}
@@ -172,10 +172,10 @@ class CoKe(Method):
             labels, weights = (self.tables[name].read(ids) for name in AVERAGES)
             kept = remember(labels, weights, new, share)
             averages = {name: all_gather_rows(values) for name, values in zip(AVERAGES, kept, strict=True)}
-        # labels travel too: an image has one, whatever a worker's last bit says
+        # labels are gathered too: with the last bits of two workers an image could have two
         gathered, features = all_gather_rows(torch.cat([ids[:, None], new], dim=1)), all_gather_rows(features)
         ids, new, first = gathered[:, 0], gathered[:, 1:], first_places(gathered[:, 0])
-        counted = (first == torch.arange(len(ids), device=ids.device)).long()  # a repeated image counts where it comes first
+        counted = (first == torch.arange(len(ids), device=ids.device)).long()  # a repeated image counts at its first place
         for h, clusters in enumerate(self.heads()):
             clusters.update(features, new[:, h], counted, normalize=share is None)
         self.labels.write(ids, new[first])
@@ -340,7 +340,7 @@ def default_dual_learning_rate(num_clusters: int, steps_per_epoch: int) -> float
 def sums(features: Tensor, labels: Tensor, counted: Tensor, num_clusters: int) -> Tensor:
     """Sum the counted features `(B, D)` of every label: `(K, D)`, the same bits on every worker."""
     weights = counted[:, None].to(features.dtype)
-    if features.device.type == "cpu":  # on a GPU index_add sums as threads arrive: the workers' centres would drift apart
+    if features.device.type == "cpu":  # on a GPU the order of index_add's sums varies, and the centres of workers would drift apart
         return features.new_zeros(num_clusters, features.shape[1]).index_add_(0, labels, features * weights)
     return features.new_zeros(len(labels), num_clusters).scatter_(1, labels[:, None], weights).T @ features
 

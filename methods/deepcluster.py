@@ -2,7 +2,7 @@
 
 Caron et al. 2020, arXiv:2006.09882 (appendix D); the first version: Caron et al. 2018, arXiv:1807.05520.
 
-A memory holds the unit projections `(D,)` of both global crops of every image, as the last step with that image made them.
+A memory holds the unit projections `(D,)` of both global crops of every image, from the last step with that image.
 At the start of every epoch, head h clusters the memory m of crop h mod 2 into K clusters by spherical k-means:
 
     C_h = K random rows of m; then ten times: y_n = argmax_k m_n c_k and c_k = n(sum of the m_n with y_n = k)
@@ -81,7 +81,7 @@ class DeepCluster(Method):
         self.projector = mlp(num_features(backbone), config.projector_hidden, config.projection_dim, config.projector_layers)
         self.register_buffer("prototypes", l2_normalize(torch.randn(config.heads, k, config.projection_dim)))
         self.register_buffer("empty", torch.zeros(()))
-        # cut at the same ids, so that each worker clusters the rows it holds; a memory of zeros was never written
+        # both are sharded alike, so that each worker clusters its own rows; a row of zeros was never written
         self.memory = MemoryBank(ids, (CROPS, config.projection_dim), dtype=torch.float32, fill=0, sharded=True)
         self.labels = MemoryBank(ids, (config.heads,), dtype=torch.int32, fill=UNKNOWN, sharded=True)
 
@@ -134,7 +134,7 @@ class DeepCluster(Method):
     def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
         ids = all_gather_rows(torch.cat([o["ids"] for o in outputs]))
         unit = all_gather_rows(torch.cat([o["z"] for o in outputs]))
-        self.memory.write(ids, unit[first_places(ids)])  # a repeated image is memorised as where it comes first
+        self.memory.write(ids, unit[first_places(ids)])  # a repeated image is memorised at its first place
 
     def cluster_scores(self, images: Tensor) -> Tensor:
         """Return cosines with the first head's centroids."""

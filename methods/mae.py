@@ -7,7 +7,7 @@ With an image's N patches x_i (vectors of p p 3 pixels), V the kept ones, drawn 
     x^     = pixels(decoder(y + positions))       fixed sine and cosine positions
     loss   = mean_{i in M} mean((x^_i - t_i)^2)    t_i = (x_i - mean(x_i)) / sqrt(var(x_i) + 1e-6) (`normalize_patches`), or x_i
 
-Patches that were seen do not count. The decoder is thrown away after training. A fixed table of positions and the first
+Seen patches do not count. The decoder is not used after training. A fixed table of positions and the first
 weights of the encoder are settings of the backbone (`positions=sincos`, `xavier=True`); the recipes have them.
 
 Departs:

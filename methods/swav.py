@@ -103,7 +103,7 @@ class SwAV(Method):
         return {"global": CropGroup(count=2, size=224, scale=(0.14, 1.0)), "local": local}
 
     def start_epoch(self, progress: Progress) -> None:
-        self.distinct.fill_(distinct_share(self.prototypes.weight))  # K^2 D products, fewer than an epoch's scores
+        self.distinct.fill_(distinct_share(self.prototypes.weight))  # K^2 D products, fewer than the scores of an epoch
 
     def before_step(self, progress: Progress) -> None:
         with torch.no_grad():
@@ -142,7 +142,7 @@ class SwAV(Method):
             scores = torch.cat([self.prototypes(queues[crop].share), scores])  # (L / W + B, K)
         codes = sinkhorn(scores, self.config.epsilon, self.config.sinkhorn_iterations, span=2.0)  # of cosines
         if queued:
-            codes = codes[-batch:].clone()  # lets go of the queue's rows
+            codes = codes[-batch:].clone()  # frees the queue's rows
         if self.config.hard_codes:
             best = codes.argmax(dim=1, keepdim=True)
             codes.zero_().scatter_(1, best, 1.0)
@@ -158,7 +158,7 @@ class SwAV(Method):
     def diagnostics(self, codes: Tensor, z: Tensor) -> Metrics:
         """Return the meters of one global crop, and of the prototypes; entropies as fractions of ln K."""
         metrics: Metrics = code_meters(codes) | {
-            "prototypes_dead": (self.unused_steps >= self.steps_per_epoch).double().mean(),  # unused for a pass over the data
+            "prototypes_dead": (self.unused_steps >= self.steps_per_epoch).double().mean(),  # unused for an epoch
             "prototypes_distinct": self.distinct,
             "embedding_std": embedding_std(z),
         }
