@@ -108,7 +108,7 @@ def lightly_parts(name: str, c: Any, backbone: nn.Module, device: torch.device, 
             h = views.map_crops(net["backbone"])
             z = nn.functional.normalize(net["projector"](h))
             scores = net["prototypes"](z).split(len(views.image_ids))
-            large = len(views.groups["global"])
+            large = len(views.positions("global"))
             return criterion(scores[:large], scores[large:])  # type: ignore[no-any-return]
 
         return net, swav, lambda: net["prototypes"].normalize()
@@ -128,7 +128,7 @@ def lightly_parts(name: str, c: Any, backbone: nn.Module, device: torch.device, 
 
         def dino(views: Views) -> Tensor:
             with torch.no_grad():
-                t = scores(net["teacher"], views.drop_group("local"))
+                t = scores(net["teacher"], views.of("global"))
             return criterion(t, scores(net, views), c.teacher_temperature)  # type: ignore[no-any-return]
 
         def follow() -> None:

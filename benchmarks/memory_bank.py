@@ -39,6 +39,7 @@ def main() -> None:
     few = resolve(config, 10_000).facts
     progress = Progress(step=few.steps_per_epoch, total_steps=few.total_steps, steps_per_epoch=few.steps_per_epoch)
     counts = {name: group.count for name, group in config.views.items() if group.count}
+    roles = {name: config.views[name].role for name in counts}
     batch = few.global_batch_size
     stacks = {name: torch.randn(n * batch, 3, config.views[name].size, config.views[name].size) for name, n in counts.items()}
     method = build_method(config, few).train()
@@ -51,7 +52,7 @@ def main() -> None:
 
     def step(ids: int) -> None:
         image_ids = torch.from_numpy(draw.choice(ids, batch, replace=False))
-        views = Views(stacks=stacks, counts=counts, image_ids=image_ids, labels=torch.full((batch,), -1))
+        views = Views(stacks=stacks, counts=counts, roles=roles, image_ids=image_ids, labels=torch.full((batch,), -1))
         began = time.perf_counter()
         output = methods[ids](views, progress)
         output.loss.backward()

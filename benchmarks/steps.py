@@ -187,7 +187,8 @@ def measure(recipe: str, settings: list[str], rounds: int, steps: int, beside_li
     counts = {n: g.count for n, g in config.views.items() if g.count}
     torch.manual_seed(0)
     stacks = {n: torch.randn(count * batch, 3, config.views[n].size, config.views[n].size, device=device) for n, count in counts.items()}
-    views = Views(stacks=stacks, counts=counts, image_ids=torch.arange(batch), labels=torch.full((batch,), -1))
+    ids, roles = torch.arange(batch), {n: config.views[n].role for n in counts}
+    views = Views(stacks=stacks, counts=counts, roles=roles, image_ids=ids, labels=torch.full_like(ids, -1))
     one_pass = facts.steps_per_epoch  # the second pass is timed: the first may be spent without a loss (CoKe)
     shared = torch.Generator().manual_seed(0)
     progress = Progress(step=one_pass, total_steps=10 * one_pass, steps_per_epoch=one_pass, generator=shared)

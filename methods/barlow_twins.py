@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.parts import (
-    CropGroup, Masks, Method, MethodConfig, Metrics, ParamGroup, Progress, RunFacts, SearchRange, StepOutput, Views, ViewsConfig, at_least,
-    autocast_disabled, cosines, embedding_std, gather_with_gradient, l2_normalize, mlp, num_features, own_columns,
+    LOWER_RATE, CropGroup, Hints, Masks, Method, MethodConfig, Metrics, ParamGroup, Progress, RunFacts, SearchRange, StepOutput, Views,
+    ViewsConfig, at_least, autocast_disabled, gather_with_gradient, mlp, num_features, one_of, own_columns, pair_meters,
     param_groups_weight_decay, positive, register, upcast_half, world_size,
 )  # fmt: skip
 
@@ -38,13 +38,18 @@ class BarlowTwinsConfig(MethodConfig):
     projection_dim: int = at_least(2, 8192, SearchRange(scale="choice", choices=(512, 2048, 8192), reason="wide helps, at a cost of D^2"))
     vector_lr_scale: float = positive(0.024)  # biases and norms: 0.0048 / 0.2
 
+    def hints(self, facts: RunFacts) -> Hints:
+        return Hints(
+            chance_loss=(float(self.projection_dim), "D"),
+            remedies=one_of(f"method.redundancy_weight={self.redundancy_weight / 2:g}", LOWER_RATE),
+        )
+
 
 @register("barlow-twins", BarlowTwinsConfig)
 class BarlowTwins(Method):
     config: BarlowTwinsConfig
     paper = "Zbontar et al. 2021, arXiv:2103.03230"
-    accumulation = "refuse"  # C needs the whole batch at once
-    accumulation_remedy = "a smaller train.global_batch_size works too: 256 loses little"
+    whole_batch_remedy = "a smaller train.global_batch_size works too: 256 loses little"
 
     def __init__(self, config: BarlowTwinsConfig, backbone: nn.Module, facts: RunFacts) -> None:
         super().__init__()
@@ -55,7 +60,7 @@ class BarlowTwins(Method):
 
     @classmethod
     def default_views(cls) -> ViewsConfig:
-        """BYOL's T and T' (appendix A): they differ in blur and solarisation."""
+        """Return BYOL's T and T' (appendix A), which differ in blur and solarisation."""
         t = CropGroup(count=1, size=224, interpolation="bicubic", jitter=(0.4, 0.4, 0.2, 0.1), blur=1.0)
         return {"first": t, "second": replace(t, blur=0.1, solarize=0.2)}
 
@@ -74,27 +79,14 @@ class BarlowTwins(Method):
 
     @torch.no_grad()
     def diagnostics(self, z1: Tensor, z2: Tensor, a: Tensor, b: Tensor, redundancy: Tensor) -> Metrics:
-        """Meters of the projections `(B, D)`, and of C: means of its diagonal, and of the squares beside it."""
-        positive, negative = cosines(z1, z2)
+        """Return meters of the projections `(B, D)`, and of C: the mean of its diagonal, and of the squares beside it."""
         d = a.shape[1]
-        return {
-            "embedding_std": embedding_std(l2_normalize(z1)),
-            "positive_cosine": positive,
-            "negative_cosine": negative,
-            "correlation": (a * b).mean(),
-            "redundancy": world_size() * redundancy / (d * (d - 1)),
-        }
+        return pair_meters(z1, z1, z2) | {"correlation": (a * b).mean(), "redundancy": world_size() * redundancy / (d * (d - 1))}
 
     def param_groups(self) -> list[ParamGroup]:
         return param_groups_weight_decay(self.backbone, self.projector, vector_lr_scale=self.config.vector_lr_scale)
 
-    def chance_loss(self) -> tuple[float, str]:
-        return float(self.config.projection_dim), "D"
-
-    def hints(self) -> str:
-        return f"try method.redundancy_weight={self.config.redundancy_weight / 2:g}, a lower optim.base_lr or a longer warm-up"
-
 
 def standardize(z: Tensor) -> Tensor:
-    """Every dimension at mean 0 and (biased) variance 1 over the rows: `(N, D) -> (N, D)`. The paper's batch norm, eps 1e-5."""
+    """Bring every dimension to mean 0 and biased variance 1 over the rows: `(N, D) -> (N, D)`. The paper's batch norm, eps 1e-5."""
     return F.batch_norm(z, None, None, training=True, eps=1e-5)

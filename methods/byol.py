@@ -1,4 +1,4 @@
-"""BYOL: predict the projection of another view, made by a slow average of the network itself. Grill et al. 2020, arXiv:2006.07733.
+"""BYOL: predict the projection that a moving average of the network makes of another view. Grill et al. 2020, arXiv:2006.07733.
 
 With views v ~ T and v' ~ T', the online network (backbone f, projector g, predictor q; parameters theta), the target
 network (f', g'; parameters xi), p = q(g(f(v))), y = g'(f'(v)), n(x) = x / ||x|| and sg = stop gradient:
@@ -20,6 +20,7 @@ Why it works (sec. 1 and table 5a), by configuration alone, with the online netw
 Departs:
     The target starts as a copy of the online network (the original draws another one); `independent_target_init` draws
     it anew. No classifier is trained beside the network: the kNN figure takes its place.
+    With a ViT, the target runs without drop path, as the teachers of the papers on ViTs do; the paper has ResNets only.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ import torch
 from torch import Tensor, nn
 
 from methods.parts import (
-    CropGroup, Masks, MethodConfig, Metrics, MomentumTeacher, Outputs, ParamGroup, Progress, RunFacts, SearchRange, StepOutput, Views,
-    ViewsConfig, at_least, autocast_disabled, cosines, ema, embedding_std, fraction, l2_normalize, mlp, num_features,
-    param_groups_weight_decay, register, upcast_half,
+    LARGER_BATCH, LOWER_RATE, CropGroup, Hints, Masks, MethodConfig, Metrics, MomentumTeacher, Outputs, ParamGroup, Progress, RunFacts,
+    SearchRange, StepOutput, Views, ViewsConfig, at_least, autocast_disabled, ema, faster_average, fraction, l2_normalize, mlp,
+    num_features, one_of, pair_meters, param_groups_weight_decay, register, upcast_half,
 )  # fmt: skip
 
 
@@ -49,6 +50,12 @@ class BYOLConfig(MethodConfig):
     independent_target_init: bool = False  # the target starts from other random weights
     train_online: bool = True  # False: nothing learns, batch norm is calibrated
 
+    def hints(self, facts: RunFacts) -> Hints:
+        return Hints(
+            chance_loss=(4.0, "cosine 0") if self.train_online else None,
+            remedies=one_of(faster_average(self.momentum), LOWER_RATE, "method.predictor=True", LARGER_BATCH),
+        )
+
 
 @register("byol", BYOLConfig)
 class BYOL(MomentumTeacher):
@@ -62,13 +69,13 @@ class BYOL(MomentumTeacher):
         d = config.projection_dim
         self.projector = mlp(num_features(backbone), config.projector_hidden, d, bias=False)
         self.predictor = mlp(d, config.predictor_hidden, d, bias=False) if config.predictor else nn.Identity()
-        self.target = ema.frozen_copy(self.online())
+        self.target = ema.teacher_of(self.online())
         if config.independent_target_init:
             redraw(self.target)
 
     @classmethod
     def default_views(cls) -> ViewsConfig:
-        """T and T' (appendix B): they differ in blur and solarisation."""
+        """Return T and T' (appendix B), which differ in blur and solarisation."""
         t = CropGroup(count=1, size=224, interpolation="bicubic", jitter=(0.4, 0.4, 0.2, 0.1), blur=1.0, blur_taps=23)
         return {"first": t, "second": replace(t, blur=0.1, solarize=0.2)}
 
@@ -91,38 +98,26 @@ class BYOL(MomentumTeacher):
         self.follow(self.target, self.online(), progress)  # eq. (1), with the new theta
 
     def online(self) -> nn.Sequential:
-        """Backbone and projector as one network: what the target is an average of."""
+        """Return backbone and projector as one network, of which the target is an average."""
         return nn.Sequential(OrderedDict(backbone=self.backbone, projector=self.projector))
 
     @torch.no_grad()
     def diagnostics(self, z: Tensor, p: Tensor, y: Tensor, progress: Progress) -> Metrics:
-        """Meters of one direction. All `(B, D)`."""
-        positive, negative = cosines(p, y)
-        return {
-            "embedding_std": embedding_std(l2_normalize(z)),
-            "positive_cosine": positive,
-            "negative_cosine": negative,
-            "momentum": self.momentum(progress),
-        }
+        """Return the meters of one direction. All `(B, D)`."""
+        return pair_meters(z, p, y) | {"momentum": self.momentum(progress)}
 
     def param_groups(self) -> list[ParamGroup]:
         return param_groups_weight_decay(self.backbone, self.projector, self.predictor)
 
-    def chance_loss(self) -> tuple[float, str] | None:
-        return (4.0, "cosine 0") if self.config.train_online else None
-
-    def hints(self) -> str:
-        return f"try {self.faster()}a lower optim.base_lr or a longer warm-up, method.predictor=True, or a larger train.global_batch_size"
-
 
 def distance(p: Tensor, y: Tensor) -> Tensor:
-    """r(p, y) of eq. (2), no gradient to `y`: both `(B, D) -> (B,)`."""
+    """Return r(p, y) of eq. (2), without gradient to `y`: both `(B, D) -> (B,)`."""
     squares = (l2_normalize(p) - l2_normalize(y.detach())) ** 2
     return squares.sum(dim=-1)
 
 
 @torch.no_grad()
 def redraw(network: nn.Module) -> None:
-    """Other random weights in place: every parameter tensor is drawn anew from a normal of its own mean and std."""
+    """Draw every parameter tensor anew, in place, from a normal of its own mean and std."""
     for p in network.parameters():
         p.copy_(p.mean() + p.std(correction=0) * torch.randn_like(p))

@@ -12,15 +12,15 @@ With unit projections x and predictions y of the B images of a global batch, f =
     c_k   <- normalize((n_k c_k + sum_{l_i = k} f_i) / (n_k + b_k))     n_k images of this epoch before the batch
     loss   = beta CE(q, y c' / tau) + (1 - beta) CE(q, x c' / tau)      q: label of epoch t - 1, c' its centres
 
-as a mean over heads with K of their own. Two views: q of one is alpha onehot(l) + (1 - alpha) softmax(x' c' / tau), x' the other's.
-Crops of the group `local` take no part in clustering; their q averages that of all large views; half of the loss is theirs.
+as a mean over heads, each with its own K. With two views, q of one is alpha onehot(l) + (1 - alpha) softmax(x' c' / tau),
+x' of the other. Local crops take no part in clustering. Their q is the average over all large views, and half of the loss is theirs.
 
 Stage 2 (from `averaging_start_epoch` s on, share w = 1 / (t - s + 1)): images are assigned by c', centres are averages over epochs,
 c' <- normalize((1 - w) c' + w c), and so are labels: of an image's weights w_k, q_k = exp(w_k / 0.5) / sum (t > s).
 
 Departs:
     A label that is not known yet (the original: label 1) takes no part in the loss, which stays a sum over B images.
-    An image that comes twice in a batch, in another's place, is clustered once.
+    An image that comes twice in a batch, because it stands in for a bad one, is clustered once.
     Epoch 0, in which the original's learning rate is 0, runs forward only; `train_first_epoch` runs it backward.
     The original's checkpoints hold the counters n of epoch 0; ours those of the epoch. Stage 2 takes several views too.
 """
@@ -28,7 +28,6 @@ Departs:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,9 +36,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.parts import (
-    ConfigError, CropGroup, Masks, MemoryBank, Method, MethodConfig, Metrics, Outputs, ParamGroup, Progress, RunFacts, SearchRange,
-    StepOutput, Views, ViewsConfig, all_gather_rows, at_least, autocast_disabled, count_of_each, embedding_std, first_places, fraction,
-    l2_normalize, mlp, num_features, param_groups_weight_decay, positive, register, require,
+    LOWER_RATE, ConfigError, CropGroup, Hints, Masks, MemoryBank, Method, MethodConfig, Metrics, Outputs, ParamGroup, Progress, RunFacts,
+    SearchRange, StepOutput, Views, ViewsConfig, all_gather_rows, at_least, autocast_disabled, count_of_each, embedding_std, first_places,
+    fraction, l2_normalize, many_clusters, mlp, num_features, one_of, param_groups_weight_decay, positive, register, require, told,
 )  # fmt: skip
 
 AVERAGES = ("averaged_labels", "averaged_weights")  # the tables of stage 2
@@ -51,8 +50,8 @@ class CoKeConfig(MethodConfig):
     num_clusters: tuple[int, ...] = (3000, 4000, 5000)
     #: r': least size of a cluster as a fraction of N / K; 0 = plain online k-means, 1 = balanced
     constraint_ratio: float = fraction(0.4, SearchRange(0.0, 1.0, "linear", reason="low: empty clusters; high: restless labels"))
-    #: eta, the paper's is 20 for K >= 3000. None = K min(3 / steps_per_epoch, 0.05): an empty cluster's dual rises by 3 r' in an
-    #: epoch, beside cosines in [-1, 1], and by 0.05 r' at most in a step, or whole batches would fall into one cluster in turn
+    #: eta, in the paper 20 for K >= 3000. None = K min(3 / steps_per_epoch, 0.05): the dual of an empty cluster rises by 3 r' in an
+    #: epoch, beside cosines in [-1, 1], and by 0.05 r' at most in a step. With larger steps, whole batches fall into one cluster
     dual_learning_rate: float | None = positive(None)
     #: tau; 0.05 with two views
     temperature: float = positive(0.1, SearchRange(0.03, 0.3, "log", reason="sharpness of the predictions"))
@@ -69,18 +68,36 @@ class CoKeConfig(MethodConfig):
     averaging_labels: int = at_least(1, 5)  # labels kept for an image in stage 2
     shard_tables: bool = False  # each worker keeps the labels of its share of the images: beyond some 100 million
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         enough = bool(self.num_clusters) and min(self.num_clusters) >= 2
         require(enough, "method.num_clusters", self.num_clusters, "give one or more numbers of 2 or more, e.g. 3000 4000 5000")
+
+    def hints(self, facts: RunFacts) -> Hints:
+        steps, most = facts.steps_per_epoch, max(self.num_clusters)
+        return Hints(
+            chance_loss=(sum(map(math.log, self.num_clusters)) / len(self.num_clusters), "ln K"),
+            remedies=one_of(f"method.temperature={self.temperature * 0.5:g}", LOWER_RATE, "fewer method.num_clusters"),
+            warnings=told(
+                facts.total_steps <= steps
+                and not self.train_first_epoch
+                and f"the first pass only assigns labels, and {facts.total_steps} steps end in it; use train.epochs=2 or more",
+                many_clusters("method.num_clusters", self.num_clusters, most, facts, images_each=2, advised=100),
+                *(self._dual_warning(k, steps) for k in self.num_clusters),
+            ),
+        )
+
+    def _dual_warning(self, k: int, steps: int) -> str:
+        rise = (self.dual_learning_rate or 0) * self.constraint_ratio / k  # of an empty cluster's dual in a step
+        if not (rise > 0.1 or 0 < rise * steps < 0.1):
+            return ""
+        near = f"use {default_dual_learning_rate(k, steps):.2g}, or leave it out"
+        return f"method.dual_learning_rate={self.dual_learning_rate:g}: {'high' if rise > 0.1 else 'low'} for {k} clusters; {near}"
 
 
 @register("coke", CoKeConfig)
 class CoKe(Method):
     config: CoKeConfig
     paper = "Qian et al. 2022, arXiv:2105.11527"
-    accumulation = "exact"  # all micro-batches are assigned by the same centres and duals, which move once a step
-    needs_dense_ids = True
     needs_full_epochs = True
     begun: Tensor
 
@@ -97,8 +114,8 @@ class CoKe(Method):
         self.clusters = nn.ModuleList(
             OnlineClusters(k, d, config.constraint_ratio, eta or default_dual_learning_rate(k, steps)) for k in config.num_clusters
         )
-        self.register_buffer("begun", torch.zeros((), dtype=torch.bool))  # whether a first pass is done; a continued run has it behind it
-        self.has_labels = False  # as `begun`, known without asking the device
+        self.register_buffer("begun", torch.zeros((), dtype=torch.bool))  # whether a first pass is done, also before `continue`
+        self.has_labels = False  # as `begun`, without asking the device
         self.register_load_state_dict_post_hook(_note_first_pass)
         self.labels = MemoryBank(ids, (heads,), dtype=torch.int32, fill=-1, sharded=config.shard_tables)
         self.tables = {"labels": self.labels}
@@ -109,7 +126,7 @@ class CoKe(Method):
 
     @classmethod
     def default_views(cls) -> ViewsConfig:
-        """One crop of 224 (the single-view run)."""
+        """Return one crop of 224 (the single-view run)."""
         return {"global": CropGroup(count=1)}
 
     def start_epoch(self, progress: Progress) -> None:
@@ -117,7 +134,7 @@ class CoKe(Method):
             clusters.counts.zero_()
 
     def first(self, progress: Progress) -> bool:
-        """Whether this is the first pass over the images: it has no epoch t - 1."""
+        """Return whether this is the first pass over the images, which has no epoch t - 1."""
         return progress.epoch == 0 and not self.has_labels
 
     def has_loss(self, progress: Progress) -> bool:
@@ -130,8 +147,8 @@ class CoKe(Method):
         x = views.split(l2_normalize(z))  # V times (B, D)
         y = x if self.predictor is None else views.split(l2_normalize(self.predictor(z)))  # likewise
         with autocast_disabled(x[0]):
-            large = [v for name, positions in views.groups.items() if name != "local" for v in positions]
-            require(bool(large), "views.global.count", 0, "coke clusters the crops outside the group local; use 1 or 2")
+            large = views.positions("global")
+            require(bool(large), "views.global.count", 0, "coke clusters the global crops; use 1 or 2")
             features = torch.stack([x[v].detach() for v in large]).mean(dim=0)
             averaging = self.share(progress) is not None
             new = torch.stack([clusters.assign(features, averaging) for clusters in self.heads()], dim=1)  # (B, heads)
@@ -148,17 +165,17 @@ class CoKe(Method):
 
     @torch.no_grad()
     def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
-        """Cluster the whole global batch: the same on every worker."""
+        """Cluster the whole global batch, equally on every worker."""
         ids, features, new = (torch.cat([part[name] for part in outputs]) for name in ("ids", "features", "labels"))
         share, averages = self.share(progress), dict[str, Tensor]()
         if share is not None:
             labels, weights = (self.tables[name].read(ids) for name in AVERAGES)
             kept = remember(labels, weights, new, share)
             averages = {name: all_gather_rows(values) for name, values in zip(AVERAGES, kept, strict=True)}
-        # labels travel too: an image has one, whatever a worker's last bit says
+        # labels are gathered too: with the last bits of two workers an image could have two
         gathered, features = all_gather_rows(torch.cat([ids[:, None], new], dim=1)), all_gather_rows(features)
         ids, new, first = gathered[:, 0], gathered[:, 1:], first_places(gathered[:, 0])
-        counted = (first == torch.arange(len(ids), device=ids.device)).long()  # a repeated image counts where it comes first
+        counted = (first == torch.arange(len(ids), device=ids.device)).long()  # a repeated image counts at its first place
         for h, clusters in enumerate(self.heads()):
             clusters.update(features, new[:, h], counted, normalize=share is None)
         self.labels.write(ids, new[first])
@@ -172,7 +189,13 @@ class CoKe(Method):
         self.has_labels = True
 
     def loss(self, clusters: OnlineClusters, x: list[Tensor], y: list[Tensor], label: Tensor, large: list[int]) -> Tensor:
-        """One head's loss. `label`: `(B,)`, -1 unknown, or its distribution `(B, K)`; `large`: which crops take part in clustering."""
+        """Return the loss of one head.
+
+        Args:
+            x, y: projections and predictions of each crop, V times `(B, D)`.
+            label: `(B,)` int64, -1 = unknown, or its distribution `(B, K)`.
+            large: the crops that take part in clustering.
+        """
         c = self.config
         centers = clusters.current if c.centers_from == "current" else clusters.previous
         soft = {v: torch.softmax(F.linear(x[v].detach(), centers) / c.temperature, dim=1) for v in large} if len(x) > 1 else {}
@@ -189,12 +212,12 @@ class CoKe(Method):
         return torch.stack([torch.stack(part).sum() / crops for part, crops in parts if crops]).mean()
 
     def share(self, progress: Progress) -> float | None:
-        """w of stage 2: how much of an average this epoch is; None in stage 1."""
+        """Return w of stage 2, the share of this epoch in an average; None in stage 1."""
         start = self.config.averaging_start_epoch
         return None if start is None or progress.epoch < start else 1 / (progress.epoch - start + 1)
 
     def averaged(self, ids: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """q of each head `(B, K)` from the weights of labels over the epochs of stage 2; a row of 0 = unknown."""
+        """Return q of each head `(B, K)` from the weights of labels over the epochs of stage 2; a row of 0 = unknown."""
         labels, weights = (self.tables[name].read(ids) for name in AVERAGES)  # (B, heads, kept)
         q = torch.where(weights > 0, torch.exp(weights / 0.5), 0)
         q = q / q.sum(dim=2, keepdim=True).clamp(min=1)  # exp(w / 0.5) > 1
@@ -208,7 +231,7 @@ class CoKe(Method):
 
     @torch.no_grad()
     def diagnostics(self, new: Tensor, old: Tensor, features: Tensor, first: bool) -> Metrics:
-        """Meters. Sizes, in images, and the share of empty clusters are of the last whole epoch, for each head; the rest is over all."""
+        """Return meters over all heads; sizes of clusters, in images, and the share of empty ones for each head and of the last epoch."""
         duals, known = torch.cat([clusters.duals for clusters in self.heads()]), old >= 0
         largest = [count_of_each(labels, k).max() for labels, k in zip(new.unbind(dim=1), self.config.num_clusters, strict=True)]
         metrics: Metrics = {
@@ -233,35 +256,23 @@ class CoKe(Method):
         return param_groups_weight_decay(self.backbone, self.projector, *([self.predictor] if self.predictor is not None else []))
 
     def cluster_scores(self, images: Tensor) -> Tensor:
-        """f c' of the first head, without its duals: nearness, not balance."""
+        """Return f c' of the first head, without its duals: nearness, not balance."""
         x = l2_normalize(self.projector(self.backbone(images)))
         with autocast_disabled(x):
             return F.linear(x, self.heads()[0].previous)
 
-    def chance_loss(self) -> tuple[float, str]:
-        return sum(map(math.log, self.config.num_clusters)) / len(self.config.num_clusters), "ln K"
-
-    def hints(self) -> str:
-        c = self.config
-        return f"try method.temperature={c.temperature * 0.5:g}, a lower optim.base_lr or a longer warm-up, or fewer method.num_clusters"
-
-    def config_warnings(self, facts: RunFacts) -> Iterable[str]:
-        c, steps = self.config, facts.steps_per_epoch
-        if facts.total_steps <= steps and not c.train_first_epoch:
-            yield f"the first pass only assigns labels, and {facts.total_steps} steps end in it; use train.epochs=2 or more"
-        if facts.num_images is not None and max(c.num_clusters) * 2 > facts.num_images:
-            yield f"method.num_clusters={c.num_clusters} for {facts.num_images} images; use {max(2, facts.num_images // 100)} or fewer"
-        for k in c.num_clusters:
-            rise = (c.dual_learning_rate or 0) * c.constraint_ratio / k  # of an empty cluster's dual in a step
-            if rise > 0.1 or 0 < rise * steps < 0.1:
-                near = f"use {default_dual_learning_rate(k, steps):.2g}, or leave it out"
-                yield f"method.dual_learning_rate={c.dual_learning_rate:g}: {'high' if rise > 0.1 else 'low'} for {k} clusters; {near}"
 
 
 class OnlineClusters(nn.Module):
-    """The clusters of one head: online k-means with a lower bound on sizes, without any network.
+    """Online k-means of one head, with a lower bound on the sizes of clusters.
 
-    A step is `assign`, then `update`, with the same values on every worker. Arguments are K, D, r' in [0, 1] and eta.
+    A step is `assign`, then `update`, with the same values on every worker.
+
+    Args:
+        num_clusters: K.
+        dim: D.
+        constraint_ratio: r' in [0, 1].
+        dual_learning_rate: eta.
     """
 
     previous: Tensor  # (K, D) c', unit rows: centres of epoch t - 1
@@ -282,15 +293,22 @@ class OnlineClusters(nn.Module):
 
     @torch.no_grad()
     def assign(self, features: Tensor, averaging: bool = False) -> Tensor:
-        """argmax_k f . c_k + rho_k: `(B, D) -> (B,)` int64. `averaging`: by the centres of epoch t - 1 (stage 2)."""
+        """Return argmax_k f . c_k + rho_k: `(B, D) -> (B,)` int64.
+
+        Args:
+            averaging: use the centres of epoch t - 1 (stage 2).
+        """
         return torch.addmm(self.duals, features, (self.previous if averaging else self.current).T).argmax(dim=1)
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor, counted: Tensor | None = None, *, normalize: bool = True) -> None:
-        """Duals, then centres, from a whole batch `(B, D)` and its labels `(B,)`. Clusters without an image keep their centre.
+        """Update the duals, then the centres. Clusters without an image in the batch keep their centre.
 
         Args:
-            counted: `(B,)` int64, 1 or, for an image that is there already, 0; None = all 1.
+            features: f of the whole batch, unit rows `(B, D)`.
+            labels: `(B,)` int64.
+            counted: `(B,)` int64, 1, or 0 for an image that the batch holds already; None = all 1.
+            normalize: scale centres to unit length.
         """
         k = len(self.duals)
         counted = torch.ones_like(labels) if counted is None else counted
@@ -306,7 +324,7 @@ class OnlineClusters(nn.Module):
 
     @torch.no_grad()
     def end_epoch(self, share: float | None = None) -> None:
-        """Centres of epoch t become those of t - 1, or, with a share, enter their average (stage 2). Duals stay."""
+        """Replace the centres of epoch t - 1 by those of epoch t, or, with a share w, by their average (stage 2). Duals stay."""
         if share is not None:
             self.current.copy_(l2_normalize((1 - share) * self.previous + share * l2_normalize(self.current)))
         self.previous.copy_(self.current)
@@ -315,25 +333,30 @@ class OnlineClusters(nn.Module):
 
 
 def default_dual_learning_rate(num_clusters: int, steps_per_epoch: int) -> float:
-    """eta = K min(3 / steps_per_epoch, 0.05)."""
+    """Return eta = K min(3 / steps_per_epoch, 0.05)."""
     return num_clusters * min(3 / steps_per_epoch, 0.05)
 
 
 def sums(features: Tensor, labels: Tensor, counted: Tensor, num_clusters: int) -> Tensor:
-    """Sum of the counted features `(B, D)` of every label: `(K, D)`, the same bits on every worker."""
+    """Sum the counted features `(B, D)` of every label: `(K, D)`, the same bits on every worker."""
     weights = counted[:, None].to(features.dtype)
-    if features.device.type == "cpu":  # on a GPU index_add sums as threads arrive: the workers' centres would drift apart
+    if features.device.type == "cpu":  # on a GPU the order of index_add's sums varies, and the centres of workers would drift apart
         return features.new_zeros(num_clusters, features.shape[1]).index_add_(0, labels, features * weights)
     return features.new_zeros(len(labels), num_clusters).scatter_(1, labels[:, None], weights).T @ features
 
 
 def _note_first_pass(method: CoKe, _: Any) -> None:
-    """After a state was loaded, the only time at which the device is asked."""
+    """Read `begun` from the device: after a state was loaded, and at no other time."""
     method.has_labels = bool(method.begun)
 
 
 def mixed(label: Tensor, soft: Tensor, label_weight: float) -> Tensor:
-    """label_weight * label + (1 - label_weight) * soft, `(B, K)`; a row of 0 where the label is unknown."""
+    """Return label_weight * label + (1 - label_weight) * soft, `(B, K)`; a row of 0 where the label is unknown.
+
+    Args:
+        label: `(B,)` int64, -1 = unknown, or its distribution `(B, K)`.
+        soft: `(B, K)`.
+    """
     if label.dim() == 1:
         rows = torch.arange(len(label), device=label.device)
         hard = torch.zeros_like(soft)
@@ -344,10 +367,15 @@ def mixed(label: Tensor, soft: Tensor, label_weight: float) -> Tensor:
 
 
 def remember(labels: Tensor, weights: Tensor, new: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Let a new label of share w enter an image's labels and weights: stage 2's average over epochs.
+    """Average a new label of share w into an image's labels and weights (stage 2); return both.
 
-    A label that is there gains w, the others keep 1 - w of theirs. One that is not takes the place of the label of least
-    weight v (a free place has v = 0), and the others keep (1 - w) / (1 - v). `labels`, `weights` `(..., kept)`, `new` `(...)`.
+    A label that the image has gains w, and the others keep 1 - w of their weights. A label that it does not have takes the
+    place of the label of least weight v, and the others keep (1 - w) / (1 - v). A free place has v = 0.
+
+    Args:
+        labels, weights: `(..., kept)`.
+        new: `(...)`.
+        share: w.
     """
     there = (labels == new[..., None]) & (weights > 0)
     known = there.any(dim=-1, keepdim=True)

@@ -2,7 +2,7 @@
 
 Caron et al. 2020, arXiv:2006.09882 (appendix D); the first version: Caron et al. 2018, arXiv:1807.05520.
 
-A memory holds the unit projections `(D,)` of both global crops of every image, as the last step with that image made them.
+A memory holds the unit projections `(D,)` of both global crops of every image, from the last step with that image.
 At the start of every epoch, head h clusters the memory m of crop h mod 2 into K clusters by spherical k-means:
 
     C_h = K random rows of m; then ten times: y_n = argmax_k m_n c_k and c_k = n(sum of the m_n with y_n = k)
@@ -22,7 +22,6 @@ Departs:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -30,13 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.parts import (
-    CropGroup, Masks, MemoryBank, Method, MethodConfig, Metrics, Outputs, Progress, RunFacts, SearchRange, StepOutput, Views, ViewsConfig,
-    all_gather_rows, all_reduce_sum, at_least, autocast_disabled, chunk_rows, count_of_each, embedding_std, first_places, l2_normalize, mlp,
-    num_features, positive, rank, register, require, world_size,
+    LOWER_RATE, CropGroup, Hints, Masks, MemoryBank, Method, MethodConfig, Metrics, Outputs, Progress, RunFacts, SearchRange, StepOutput,
+    Views, ViewsConfig, all_gather_rows, all_reduce_sum, at_least, autocast_disabled, chunk_rows, count_of_each, embedding_std,
+    first_places, l2_normalize, many_clusters, mlp, num_features, one_of, positive, rank, register, require, told, world_size,
 )  # fmt: skip
 
 CROPS = 2  # global crops that are memorised
-UNKNOWN = -1  # the label of an image that was not seen yet
+UNKNOWN = -1  # label of an image that was not seen yet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +50,23 @@ class DeepClusterConfig(MethodConfig):
     projector_hidden: int = at_least(1, 2048)
     projection_dim: int = at_least(2, 128)  # D
 
+    def hints(self, facts: RunFacts) -> Hints:
+        k = self.num_prototypes
+        return Hints(
+            chance_loss=(math.log(k), "ln K"),
+            remedies=one_of(LOWER_RATE, "fewer method.num_prototypes", "softer crops and jitter"),
+            warnings=told(
+                many_clusters("method.num_prototypes", k, k, facts, images_each=10, advised=10),
+                facts.total_steps <= facts.steps_per_epoch
+                and f"train.steps={facts.total_steps} end before the second epoch: the first only looks, and nothing is learned",
+            ),
+        )
+
 
 @register("deepcluster-v2", DeepClusterConfig)
 class DeepCluster(Method):
     config: DeepClusterConfig
     paper = "Caron et al. 2020, arXiv:2006.09882"
-    needs_dense_ids = True
     needs_full_epochs = True
     prototypes: Tensor  # (H, K, D), the centroids: unit rows
     empty: Tensor  # (), share of clusters without an image at the last clustering
@@ -64,28 +74,29 @@ class DeepCluster(Method):
     def __init__(self, config: DeepClusterConfig, backbone: nn.Module, facts: RunFacts) -> None:
         super().__init__()
         images, ids, k = facts.num_images, facts.num_ids or facts.num_images, config.num_prototypes
-        assert images is not None and ids is not None  # needs_dense_ids
+        assert images is not None and ids is not None  # needs_full_epochs
         require(k <= images, "method.num_prototypes", k, f"more than the {images} images; use {max(2, images // 10)} or fewer")
         self.config = config
         self.backbone = backbone
         self.projector = mlp(num_features(backbone), config.projector_hidden, config.projection_dim, config.projector_layers)
         self.register_buffer("prototypes", l2_normalize(torch.randn(config.heads, k, config.projection_dim)))
         self.register_buffer("empty", torch.zeros(()))
-        # cut at the same ids, so that each worker clusters the rows it holds; a memory of zeros was never written
+        # both are sharded alike, so that each worker clusters its own rows; a row of zeros was never written
         self.memory = MemoryBank(ids, (CROPS, config.projection_dim), dtype=torch.float32, fill=0, sharded=True)
         self.labels = MemoryBank(ids, (config.heads,), dtype=torch.int32, fill=UNKNOWN, sharded=True)
 
     @classmethod
     def default_views(cls) -> ViewsConfig:
-        """2 x 224 + 6 x 96, as SwAV."""
-        return {"global": CropGroup(count=CROPS, size=224, scale=(0.14, 1.0)), "local": CropGroup(count=6, size=96, scale=(0.05, 0.14))}
+        """Return 2 x 224 + 6 x 96, as SwAV."""
+        local = CropGroup(role="local", count=6, size=96, scale=(0.05, 0.14))
+        return {"global": CropGroup(count=CROPS, size=224, scale=(0.14, 1.0)), "local": local}
 
     def memory_banks(self) -> dict[str, MemoryBank]:
         return {"memory": self.memory, "labels": self.labels}
 
     @torch.no_grad()
     def start_epoch(self, progress: Progress) -> None:
-        """Cluster the memory: new centroids and labels for every head."""
+        """Cluster the memory anew: centroids and labels of every head."""
         if progress.epoch == 0:
             return
         memory, labels = (table.rows_on(self.prototypes.device) for table in (self.memory, self.labels))
@@ -105,7 +116,7 @@ class DeepCluster(Method):
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         # one backbone pass per resolution, one pass of the projector over all crops
         z = l2_normalize(self.projector(views.map_crops(self.backbone))).unflatten(0, (-1, len(views.image_ids)))  # (V, B, D)
-        unit = z[views.groups["global"]].detach().transpose(0, 1)  # (B, 2, D)
+        unit = z[views.positions("global")].detach().transpose(0, 1)  # (B, 2, D)
         outputs = {"ids": views.image_ids, "z": unit}
         with autocast_disabled(z):
             metrics: Metrics = {"embedding_std": embedding_std(unit[:, 0])} if progress.reports else {}
@@ -123,31 +134,19 @@ class DeepCluster(Method):
     def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
         ids = all_gather_rows(torch.cat([o["ids"] for o in outputs]))
         unit = all_gather_rows(torch.cat([o["z"] for o in outputs]))
-        self.memory.write(ids, unit[first_places(ids)])  # a repeated image is memorised as where it comes first
+        self.memory.write(ids, unit[first_places(ids)])  # a repeated image is memorised at its first place
 
     def cluster_scores(self, images: Tensor) -> Tensor:
-        """Cosines with the first head's centroids."""
+        """Return cosines with the first head's centroids."""
         z = l2_normalize(self.projector(self.backbone(images)))
         with autocast_disabled(z):
             return z @ self.prototypes[0].T
 
-    def chance_loss(self) -> tuple[float, str]:
-        return math.log(self.config.num_prototypes), "ln K"
-
-    def hints(self) -> str:
-        return "try a lower optim.base_lr or a longer warm-up, fewer method.num_prototypes, or softer crops and jitter"
-
-    def config_warnings(self, facts: RunFacts) -> Iterable[str]:
-        k, images = self.config.num_prototypes, facts.num_images
-        if images is not None and k * 10 > images:
-            yield f"method.num_prototypes={k} for {images} images; use {max(2, images // 10)} or fewer"
-        if facts.total_steps <= facts.steps_per_epoch:
-            yield f"train.steps={facts.total_steps} end before the second epoch: the first only looks, and nothing is learned"
 
 
 @torch.no_grad()
 def random_rows(features: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """Random rows `(count, D)` of all workers' `(N_w, D)`, the same on every worker and however the rows are cut over workers.
+    """Return random rows `(count, D)` of all workers' `(N_w, D)`, the same on every worker and however the rows are cut over workers.
 
     Rows repeat only if there are fewer than `count`.
     """
@@ -162,14 +161,14 @@ def random_rows(features: Tensor, count: int, generator: torch.Generator | None)
 
 @torch.no_grad()
 def spherical_kmeans(features: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-    """k-means by cosine over the rows of all workers, a few rows at a time.
+    """Run k-means by cosine over the rows of all workers, a few rows at a time.
 
     Args:
         features: unit rows, `(N_w, D)` on each worker; N_w may differ.
-        centroids: to begin with, unit rows `(K, D)`, the same on every worker.
+        centroids: the first ones, unit rows `(K, D)`, the same on every worker.
 
     Returns:
-        Centroids `(K, D)`, then the nearest of them to each row `(N_w,)`, and how many rows of all workers each has `(K,)`.
+        Centroids `(K, D)`, the nearest of them to each row `(N_w,)`, and the number of rows of all workers of each `(K,)`.
     """
     size = chunk_rows(centroids.T)  # rows of (N, K)
     for _ in range(iterations):

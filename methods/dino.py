@@ -1,4 +1,4 @@
-"""DINO: a student that sees any crop predicts what its own slow average makes of a global crop. Caron et al. 2021, arXiv:2104.14294.
+"""DINO: a student that sees any crop predicts the output of its moving average for a global crop. Caron et al. 2021, arXiv:2104.14294.
 
 With the student (backbone f, head h; parameters theta) and the teacher (f', h'; theta'), G global crops of V crops, scores
 s_v = h(f(x_v)) and t_g = h'(f'(x_g)) with K prototypes, centre c, and the temperatures tau_s and tau_t of the epoch:
@@ -10,15 +10,14 @@ s_v = h(f(x_v)) and t_g = h'(f'(x_g)) with K prototypes, centre c, and the tempe
     theta' <- m theta' + (1 - m) theta                                     with the new theta; m rises to 1 on a cosine
     c      <- 0.9 c + 0.1 mean(t)                                          eq. (4), after the loss, over all workers
 
-H is linear in q, so one log-softmax of each crop meets the sum of the targets of the other global crops. Every group of
-crops but `local` is of global crops. `teacher_targets=sinkhorn` balances t / tau_t over the batch in the place of the
-centre (DINOv2, arXiv:2304.07193).
+H is linear in q, so one log-softmax of each crop meets the sum of the targets of the other global crops.
+`teacher_targets=sinkhorn` balances t / tau_t over the batch in the place of the centre (DINOv2, arXiv:2304.07193).
 
 Departs:
     With micro-batches the centre moves once in an optimizer step, by their joint mean, so cutting the batch changes
     nothing (the original has no micro-batches).
-    Half types are left behind before the prototypes (the original's scores are fp16 under autocast): at tau_t = 0.04 their
-    rounding would shift the exponents by 0.05.
+    Prototypes and losses are float32 under autocast (the original's scores are fp16): at tau_t = 0.04 the rounding of half
+    types would shift the exponents by 0.05.
     ViTs begin with timm's weights, whose CLS token is near 0 (the original draws it at 0.02), and resize their positions for
     the local crops with antialiasing (`backbone.positions=learned-offset`: as the original does).
 """
@@ -27,7 +26,6 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -35,9 +33,10 @@ import torch
 from torch import Tensor, nn
 
 from methods.parts import (
-    Center, ConfigError, CropGroup, DINOHead, Masks, MethodConfig, Metrics, MomentumTeacher, Outputs, ParamGroup, Progress, RunFacts,
-    SearchRange, StepOutput, Views, ViewsConfig, at_least, autocast_disabled, cross_entropy_sum, ema, embedding_std, entropy, fraction,
-    l2_normalize, linear_by_epoch, num_features, param_groups_weight_decay, positive, register, sinkhorn, used_share,
+    LARGER_BATCH, Center, ConfigError, CropGroup, DINOHead, Hints, Masks, MethodConfig, Metrics, MomentumTeacher, Outputs, ParamGroup,
+    Progress, RunFacts, SearchRange, StepOutput, Views, ViewsConfig, at_least, autocast_disabled, blunt_targets, cross_entropy_sum, ema,
+    embedding_std, entropy, fraction, l2_normalize, linear_by_epoch, many_clusters, num_features, one_of, param_groups_weight_decay,
+    positive, register, sinkhorn, slow_average, told, used_share,
 )  # fmt: skip
 
 
@@ -57,18 +56,44 @@ class DINOConfig(MethodConfig):
     #: K; the original's out_dim
     num_prototypes: int = at_least(2, 65536, SearchRange(scale="choice", choices=(512, 1024, 4096, 65536), reason="more for more data"))
     unit_prototypes: bool = True  # the original's norm_last_layer; False is better for ViT-S, less stable for larger ones
-    freeze_prototypes_epochs: float = at_least(0, 1.0)  # prototypes wait for so long, weight decay too; longer where the loss does not fall
+    freeze_prototypes_epochs: float = at_least(0, 1.0)  # epochs in which prototypes neither learn nor decay; more if the loss stays
     projector_layers: int = at_least(1, 3)
     projector_hidden: int = at_least(1, 2048)
     projection_dim: int = at_least(2, 256)  # the bottleneck
     projector_batch_norm: bool = False  # for ResNets
+
+    def hints(self, facts: RunFacts) -> Hints:
+        batch, k, frozen = facts.global_batch_size, self.num_prototypes, self.freeze_prototypes_epochs * facts.steps_per_epoch
+        hottest = max(self.teacher_temperature, self.warmup_teacher_temperature if self.warmup_teacher_temperature_epochs else 0.0)
+        return Hints(
+            chance_loss=(math.log(k), "ln K"),
+            remedies=one_of(
+                f"method.teacher_temperature={self.teacher_temperature / 2:g}",
+                "method.momentum=0.99" if self.momentum > 0.99 else "",
+                f"method.num_prototypes={max(2, k // 4)}",
+                "a lower optim.base_lr",
+                f"method.freeze_prototypes_epochs={self.freeze_prototypes_epochs + 1:g}",
+                LARGER_BATCH,
+            ),
+            warnings=told(
+                blunt_targets("teacher", hottest, self.temperature, "0.04 to 0.07"),
+                slow_average(self.momentum, facts, "teacher"),
+                self.teacher_targets == "sinkhorn"
+                and batch < min(256, k / 2)
+                and f"method.teacher_targets=sinkhorn balances {batch} images over {k} prototypes, too few; "
+                f"use centering, method.num_prototypes={2 * batch}, or a train.global_batch_size of 256 or more",
+                many_clusters("method.num_prototypes", k, k, facts, images_each=1, advised=4),
+                round(frozen) >= facts.total_steps
+                and f"method.freeze_prototypes_epochs={self.freeze_prototypes_epochs:g} is the whole run: the prototypes never learn",
+            ),
+            settling_steps=(frozen,),
+        )
 
 
 @register("dino", DINOConfig)
 class DINO(MomentumTeacher):
     config: DINOConfig
     paper = "Caron et al. 2021, arXiv:2104.14294"
-    accumulation_remedy = "method.teacher_targets=centering works with micro-batches"
 
     def __init__(self, config: DINOConfig, backbone: nn.Module, facts: RunFacts) -> None:
         super().__init__()
@@ -88,24 +113,24 @@ class DINO(MomentumTeacher):
         self.center = Center(config.num_prototypes, config.center_momentum) if centers else None  # Sinkhorn has none
         self.frozen_steps = round(config.freeze_prototypes_epochs * facts.steps_per_epoch)
         if not centers:
-            self.accumulation = "refuse"  # the targets need the whole batch at once
+            self.whole_batch_remedy = "method.teacher_targets=centering works with micro-batches"
 
     @classmethod
     def default_views(cls) -> ViewsConfig:
-        """2 x 224 + 8 x 96; the global crops differ in blur and solarisation (appendix B, after BYOL)."""
+        """Return 2 x 224 + 8 x 96; the global crops differ in blur and solarisation (appendix B, after BYOL)."""
         jitter = (0.4, 0.4, 0.2, 0.1)
         first = CropGroup(count=1, size=224, scale=(0.4, 1.0), interpolation="bicubic", jitter=jitter, blur=1.0)
         return {
             "global": first,
             "global_solarized": replace(first, blur=0.1, solarize=0.2),
-            "local": replace(first, count=8, size=96, scale=(0.05, 0.4), blur=0.5),
+            "local": replace(first, role="local", count=8, size=96, scale=(0.05, 0.4), blur=0.5),
         }
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         batch = len(views.image_ids)
-        large = [i for name, crops in views.groups.items() if name != "local" for i in crops]
+        large = views.positions("global")
         with torch.no_grad():
-            h = views.drop_group("local").map_crops(self.teacher.get_submodule("backbone"))  # (G B, D)
+            h = views.of("global").map_crops(self.teacher.get_submodule("backbone"))  # (G B, D)
             t = self.teacher.get_submodule("head")(h)  # (G B, K)
         s = self.head(views.map_crops(self.backbone))  # (V B, K), crop by crop
         with autocast_disabled(s):
@@ -126,25 +151,25 @@ class DINO(MomentumTeacher):
             self.center.update([part["mean"] for part in outputs])
 
     def targets(self, t: Tensor, progress: Progress) -> Tensor:
-        """The teacher's soft targets of its crops: `(G B, K) -> (G B, K)`, rows sum to 1, no gradient."""
+        """Return the teacher's soft targets q of its crops: `(G B, K) -> (G B, K)`, rows sum to 1, no gradient."""
         if self.center is None:
             span = 2.0 if self.config.unit_prototypes else math.inf  # of cosines
             return sinkhorn(t, self.teacher_temperature(progress), self.config.sinkhorn_iterations, span=span)
         return self.center.targets(t, self.teacher_temperature(progress))
 
     def teacher_temperature(self, progress: Progress) -> float:
-        """tau_t."""
+        """Return tau_t of this step."""
         c = self.config
         epochs, start = c.warmup_teacher_temperature_epochs, c.warmup_teacher_temperature
         return linear_by_epoch(progress.epoch, epochs=epochs, start=start, end=c.teacher_temperature)
 
     def student(self) -> nn.Sequential:
-        """Backbone and head as one network: what the teacher is an average of."""
+        """Return backbone and head as one network, of which the teacher is an average."""
         return nn.Sequential(OrderedDict(backbone=self.backbone, head=self.head))
 
     @torch.no_grad()
     def diagnostics(self, q: Tensor, h: Tensor, loss: Tensor, progress: Progress) -> Metrics:
-        """Meters of the targets `(G B, K)` and of one crop's features of the teacher `(B, D)`; entropies as fractions of ln K.
+        """Return meters of the targets `(G B, K)` and of the teacher's features of one crop `(B, D)`; entropies as fractions of ln K.
 
         Collapse to one prototype: `teacher_mean_entropy` falls to 0. Collapse to uniform targets: `teacher_entropy` rises to 1.
         """
@@ -161,7 +186,7 @@ class DINO(MomentumTeacher):
         return metrics if self.center is None else metrics | {"center_norm": self.center.value.norm()}
 
     def param_groups(self) -> list[ParamGroup]:
-        """Biases and norms do not decay; tokens, position table and prototypes do; the prototypes wait."""
+        """Return matrices, vectors and prototypes. Biases and norms do not decay; tokens, position table and prototypes do."""
         prototypes = [p for p in self.head.prototypes.parameters() if p.requires_grad]
         return [
             *param_groups_weight_decay(self.backbone, self.head.mlp),
@@ -169,43 +194,10 @@ class DINO(MomentumTeacher):
         ]
 
     def evaluation_backbone(self) -> nn.Module:
-        """The teacher's, which is the better of the two all along (sec. 5.2)."""
+        """Return the teacher's backbone, which is better than the student's all along (sec. 5.2)."""
         return self.teacher.get_submodule("backbone")
 
     def cluster_scores(self, images: Tensor) -> Tensor:
-        """The teacher's scores, centred if its targets are: t - c."""
+        """Return the teacher's scores, centred if its targets are: t - c."""
         t: Tensor = self.teacher(images)
         return t if self.center is None else t - self.center.value
-
-    def chance_loss(self) -> tuple[float, str]:
-        return math.log(self.config.num_prototypes), "ln K"
-
-    def hints(self) -> str:
-        c = self.config
-        faster = "method.momentum=0.99, " if c.momentum > 0.99 else ""
-        return (
-            f"try method.teacher_temperature={c.teacher_temperature / 2:g}, {faster}"
-            f"method.num_prototypes={max(2, c.num_prototypes // 4)}, a lower optim.base_lr, "
-            f"method.freeze_prototypes_epochs={c.freeze_prototypes_epochs + 1:g}, or a larger train.global_batch_size"
-        )
-
-    def config_warnings(self, facts: RunFacts) -> Iterable[str]:
-        c, batch, steps = self.config, facts.global_batch_size, facts.total_steps
-        hottest = max(c.teacher_temperature, c.warmup_teacher_temperature if c.warmup_teacher_temperature_epochs else 0.0)
-        if hottest >= c.temperature:
-            yield (
-                f"a teacher temperature of {hottest:g} is not below method.temperature={c.temperature:g}: the targets are no sharper "
-                "than the predictions and become uniform; use 0.04 to 0.07"
-            )
-        if c.momentum < 1 and steps * (1 - c.momentum) < 3:
-            yield (
-                f"method.momentum={c.momentum:g} averages over {1 / (1 - c.momentum):.0f} steps, and the run has {steps}: the teacher "
-                f"hardly moves; use {max(0.9, round(1 - 10 / steps, 3)):g} or less"
-            )
-        if c.teacher_targets == "sinkhorn" and batch < min(256, c.num_prototypes / 2):
-            remedy = f"use centering, method.num_prototypes={2 * batch}, or a train.global_batch_size of 256 or more"
-            yield f"method.teacher_targets=sinkhorn balances {batch} images over {c.num_prototypes} prototypes, too few; {remedy}"
-        if facts.num_images is not None and c.num_prototypes > facts.num_images:
-            yield f"method.num_prototypes={c.num_prototypes} for {facts.num_images} images; use {max(2, facts.num_images // 4)} or fewer"
-        if self.frozen_steps >= steps:
-            yield f"method.freeze_prototypes_epochs={c.freeze_prototypes_epochs:g} is the whole run: the prototypes never learn"

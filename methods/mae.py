@@ -1,4 +1,4 @@
-"""MAE: a ViT that sees a quarter of the patches, and a small decoder that paints the others. He et al. 2021, arXiv:2111.06377.
+"""MAE: a ViT that sees a quarter of the patches, and a small decoder that predicts the others. He et al. 2021, arXiv:2111.06377.
 
 With an image's N patches x_i (vectors of p p 3 pixels), V the kept ones, drawn at random, and M the others:
 
@@ -7,17 +7,18 @@ With an image's N patches x_i (vectors of p p 3 pixels), V the kept ones, drawn 
     x^     = pixels(decoder(y + positions))       fixed sine and cosine positions
     loss   = mean_{i in M} mean((x^_i - t_i)^2)    t_i = (x_i - mean(x_i)) / sqrt(var(x_i) + 1e-6) (`normalize_patches`), or x_i
 
-Patches that were seen do not count. The decoder is thrown away after training. A fixed table of positions and the first
+Seen patches do not count. The decoder is not used after training. A fixed table of positions and the first
 weights of the encoder are settings of the backbone (`positions=sincos`, `xavier=True`); the recipes have them.
 
 Departs:
-    The variance of a patch is that of its pixels (division by their number); the paper does not say.
+    The variance of a patch is its squares over their number p p 3; the paper does not say, the original divides by one less,
+    which makes t smaller by a factor of sqrt(1 - 1 / (p p 3)): 0.9993 with patches of 16.
+    The mask token does not decay; the original decays it with the matrices, because of its shape (1, 1, width).
     The warm-up is the loop's: its first step has the rate of the second one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +27,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from methods.parts import (
-    CropGroup, Masks, Method, MethodConfig, Metrics, ParamGroup, Progress, RunFacts, SearchRange, StepOutput, Views, ViewsConfig, at_least,
-    autocast_disabled, below_one, draw_seed, embedding_std, l2_normalize, masked_of, num_kept, num_patches, param_groups_weight_decay,
-    random_keep, register, require, require_vit, sincos_table, upcast_half, xavier_linears,
+    CropGroup, Hints, Masks, Method, MethodConfig, Metrics, ParamGroup, Progress, RunFacts, SearchRange, StepOutput, Views, ViewsConfig,
+    at_least, autocast_disabled, below_one, draw_seed, embedding_std, l2_normalize, masked_of, num_kept, num_patches, one_of,
+    param_groups_weight_decay, random_keep, register, require, require_vit, sincos_table, told, upcast_half, xavier_linears,
 )  # fmt: skip
 
 
@@ -41,12 +42,20 @@ class MAEConfig(MethodConfig):
     decoder_depth: int = at_least(1, 8, SearchRange(scale="choice", choices=(1, 2, 4, 8), reason="1 does for fine-tuning"))
     decoder_heads: int = at_least(1, 16)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         require(self.mask_ratio > 0, "method.mask_ratio", self.mask_ratio, "use a fraction between 0 and 1, e.g. 0.75")
         heads, width = self.decoder_heads, self.decoder_width
         whole = width >= 4 and width % 4 == 0 and width % heads == 0
         require(whole, "method.decoder_width", width, f"use a multiple of 4 and of method.decoder_heads={heads}")
+
+    def hints(self, facts: RunFacts) -> Hints:
+        return Hints(
+            chance_loss=(1.0, "1") if self.normalize_patches else None,  # every pixel at its patch's mean
+            remedies=one_of("another optim.base_lr", "a longer warm-up", "a lower method.mask_ratio"),
+            warnings=told(
+                self.mask_ratio < 0.4 and f"method.mask_ratio={self.mask_ratio:g}: neighbours give the masked patches away; use 0.75"
+            ),
+        )
 
 
 @register("mae", MAEConfig)
@@ -63,14 +72,15 @@ class MAE(Method):
 
     @classmethod
     def default_views(cls) -> ViewsConfig:
-        """One crop of 224, flipped or not; colours stay (sec. 4.1, data augmentation)."""
+        """Return one crop of 224, flipped or not; colours stay (sec. 4.1, data augmentation)."""
         return {"global": CropGroup(count=1, size=224, scale=(0.2, 1.0), interpolation="bicubic", jitter=(0, 0, 0, 0), grayscale=0, blur=0)}
 
     def draw_masks(self, views: Views, progress: Progress) -> Masks:
-        """The patches that the encoder sees, `(V B, n)` for each resolution."""
+        """Draw the patches that the encoder sees, `(V B, n)` for each resolution."""
         return [self.draw(stack, views.image_ids, draw_seed(progress.generator)) for stack in views.by_resolution()]
 
     def draw(self, images: Tensor, ids: Tensor, seed: int) -> Tensor:
+        """Draw the patches that the encoder sees of crops of one resolution: `(V B, 3, H, W) -> (V B, n)`."""
         patches = num_patches(self.backbone, images.shape[-1])
         return random_keep(ids, patches, num_kept(patches, self.config.mask_ratio), seed=seed, crops=len(images) // len(ids))
 
@@ -78,30 +88,30 @@ class MAE(Method):
         masks = self.draw_masks(views, progress) if masks is None else masks
         losses, metrics = [], Metrics()
         for images, keep in zip(views.by_resolution(), masks, strict=True):
-            painted, cls = self.paint(images, keep)
-            with autocast_disabled(painted):
-                target = self.pixel_targets(images).to(painted.dtype)
+            predicted, cls = self.predict(images, keep)
+            with autocast_disabled(predicted):
+                target = self.pixel_targets(images).to(predicted.dtype)
                 masked = masked_of(keep, target.shape[1])
-                errors = (rows_of(painted, masked) - rows_of(target, masked)).square()  # (B, N - n, p p 3)
+                errors = (rows_of(predicted, masked) - rows_of(target, masked)).square()  # (B, N - n, p p 3)
                 losses.append(errors.mean())
                 if progress.reports:
                     metrics = self.diagnostics(errors.detach(), rows_of(target, masked), cls.detach())
         return StepOutput(loss=torch.stack(losses).mean(), metrics=metrics)
 
-    def paint(self, images: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """Every patch as the decoder paints it `(B, N, p p 3)`, and CLS of the encoder `(B, D)`."""
+    def predict(self, images: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the decoder's prediction of every patch `(B, N, p p 3)`, and CLS of the encoder `(B, D)`."""
         seen = self.backbone.tokens(images, keep=keep)
         grid = [side // self.patch for side in images.shape[-2:]]
         return upcast_half(self.decoder(torch.cat([seen.cls[:, None], seen.patches], dim=1), keep, *grid)), upcast_half(seen.cls)
 
     def pixel_targets(self, images: Tensor) -> Tensor:
-        """t: `(B, 3, H, W) -> (B, N, p p 3)`."""
+        """Return t: `(B, 3, H, W) -> (B, N, p p 3)`."""
         x = patchify(upcast_half(images), self.patch)
         return F.layer_norm(x, x.shape[-1:], eps=1e-6) if self.config.normalize_patches else x
 
     @torch.no_grad()
     def diagnostics(self, errors: Tensor, target: Tensor, cls: Tensor) -> Metrics:
-        """Share of the masked patches' variance that is painted right, and the spread of the encoder's CLS less its mean."""
+        """Return the share of the masked patches' variance that is explained, and the spread of the encoder's CLS less its mean."""
         return {
             "explained": 1 - errors.mean() / target.var(correction=0),
             "cls_std": embedding_std(l2_normalize(cls - cls.mean(dim=0))),
@@ -109,37 +119,27 @@ class MAE(Method):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
-        """What is seen, masked pixels NaN, and the painted whole: `(B, 3, H, W) -> (B, 2, 3, H, W)`; always the same masks.
+        """Return images with masked pixels NaN, and with predicted ones: `(B, 3, H, W) -> (B, 2, 3, H, W)`. Masks never change.
 
-        A patch whose pixels were normalised gets back its own mean and standard deviation, which the decoder does not know.
+        A normalised prediction is given the mean and standard deviation of the patch itself, which the decoder does not know.
         """
         keep = self.draw(images, torch.arange(len(images), device=images.device), seed=0)
-        painted, _ = self.paint(images, keep)
+        predicted, _ = self.predict(images, keep)
         x = patchify(upcast_half(images), self.patch)
         if self.config.normalize_patches:
-            painted = painted * (x.var(dim=-1, correction=0, keepdim=True) + 1e-6).sqrt() + x.mean(dim=-1, keepdim=True)
+            predicted = predicted * (x.var(dim=-1, correction=0, keepdim=True) + 1e-6).sqrt() + x.mean(dim=-1, keepdim=True)
         kept = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter_(1, keep, True)[..., None]
         seen = torch.where(kept, x, torch.full_like(x, torch.nan))
-        return torch.stack([unpatchify(part, self.patch, images.shape[-2]) for part in (seen, torch.where(kept, x, painted))], dim=1)
+        return torch.stack([unpatchify(part, self.patch, images.shape[-2]) for part in (seen, torch.where(kept, x, predicted))], dim=1)
 
     def param_groups(self) -> list[ParamGroup]:
-        """Biases, norms and the mask token do not decay."""
+        """Return matrices and vectors. Biases, norms and the mask token do not decay."""
         return param_groups_weight_decay(self.backbone, self.decoder)
 
-    def chance_loss(self) -> tuple[float, str] | None:
-        """Every pixel at its patch's mean."""
-        return (1.0, "1") if self.config.normalize_patches else None
-
-    def hints(self) -> str:
-        return "try another optim.base_lr, a longer warm-up, or a lower method.mask_ratio"
-
-    def config_warnings(self, facts: RunFacts) -> Iterable[str]:
-        if self.config.mask_ratio < 0.4:
-            yield f"method.mask_ratio={self.config.mask_ratio:g}: neighbours give the masked patches away; use 0.75"
 
 
 class Decoder(nn.Module):
-    """A light ViT over all patches, of which most are mask tokens.
+    """A light ViT over all patches, most of them mask tokens.
 
     Args:
         in_features: D, width of the encoder.
@@ -157,7 +157,13 @@ class Decoder(nn.Module):
         xavier_linears(self)
 
     def forward(self, seen: Tensor, keep: Tensor, h: int, w: int) -> Tensor:
-        """CLS and the seen patches `(B, 1 + n, D)`, which ones they are `(B, n)`, the grid: `(B, h w, p p 3)`."""
+        """Predict the pixels of every patch: `(B, 1 + n, D) -> (B, h w, p p 3)`.
+
+        Args:
+            seen: CLS and the seen patches.
+            keep: their indices, `(B, n)`.
+            h, w: the grid of patches.
+        """
         y = self.embed(seen)
         whole = self.mask_token.to(y.dtype).expand(len(y), h * w, -1)
         patches = whole.scatter(1, keep[..., None].expand(-1, -1, y.shape[-1]), y[:, 1:])
@@ -165,7 +171,7 @@ class Decoder(nn.Module):
         return self.pixels(self.norm(self.blocks(torch.cat([y[:, :1], patches], dim=1)))[:, 1:])  # type: ignore[no-any-return]
 
     def positions(self, h: int, w: int, like: Tensor) -> Tensor:
-        """Fixed positions of a grid, `(h w, width)`; made once for each grid and not part of the state."""
+        """Return the fixed positions of a grid, `(h w, width)`. They are made once for each grid and are no part of the state."""
         name = f"positions_{h}x{w}"
         if not hasattr(self, name):
             self.register_buffer(name, sincos_table(h, w, like.shape[-1], like.device), persistent=False)
@@ -173,18 +179,18 @@ class Decoder(nn.Module):
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
-    """`(B, 3, H, W) -> (B, h w, p p 3)`: patches row by row, in each its pixels row by row, colours last."""
+    """Cut images into patches, `(B, 3, H, W) -> (B, h w, p p 3)`: row by row, in each its pixels row by row, colours last."""
     cut: Tensor = images.unflatten(2, (-1, patch)).unflatten(4, (-1, patch))  # (B, 3, h, p, w, p)
     return cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def unpatchify(patches: Tensor, patch: int, height: int) -> Tensor:
-    """The inverse of `patchify`: `(B, h w, p p 3) -> (B, 3, H, W)`."""
+    """Invert `patchify`: `(B, h w, p p 3) -> (B, 3, H, W)`."""
     h = height // patch
     cut: Tensor = patches.unflatten(1, (h, -1)).unflatten(3, (patch, patch, 3))  # (B, h, w, p, p, 3)
     return cut.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
 def rows_of(x: Tensor, index: Tensor) -> Tensor:
-    """`(B, N, P)` at `(B, m)`: `(B, m, P)`."""
+    """Return the rows of `(B, N, P)` at the indices `(B, m)`: `(B, m, P)`."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

@@ -8,11 +8,11 @@ q = query(x1) and k = key(x2) unit rows `(N, D)` and a queue of K keys of earlie
     the keys enter the queue, the oldest leave it                                 (after the step)
 
 Shuffled batch norm: the keys' images are permuted over the whole batch, then every norm sees one part of it. So a query
-and its key are normalised in different company, and their statistics do not tell that they belong together.
+and its key are normalised with different images, and their statistics do not reveal that they belong together.
 
 Departs:
-    The batch norm of the original sees the images of one GPU, of eight. Here it sees one of `bn_groups` parts of the batch
-    on any number of workers up to as many, so one device, too, does what eight do.
+    The batch norm of the original sees the images of one of eight GPUs. Here it sees one of `bn_groups` parts of the batch, on any
+    number of workers up to `bn_groups`, so one device does the same as eight.
     The queue takes batches of any size (the original asks that they divide its length).
     With micro-batches, all of one step see the same queue, and their keys enter it together.
 """
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -29,9 +28,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from methods.parts import (
-    ConfigError, CropGroup, FeatureQueue, Masks, Method, MethodConfig, Outputs, Progress, RunFacts, SearchRange, StepOutput, Views,
+    ConfigError, CropGroup, FeatureQueue, Hints, Masks, Method, MethodConfig, Outputs, Progress, RunFacts, SearchRange, StepOutput, Views,
     ViewsConfig, at_least, autocast_disabled, convert_split_batchnorm, ema, embedding_std, fraction, has_batch_norm, info_nce_with_queue,
-    l2_normalize, mlp, num_features, positive, rank, register, to_device, world_size,
+    l2_normalize, mlp, num_features, one_of, positive, queue_beyond_images, queue_filled_late, rank, register, to_device, told, world_size,
 )  # fmt: skip
 
 
@@ -46,7 +45,21 @@ class MoCoConfig(MethodConfig):
     projector_layers: int = at_least(1, 2)  # v1: 1
     projector_hidden: int | None = at_least(1, None)  # None = the width of the features
     projection_dim: int = at_least(2, 128)  # D
-    bn_groups: int = at_least(1, 8)  # parts of the batch that batch norm sees by themselves; 1 = the whole, which may give keys away
+    bn_groups: int = at_least(1, 8)  # parts of the batch, each with batch-norm statistics of its own; 1 = the whole, which may reveal keys
+
+    def hints(self, facts: RunFacts) -> Hints:
+        length, key = self.queue_length, "method.queue_length"
+        return Hints(
+            chance_loss=(math.log(length + 1), "ln(K + 1)"),
+            remedies=one_of(
+                f"method.temperature={self.temperature * 2:g}", "method.momentum=0.99 for a short run", "a lower optim.base_lr"
+            ),
+            warnings=told(
+                queue_beyond_images(key, length, facts, "it holds several copies of each, all taken for negatives"),
+                queue_filled_late(key, length, facts, "the loss rises until then; use a shorter queue"),
+            ),
+            settling_steps=(length / facts.global_batch_size,),
+        )
 
 
 @register("moco", MoCoConfig)
@@ -57,7 +70,7 @@ class MoCo(Method):
     def __init__(self, config: MoCoConfig, backbone: nn.Module, facts: RunFacts) -> None:
         super().__init__()
         batch, groups = facts.global_batch_size, config.bn_groups
-        self.has_batch_norm = has_batch_norm(backbone)  # a ViT has none: nothing to shuffle for
+        self.has_batch_norm = has_batch_norm(backbone)  # a ViT has none and needs no shuffling
         if self.has_batch_norm and (batch % groups or batch < 2 * groups):
             near = max(g for g in range(1, groups + 1) if batch % g == 0 and batch >= 2 * g)
             raise ConfigError(
@@ -74,7 +87,7 @@ class MoCo(Method):
 
     @classmethod
     def default_views(cls) -> ViewsConfig:
-        """2 x 224 with v2's colours and blur."""
+        """Return 2 x 224 with v2's colours and blur."""
         return {"global": CropGroup(count=2, size=224, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1))}
 
     def before_step(self, progress: Progress) -> None:
@@ -95,7 +108,7 @@ class MoCo(Method):
 
     @torch.no_grad()
     def keys(self, images: Tensor, progress: Progress) -> Tensor:
-        """Unit keys of the own images, `(n, 3, H, W) -> (n, D)`, normalised in random company (v1 sec. 3.3)."""
+        """Return unit keys of the own images, `(n, 3, H, W) -> (n, D)`; batch norm sees random parts of the batch (v1 sec. 3.3)."""
         if not self.has_batch_norm or self.sync_batchnorm:
             return l2_normalize(self.key(images))
         order = torch.randperm(len(images) * world_size(), generator=progress.generator)  # the same on every worker
@@ -108,22 +121,6 @@ class MoCo(Method):
     def evaluation_backbone(self) -> nn.Module:
         return self.query.get_submodule("backbone")
 
-    def chance_loss(self) -> tuple[float, str]:
-        return math.log(self.config.queue_length + 1), "ln(K + 1)"
-
-    def hints(self) -> str:
-        return f"try method.temperature={self.config.temperature * 2:g}, method.momentum=0.99 for a short run, or a lower optim.base_lr"
-
-    def config_warnings(self, facts: RunFacts) -> Iterable[str]:
-        length, images, steps = self.config.queue_length, facts.num_images, facts.total_steps
-        filling = math.ceil(length / facts.global_batch_size)
-        if images is not None and length > images:
-            yield (
-                f"method.queue_length={length} for {images} images: it holds several copies of each, all taken for negatives; "
-                f"use {max(1, images // 2)} or fewer"
-            )
-        if filling > steps // 2:
-            yield f"method.queue_length={length} is filled after {filling} steps of {steps}; the loss rises until then; use a shorter queue"
 
 
 def permuted(value: Tensor, order: Tensor) -> Tensor:

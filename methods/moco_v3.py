@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -35,9 +34,9 @@ import torch
 from torch import Tensor, nn
 
 from methods.parts import (
-    CropGroup, Masks, MethodConfig, MomentumTeacher, ParamGroup, Progress, RunFacts, SearchRange, StepOutput, Views, ViewsConfig,
-    all_gather_rows, at_least, autocast_disabled, contrast_meters, ema, embedding_std, fraction, freeze_patch_projection, info_nce,
-    l2_normalize, mlp, num_features, positive, rank, register,
+    LARGER_BATCH, LOWER_RATE, CropGroup, Hints, Masks, MethodConfig, MomentumTeacher, ParamGroup, Progress, RunFacts, SearchRange,
+    StepOutput, Views, ViewsConfig, all_gather_rows, at_least, autocast_disabled, contrast_meters, ema, embedding_std, faster_average,
+    fraction, freeze_patch_projection, info_nce, l2_normalize, mlp, num_features, one_of, positive, rank, register, told,
 )  # fmt: skip
 
 
@@ -55,18 +54,27 @@ class MoCoV3Config(MethodConfig):
     predictor_norm: bool = True  # batch norm at the end of the predictor; ResNet: False
     freeze_patches: bool = True  # a ViT's patch projection keeps its random weights
 
+    def hints(self, facts: RunFacts) -> Hints:
+        return Hints(
+            chance_loss=(4 * self.temperature * math.log(facts.global_batch_size), "4 tau ln N"),
+            remedies=one_of(LOWER_RATE, faster_average(self.momentum), LARGER_BATCH),
+            warnings=told(
+                facts.total_steps < 2000
+                and self.momentum > 0.995
+                and f"method.momentum={self.momentum} in {facts.total_steps} steps: the keys hardly follow; use 0.99 or less"
+            ),
+        )
+
 
 @register("moco-v3", MoCoV3Config)
 class MoCoV3(MomentumTeacher):
     config: MoCoV3Config
     paper = "Chen, Xie and He 2021, arXiv:2104.02057"
-    accumulation = "refuse"
-    accumulation_remedy = "the negatives are the other images of the batch; a smaller train.global_batch_size needs less memory"
+    whole_batch_remedy = "the negatives are the other images of the batch; a smaller train.global_batch_size needs less memory"
 
     def __init__(self, config: MoCoV3Config, backbone: nn.Module, facts: RunFacts) -> None:
         super().__init__()
         self.config = config
-        self.global_batch_size = facts.global_batch_size
         d, hidden = config.projection_dim, config.projector_hidden
         if config.freeze_patches:
             freeze_patch_projection(backbone)
@@ -78,7 +86,7 @@ class MoCoV3(MomentumTeacher):
 
     @classmethod
     def default_views(cls) -> ViewsConfig:
-        """Two crops of 224 that differ in blur and solarisation; for ResNets `scale=(0.2, 1)`."""
+        """Return two crops of 224 that differ in blur and solarisation; for ResNets `scale=(0.2, 1)`."""
         first = CropGroup(count=1, size=224, jitter=(0.4, 0.4, 0.2, 0.1), blur=1.0)
         return {"first": first, "second": replace(first, blur=0.1, solarize=0.2)}
 
@@ -104,23 +112,13 @@ class MoCoV3(MomentumTeacher):
         return StepOutput(loss=loss, metrics=metrics)
 
     def logits(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Own queries against the keys of all workers: cosines / tau `(n, N)`, and the column of each one's key `(n,)`."""
+        """Return cosines / tau of own queries with the keys of all workers `(n, N)`, and the column of each query's key `(n,)`."""
         positives = torch.arange(len(q), device=q.device) + rank() * len(q)
         return q @ all_gather_rows(k).T / self.config.temperature, positives
 
     def param_groups(self) -> list[ParamGroup]:
-        """All that is trained in one group: AdamW decays vectors too; LARS leaves them out by their shape."""
+        """Return one group: AdamW decays vectors too, and LARS leaves them out by their shape."""
         return [ParamGroup(params=[p for p in self.parameters() if p.requires_grad], name="network")]
 
     def evaluation_backbone(self) -> nn.Module:
         return self.query.get_submodule("backbone")
-
-    def chance_loss(self) -> tuple[float, str]:
-        return 4 * self.config.temperature * math.log(self.global_batch_size), "4 tau ln N"
-
-    def hints(self) -> str:
-        return f"try a lower optim.base_lr or a longer warm-up, {self.faster()}or a larger train.global_batch_size"
-
-    def config_warnings(self, facts: RunFacts) -> Iterable[str]:
-        if facts.total_steps < 2000 and self.config.momentum > 0.995:
-            yield f"method.momentum={self.config.momentum} in {facts.total_steps} steps: the keys hardly follow; use 0.99 or less"

@@ -19,19 +19,18 @@ Departs:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from methods.parts import (
-    CropGroup, FeatureQueue, Masks, Method, MethodConfig, Outputs, ParamGroup, Progress, RunFacts, SearchRange, StepOutput, Views,
+    CropGroup, FeatureQueue, Hints, Masks, Method, MethodConfig, Outputs, ParamGroup, Progress, RunFacts, SearchRange, StepOutput, Views,
     ViewsConfig, all_gather_rows, at_least, autocast_disabled, contrast_meters, embedding_std, gather_with_gradient, info_nce, l2_normalize,
-    mlp, num_features, param_groups_weight_decay, positive, rank, register,
+    mlp, num_features, one_of, param_groups_weight_decay, positive, queue_beyond_images, queue_filled_late, rank, register, told,
 )  # fmt: skip
 
-LOOKUP_ROWS = 1024  # so many rows look for their neighbours at a time: 400 MB of cosines with 98,304 rows in the set
+LOOKUP_ROWS = 1024  # rows whose neighbours are looked up at a time: 400 MB of cosines with 98,304 rows in the set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,20 +49,31 @@ class NNCLRConfig(MethodConfig):
     own_kind_negatives: bool = False  # an anchor's candidates are also the other images' rows of its own kind, as in SimCLR
     warmup_with_views: bool = False  # until the support set is full, the positive is the other view, as in SimCLR
 
+    def hints(self, facts: RunFacts) -> Hints:
+        size, key, n = self.support_set_size, "method.support_set_size", facts.global_batch_size
+        candidates, formula = (2 * n - 1, "ln(2N - 1)") if self.own_kind_negatives else (n, "ln N")
+        terms = 2 if self.column_term else 1
+        return Hints(
+            chance_loss=(terms * math.log(candidates), f"2 {formula}" if self.column_term else formula),
+            remedies=one_of("method.warmup_with_views=true", f"method.temperature={self.temperature * 2:g}", "a lower optim.base_lr"),
+            warnings=told(
+                queue_beyond_images(key, size, facts, "neighbours are mostly the image itself"),
+                queue_filled_late(key, size, facts, "and holds noise until then; use fewer rows"),
+            ),
+        )
+
 
 @register("nnclr", NNCLRConfig)
 class NNCLR(Method):
     config: NNCLRConfig
     paper = "Dwibedi et al. 2021, arXiv:2104.14548"
-    accumulation = "refuse"  # the predictions of all images are candidates
-    accumulation_remedy = "the support set gives varied positives to a small batch, too"
+    whole_batch_remedy = "the support set gives varied positives to a small batch, too"
 
     labels: Tensor  # (K,), of the rows of the support set; -1 = unknown
 
     def __init__(self, config: NNCLRConfig, backbone: nn.Module, facts: RunFacts) -> None:
         super().__init__()
         self.config = config
-        self.global_batch_size = facts.global_batch_size
         self.backbone = backbone
         widths = (num_features(backbone), config.projector_hidden, config.projection_dim)
         self.projector = mlp(*widths, layers=3, final_norm="affine" if config.projector_last_norm else None)
@@ -73,7 +83,7 @@ class NNCLR(Method):
 
     @classmethod
     def default_views(cls) -> ViewsConfig:
-        """2 x 224, one of BYOL's augmentations each: the first always blurred, the second at times solarised."""
+        """Return 2 x 224, one of BYOL's augmentations each: the first always blurred, the second at times solarised."""
         first = CropGroup(
             count=1, size=224, scale=(0.08, 1.0), interpolation="bicubic", jitter=(0.4, 0.4, 0.2, 0.1), blur=1.0, blur_taps=23
         )
@@ -104,22 +114,22 @@ class NNCLR(Method):
 
     @torch.no_grad()
     def neighbours(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest row of the support set for each unit row, and its label: `(n, D) -> (n, D), (n,)`."""
+        """Return the nearest row of the support set for each unit row, and its label: `(n, D) -> (n, D), (n,)`."""
         rows = self.support_set.rows
         nearest = torch.cat([(part @ rows.T).argmax(dim=1) for part in u.split(LOOKUP_ROWS)])
         warming = self.config.warmup_with_views and not self.support_set.full
         return u if warming else rows[nearest], self.labels[nearest]
 
     def logits(self, anchors: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-        """Own anchors against the candidates of all workers.
+        """Compare own anchors with the candidates of all workers.
 
         Args:
             anchors: unit neighbours or predictions `(n, D)`.
             candidates: unit predictions or neighbours `(n, D)`.
 
         Returns:
-            `(n, N)`, and the column of each anchor's positive `(n,)`. With `own_kind_negatives` `(n, 2N)`: the anchors of
-            all workers are candidates behind the others, with -inf where an anchor meets itself.
+            Cosines / tau `(n, N)`, and the column of each anchor's positive `(n,)`. With `own_kind_negatives` `(n, 2N)`: the
+            anchors of all workers follow as candidates, with -inf where an anchor meets itself.
         """
         n = len(anchors)
         own = torch.arange(n, device=anchors.device) + rank() * n
@@ -135,22 +145,3 @@ class NNCLR(Method):
 
     def param_groups(self) -> list[ParamGroup]:
         return param_groups_weight_decay(self)
-
-    def chance_loss(self) -> tuple[float, str]:
-        more, terms = self.config.own_kind_negatives, 2 if self.config.column_term else 1
-        candidates = 2 * self.global_batch_size - 1 if more else self.global_batch_size
-        return terms * math.log(candidates), f"{'2 ' * (terms == 2)}ln{'(2N - 1)' if more else ' N'}"
-
-    def hints(self) -> str:
-        return f"try method.warmup_with_views=true, method.temperature={self.config.temperature * 2:g}, or a lower optim.base_lr"
-
-    def config_warnings(self, facts: RunFacts) -> Iterable[str]:
-        size, images, steps = self.config.support_set_size, facts.num_images, facts.total_steps
-        filling = math.ceil(size / facts.global_batch_size)
-        if images is not None and size > images:
-            yield (
-                f"method.support_set_size={size} for {images} images: neighbours are mostly the image itself; "
-                f"use {max(1, images // 2)} or fewer"
-            )
-        if filling > steps // 2:
-            yield f"method.support_set_size={size} is filled after {filling} steps of {steps}, and holds noise until then; use fewer rows"

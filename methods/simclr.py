@@ -19,16 +19,16 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from methods.parts import (
-    CropGroup, FeatureQueue, Masks, Method, MethodConfig, Outputs, ParamGroup, Progress, RunFacts, SearchRange, StepOutput, Views,
-    ViewsConfig, at_least, autocast_disabled, contrast_meters, ema, embedding_std, fraction, gather_with_gradient, info_nce,
-    info_nce_with_queue, l2_normalize, mlp, num_features, param_groups_weight_decay, positive, rank, register, require, upcast_half,
+    LOWER_RATE, CropGroup, FeatureQueue, Hints, Masks, Method, MethodConfig, Outputs, ParamGroup, Progress, RunFacts, SearchRange,
+    StepOutput, Views, ViewsConfig, at_least, autocast_disabled, contrast_meters, ema, embedding_std, fraction, gather_with_gradient,
+    info_nce, info_nce_with_queue, l2_normalize, mlp, num_features, one_of, param_groups_weight_decay, positive, queue_beyond_images, rank,
+    register, require, told, upcast_half,
 )  # fmt: skip
 
 
@@ -43,18 +43,26 @@ class SimCLRConfig(MethodConfig):
     memory_size: int = at_least(0, 0, SearchRange(scale="choice", choices=(0, 4096, 16384, 65536), reason="negatives beyond the batch"))
     memory_momentum: float = fraction(0.999)  # m: how slowly the network of the memory follows
 
+    def hints(self, facts: RunFacts) -> Hints:
+        size = self.memory_size
+        return Hints(
+            chance_loss=(math.log(2 * facts.global_batch_size - 1 + size), f"ln(2N - 1 + {size})" if size else "ln(2N - 1)"),
+            remedies=one_of(f"method.temperature={self.temperature * 2:g}", LOWER_RATE, "softer crops and jitter"),
+            warnings=told(
+                queue_beyond_images("method.memory_size", size, facts, "it holds several copies of each, all taken for negatives")
+            ),
+        )
+
 
 @register("simclr", SimCLRConfig)
 class SimCLR(Method):
     config: SimCLRConfig
     paper = "Chen et al. 2020, arXiv:2002.05709; v2: arXiv:2006.10029"
-    accumulation = "refuse"  # every view of the batch is a negative of every other
-    accumulation_remedy = "method.memory_size adds negatives without a larger batch"
+    whole_batch_remedy = "method.memory_size adds negatives without a larger batch"
 
     def __init__(self, config: SimCLRConfig, backbone: nn.Module, facts: RunFacts) -> None:
         super().__init__()
         self.config = config
-        self.global_batch_size = facts.global_batch_size
         width = num_features(backbone)
         projector = head(width, config.projector_hidden or width, config.projection_dim, config.projector_layers)
         self.network = nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
@@ -64,7 +72,7 @@ class SimCLR(Method):
 
     @classmethod
     def default_views(cls) -> ViewsConfig:
-        """2 x 224, colour strength 1 (v1, appendix A)."""
+        """Return 2 x 224, colour strength 1 (v1, appendix A)."""
         return {"global": CropGroup(count=2, size=224, scale=(0.08, 1.0), interpolation="bicubic", blur_taps=23)}
 
     def before_step(self, progress: Progress) -> None:
@@ -94,13 +102,13 @@ class SimCLR(Method):
         return StepOutput(loss=loss, metrics=metrics, outputs={"memory": rows})
 
     def logits(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Own views against all candidates.
+        """Compare own views with all candidates.
 
         Args:
             z: unit projections of the n own images, first views and then second ones, `(2n, D)`.
 
         Returns:
-            `(2n, 2N)` with -inf where a view meets itself, and the column of each one's partner `(2n,)`.
+            s `(2n, 2N)`, with -inf where a view meets itself, and the column of each view's partner p `(2n,)`.
         """
         n = len(z) // 2
         everyone = gather_with_gradient(torch.stack(z.chunk(2), dim=1))  # (N, 2, D): pairs stay together
@@ -123,31 +131,19 @@ class SimCLR(Method):
         return self.network.get_submodule("backbone")
 
     def network_up_to(self, layer: int) -> nn.Module:
-        """Backbone and the first layers of the projector, norm and ReLU included: what SimCLR v2 fine-tunes (layer 1)."""
+        """Return the backbone and the first layers of the projector, norm and ReLU included; SimCLR v2 fine-tunes up to layer 1.
+
+        Raises:
+            ConfigError: the projector has fewer layers.
+        """
         projector = self.network.get_submodule("projector")
         assert isinstance(projector, nn.Sequential)
         require(0 <= layer <= len(projector), "layer", layer, f"use 0 for the backbone alone, at most {len(projector)}")
         return nn.Sequential(self.evaluation_backbone(), *projector[:layer])
 
-    def chance_loss(self) -> tuple[float, str]:
-        extra = f" + {self.config.memory_size}" if self.config.memory_size else ""
-        return math.log(2 * self.global_batch_size - 1 + self.config.memory_size), f"ln(2N - 1{extra})"
-
-    def hints(self) -> str:
-        return (
-            f"try method.temperature={self.config.temperature * 2:g}, a lower optim.base_lr or a longer warm-up, or softer crops and jitter"
-        )
-
-    def config_warnings(self, facts: RunFacts) -> Iterable[str]:
-        size = self.config.memory_size
-        if facts.num_images is not None and size > facts.num_images:
-            yield (
-                f"method.memory_size={size} for {facts.num_images} images: it holds several copies of each, all taken for "
-                f"negatives; use {facts.num_images // 2} or fewer"
-            )
 
 
 def head(in_features: int, hidden_features: int, out_features: int, layers: int) -> nn.Sequential:
-    """Layers of Linear, batch norm and ReLU; the last without ReLU, its norm without shift: `(B, in) -> (B, out)`, a layer an item."""
+    """Return layers of Linear, batch norm and ReLU, each a module: `(B, in) -> (B, out)`. The last has no ReLU, its norm no shift."""
     flat = mlp(in_features, hidden_features, out_features, layers, hidden_bias=False, bias=False, final_norm="scale", std=0.01)
     return nn.Sequential(*(nn.Sequential(*flat[i : i + 3]) for i in range(0, len(flat), 3)))

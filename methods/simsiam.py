@@ -1,4 +1,4 @@
-"""SimSiam: predict the other view's projection, held still. Chen and He 2020, arXiv:2011.10566.
+"""SimSiam: predict the projection of the other view, without gradient to it. Chen and He 2020, arXiv:2011.10566.
 
 With views x1, x2 of one image, z = g(f(x)) (backbone f, projector g), p = h(z) (predictor h) and sg = stop gradient:
 
@@ -14,12 +14,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from methods.parts import (
-    CropGroup, Masks, Method, MethodConfig, Metrics, ParamGroup, Progress, RunFacts, SearchRange, StepOutput, Views, ViewsConfig, at_least,
-    autocast_disabled, cosines, embedding_std, l2_normalize, mlp, num_features, register, upcast_half,
+    LARGER_BATCH, CropGroup, Hints, Masks, Method, MethodConfig, ParamGroup, Progress, RunFacts, SearchRange, StepOutput, Views,
+    ViewsConfig, at_least, autocast_disabled, l2_normalize, mlp, num_features, one_of, pair_meters, register, upcast_half,
 )  # fmt: skip
 
 
@@ -31,6 +30,9 @@ class SimSiamConfig(MethodConfig):
     #: a bottleneck of D / 4
     predictor_hidden: int = at_least(1, 512, SearchRange(scale="choice", choices=(64, 128, 512), reason="a bottleneck is steadier"))
     constant_predictor_lr: bool = True  # the predictor should follow the newest projections to the end
+
+    def hints(self, facts: RunFacts) -> Hints:
+        return Hints(remedies=one_of("a lower optim.base_lr", "a warm-up", LARGER_BATCH, "a narrower method.predictor_hidden"))
 
 
 @register("simsiam", SimSiamConfig)
@@ -50,7 +52,7 @@ class SimSiam(Method):
 
     @classmethod
     def default_views(cls) -> ViewsConfig:
-        """MoCo v2's augmentation (sec. 3)."""
+        """Return MoCo v2's augmentation (sec. 3)."""
         return {"global": CropGroup(count=2, size=224, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1))}
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
@@ -60,26 +62,17 @@ class SimSiam(Method):
         z = [upcast_half(z_v) for z_v in z]
         with autocast_disabled(p[0]):
             loss = (distance(p[0], z[1]) + distance(p[1], z[0])).mean() / 2
-            return StepOutput(loss=loss, metrics=self.diagnostics(p[0], z[0], z[1]) if progress.reports else {})
-
-    @torch.no_grad()
-    def diagnostics(self, p1: Tensor, z1: Tensor, z2: Tensor) -> Metrics:
-        """Meters of one direction. All `(B, D)`."""
-        positive, negative = cosines(p1, z2)
-        return {"embedding_std": embedding_std(l2_normalize(z1)), "positive_cosine": positive, "negative_cosine": negative}
+            return StepOutput(loss=loss, metrics=pair_meters(z[0], p[0], z[1]) if progress.reports else {})
 
     def param_groups(self) -> list[ParamGroup]:
-        """All parameters decay and adapt, as in the original; the predictor keeps the base learning rate."""
+        """Return network and predictor, whose learning rate is constant. All parameters decay and adapt, as in the original."""
         return [
             ParamGroup(params=[*self.backbone.parameters(), *self.projector.parameters()], name="network"),
             ParamGroup(params=list(self.predictor.parameters()), name="predictor", lr_constant=self.config.constant_predictor_lr),
         ]
 
-    def hints(self) -> str:
-        return "try a lower optim.base_lr, a warm-up, a larger train.global_batch_size, or a narrower method.predictor_hidden"
-
 
 def distance(p: Tensor, z: Tensor) -> Tensor:
-    """D(p, z) of eq. (1), no gradient to `z`: both `(B, D) -> (B,)`."""
+    """Return D(p, z) of eq. (1), without gradient to `z`: both `(B, D) -> (B,)`."""
     products = l2_normalize(p) * l2_normalize(z.detach())
     return -products.sum(dim=-1)

@@ -15,16 +15,15 @@ Departs:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from methods.parts import (
-    ConfigError, CropGroup, FeatureQueue, Masks, Method, MethodConfig, Metrics, Outputs, ParamGroup, Progress, RunFacts, SearchRange,
-    StepOutput, Views, ViewsConfig, all_reduce_sum, at_least, autocast_disabled, count_of_each, cross_entropy_sum, embedding_std, entropy,
-    l2_normalize, mlp, num_features, positive, register, sinkhorn, used_share,
+    ConfigError, CropGroup, FeatureQueue, Hints, Masks, Method, MethodConfig, Metrics, Outputs, ParamGroup, Progress, RunFacts, SearchRange,
+    StepOutput, Views, ViewsConfig, all_reduce_sum, at_least, autocast_disabled, code_meters, count_of_each, cross_entropy_sum,
+    embedding_std, l2_normalize, many_clusters, mlp, num_features, one_of, positive, register, sinkhorn, told,
 )  # fmt: skip
 
 
@@ -43,8 +42,33 @@ class SwAVConfig(MethodConfig):
     #: rows per global crop, over all workers; 0 = no queue
     queue_length: int = at_least(0, 0, SearchRange(scale="choice", choices=(0, 256, 1024, 3840), reason="a multiple of the batch"))
     queue_start_epoch: float = at_least(0, 15)  # epochs before the queue begins to fill
-    freeze_prototypes_epochs: float = at_least(0, 1.0)  # prototypes get no gradient for so long; more than the run has: never
+    freeze_prototypes_epochs: float = at_least(0, 1.0)  # epochs in which the prototypes do not learn; more than the run has: never
     hard_codes: bool = False  # codes rounded to their largest entry; worse in the paper, a remedy where soft codes stay uniform
+
+    def hints(self, facts: RunFacts) -> Hints:
+        batch, k = facts.global_batch_size, self.num_prototypes
+        seen = batch + self.queue_length  # features that the codes see
+        filled = self.queue_start_epoch * facts.steps_per_epoch + self.queue_length / batch
+        return Hints(
+            chance_loss=(math.log(k), "ln K"),
+            uniform_metric="code_entropy",
+            remedies=one_of(
+                f"method.epsilon={self.epsilon * 0.5:g}",
+                "a lower optim.base_lr or a warm-up",
+                f"method.freeze_prototypes_epochs={self.freeze_prototypes_epochs + 1:g}",
+                "softer crops and jitter",
+            ),
+            warnings=told(
+                seen < k
+                and f"method.num_prototypes={k} is more than the {seen} features that the codes see; "
+                f"use {seen} prototypes or fewer, or method.queue_length={math.ceil((k - batch) / batch) * batch}",
+                many_clusters("method.num_prototypes", k, k, facts, images_each=10, advised=10),
+                self.epsilon > 0.05
+                and seen < 512
+                and f"method.epsilon={self.epsilon:g} makes codes of {seen} features nearly uniform; use 0.05 or less",
+            ),
+            settling_steps=(filled if self.queue_length else 0, self.freeze_prototypes_epochs * facts.steps_per_epoch),
+        )
 
 
 @register("swav", SwAVConfig)
@@ -53,8 +77,7 @@ class SwAV(Method):
     paper = "Caron et al. 2020, arXiv:2006.09882"
     unused_steps: Tensor  # (K,), steps since each prototype was the argmax of any code
     distinct: Tensor  # (), share of prototypes that resemble no earlier one, at the start of the epoch
-    accumulation = "refuse"  # codes need the whole batch at once
-    accumulation_remedy = "method.queue_length enlarges the batch that the codes see"
+    whole_batch_remedy = "method.queue_length enlarges the batch that the codes see"
 
     def __init__(self, config: SwAVConfig, backbone: nn.Module, facts: RunFacts, global_crops: int = 2) -> None:
         super().__init__()
@@ -75,11 +98,12 @@ class SwAV(Method):
 
     @classmethod
     def default_views(cls) -> ViewsConfig:
-        """2 x 224 + 6 x 96 (paper, appendix A)."""
-        return {"global": CropGroup(count=2, size=224, scale=(0.14, 1.0)), "local": CropGroup(count=6, size=96, scale=(0.05, 0.14))}
+        """Return 2 x 224 + 6 x 96 (appendix A)."""
+        local = CropGroup(role="local", count=6, size=96, scale=(0.05, 0.14))
+        return {"global": CropGroup(count=2, size=224, scale=(0.14, 1.0)), "local": local}
 
     def start_epoch(self, progress: Progress) -> None:
-        self.distinct.fill_(distinct_share(self.prototypes.weight))  # K^2 D products, fewer than an epoch's scores
+        self.distinct.fill_(distinct_share(self.prototypes.weight))  # K^2 D products, fewer than the scores of an epoch
 
     def before_step(self, progress: Progress) -> None:
         with torch.no_grad():
@@ -90,7 +114,7 @@ class SwAV(Method):
         z = views.split(l2_normalize(self.projector(views.map_crops(self.backbone))))  # V times (B, D)
         with autocast_disabled(z[0]):
             scores = [self.prototypes(z_v) for z_v in z]  # V times (B, K)
-            global_crops = views.groups["global"]
+            global_crops = views.positions("global")
             codes = {g: self.codes(i, scores[g]) for i, g in enumerate(global_crops)}  # eq. (3)
             others = [[q for g, q in codes.items() if g != v] for v in range(len(scores))]  # eq. (6)
             terms = [cross_entropy_sum(q, s, self.config.temperature) for q, s in zip(others, scores, strict=True) if q]
@@ -106,19 +130,19 @@ class SwAV(Method):
         self.unused_steps.add_(1).masked_fill_(outputs[0]["used"], 0)
 
     def crop_queues(self) -> list[FeatureQueue]:
-        """One for each global crop; none without a queue."""
+        """Return the queue of each global crop; none without a queue."""
         return list(self.queues)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def codes(self, crop: int, scores: Tensor) -> Tensor:
-        """Balanced soft assignments of a global crop: `(B, K) -> (B, K)`, rows sum to 1."""
+        """Return balanced soft assignments of a global crop, eq. (3): `(B, K) -> (B, K)`, rows sum to 1."""
         batch = len(scores)
         queues = self.crop_queues()
         if queued := bool(queues) and queues[crop].full:
             scores = torch.cat([self.prototypes(queues[crop].share), scores])  # (L / W + B, K)
         codes = sinkhorn(scores, self.config.epsilon, self.config.sinkhorn_iterations, span=2.0)  # of cosines
         if queued:
-            codes = codes[-batch:].clone()  # lets go of the queue's rows
+            codes = codes[-batch:].clone()  # frees the queue's rows
         if self.config.hard_codes:
             best = codes.argmax(dim=1, keepdim=True)
             codes.zero_().scatter_(1, best, 1.0)
@@ -126,19 +150,15 @@ class SwAV(Method):
 
     @torch.no_grad()
     def used(self, codes: dict[int, Tensor]) -> Tensor:
-        """Whether each prototype is the argmax of a code, on any worker: `(K,)`."""
+        """Return whether each prototype is the argmax of a code, on any worker: `(K,)`."""
         assigned = torch.cat([q.argmax(dim=1) for q in codes.values()])
         return all_reduce_sum(count_of_each(assigned, self.config.num_prototypes)) > 0
 
     @torch.no_grad()
     def diagnostics(self, codes: Tensor, z: Tensor) -> Metrics:
-        """Meters of one global crop, and of the prototypes; entropies as fractions of ln K."""
-        k = self.config.num_prototypes
-        metrics: Metrics = {
-            "code_entropy": entropy(codes).mean() / math.log(k),
-            "code_max": codes.amax(dim=1).mean(),
-            "prototypes_used": used_share(codes),
-            "prototypes_dead": (self.unused_steps >= self.steps_per_epoch).double().mean(),  # unused for a pass over the data
+        """Return the meters of one global crop, and of the prototypes; entropies as fractions of ln K."""
+        metrics: Metrics = code_meters(codes) | {
+            "prototypes_dead": (self.unused_steps >= self.steps_per_epoch).double().mean(),  # unused for an epoch
             "prototypes_distinct": self.distinct,
             "embedding_std": embedding_std(z),
         }
@@ -147,7 +167,7 @@ class SwAV(Method):
         return metrics
 
     def param_groups(self) -> list[ParamGroup]:
-        """All parameters adapt and decay, biases and BN too, as in the original; the prototypes wait."""
+        """Return the network and the prototypes. All parameters adapt and decay, biases and BN too, as in the original."""
         prototypes = list(self.prototypes.parameters())
         rest = [*self.backbone.parameters(), *self.projector.parameters()]
         return [
@@ -156,38 +176,16 @@ class SwAV(Method):
         ]
 
     def cluster_scores(self, images: Tensor) -> Tensor:
-        """Cosines z C^T with the prototypes."""
+        """Return cosines z C^T with the prototypes."""
         z = l2_normalize(self.projector(self.backbone(images)))
         with autocast_disabled(z):
             return z @ l2_normalize(self.prototypes.weight).T  # the optimizer has just moved them off the sphere
 
-    def chance_loss(self) -> tuple[float, str]:
-        return math.log(self.config.num_prototypes), "ln K"
-
-    def hints(self) -> str:
-        c = self.config
-        return (
-            f"try method.epsilon={c.epsilon * 0.5:g}, a lower optim.base_lr or a warm-up, "
-            f"method.freeze_prototypes_epochs={c.freeze_prototypes_epochs + 1:g}, or softer crops and jitter"
-        )
-
-    def config_warnings(self, facts: RunFacts) -> Iterable[str]:
-        c, batch = self.config, facts.global_batch_size
-        if batch + c.queue_length < c.num_prototypes:
-            length = math.ceil((c.num_prototypes - batch) / batch) * batch
-            yield (
-                f"method.num_prototypes={c.num_prototypes} is more than the {batch + c.queue_length} features that the codes see; "
-                f"use {batch + c.queue_length} prototypes or fewer, or method.queue_length={length}"
-            )
-        if facts.num_images is not None and c.num_prototypes * 10 > facts.num_images:
-            yield f"method.num_prototypes={c.num_prototypes} for {facts.num_images} images; use {max(2, facts.num_images // 10)} or fewer"
-        if c.epsilon > 0.05 and batch + c.queue_length < 512:
-            yield f"method.epsilon={c.epsilon:g} makes codes of {batch + c.queue_length} features nearly uniform; use 0.05 or less"
 
 
 @torch.no_grad()
 def distinct_share(prototypes: Tensor) -> Tensor:
-    """Share of the rows of `(K, D)` whose cosine with every earlier row is at most 0.99; collapsed prototypes are one."""
+    """Return the share of rows of `(K, D)` whose cosine with every earlier row is at most 0.99: collapsed prototypes count once."""
     unit = l2_normalize(prototypes)
     first, copies = 0, unit.new_zeros(())
     for rows in unit.split(max(1, (1 << 24) // len(unit))):

@@ -19,14 +19,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.parts import (
-    CropGroup, Masks, Method, MethodConfig, Metrics, ParamGroup, Progress, RunFacts, SearchRange, StepOutput, Views, ViewsConfig, at_least,
-    autocast_disabled, cosines, embedding_std, gather_with_gradient, l2_normalize, mlp, num_features, own_columns,
-    param_groups_weight_decay, positive, register, upcast_half, world_size,
+    CropGroup, Hints, Masks, Method, MethodConfig, Metrics, ParamGroup, Progress, RunFacts, SearchRange, StepOutput, Views, ViewsConfig,
+    at_least, autocast_disabled, gather_with_gradient, mlp, num_features, one_of, own_columns, pair_meters, param_groups_weight_decay,
+    positive, register, upcast_half, world_size,
 )  # fmt: skip
 
 
@@ -43,13 +42,15 @@ class VICRegConfig(MethodConfig):
     #: D; the wider the better
     projection_dim: int = at_least(2, 8192, SearchRange(scale="choice", choices=(512, 2048, 8192), reason="wide helps, at a cost of D^2"))
 
+    def hints(self, facts: RunFacts) -> Hints:
+        return Hints(remedies=one_of(f"method.variance_weight={self.variance_weight * 2:g}", "a lower optim.base_lr", "a longer warm-up"))
+
 
 @register("vicreg", VICRegConfig)
 class VICReg(Method):
     config: VICRegConfig
     paper = "Bardes et al. 2021, arXiv:2105.04906"
-    accumulation = "refuse"  # variance and covariance need the whole batch at once
-    accumulation_remedy = "a smaller train.global_batch_size works too: 256 loses little"
+    whole_batch_remedy = "a smaller train.global_batch_size works too: 256 loses little"
 
     def __init__(self, config: VICRegConfig, backbone: nn.Module, facts: RunFacts) -> None:
         super().__init__()
@@ -60,7 +61,7 @@ class VICReg(Method):
 
     @classmethod
     def default_views(cls) -> ViewsConfig:
-        """BYOL's augmentation made symmetric: blur and solarisation between those of T and T'."""
+        """Return BYOL's augmentation made symmetric: blur and solarisation between those of T and T'."""
         return {
             "global": CropGroup(count=2, size=224, interpolation="bicubic", jitter=(0.4, 0.4, 0.2, 0.1), blur=0.5, solarize=0.1),
         }
@@ -75,42 +76,27 @@ class VICReg(Method):
             variance = (self.variance(centred[0]) + self.variance(centred[1])) / 2
             covariance = self.covariance(centred[0]) + self.covariance(centred[1])
             loss = c.invariance_weight * invariance + c.variance_weight * variance + c.covariance_weight * covariance
-            terms = [term.detach() for term in (invariance, variance, covariance)]
-            return StepOutput(loss=loss, metrics=self.diagnostics(z[0], z[1], *terms) if progress.reports else {})
+            if not progress.reports:
+                return StepOutput(loss=loss)
+            terms: Metrics = {"invariance": invariance.detach(), "variance": variance.detach(), "covariance": covariance.detach()}
+            return StepOutput(loss=loss, metrics=pair_meters(z[0], z[0], z[1]) | terms)
 
     def variance(self, centred: Tensor) -> Tensor:
-        """v of centred projections `(N, D)`."""
+        """Return v of centred projections `(N, D)`."""
         std = ((centred**2).sum(dim=0) / (len(centred) - 1) + self.config.variance_epsilon).sqrt()
         return F.relu(self.config.target_std - std).mean()
 
     def covariance(self, centred: Tensor) -> Tensor:
-        """c of centred projections `(N, D)`: this worker's rows of it, times the number of workers."""
+        """Return this worker's rows of c, times the number of workers, of centred projections `(N, D)`."""
         rows, first = own_columns(centred)
         cov = rows.T @ centred / (len(centred) - 1)  # (D / W, D)
         beside = (cov**2).sum() - (cov.diagonal(offset=first) ** 2).sum()
         return world_size() * beside / centred.shape[1]
 
-    @torch.no_grad()
-    def diagnostics(self, z1: Tensor, z2: Tensor, invariance: Tensor, variance: Tensor, covariance: Tensor) -> Metrics:
-        """Meters of the projections `(B, D)`, and the three terms before their weights."""
-        positive, negative = cosines(z1, z2)
-        return {
-            "embedding_std": embedding_std(l2_normalize(z1)),
-            "positive_cosine": positive,
-            "negative_cosine": negative,
-            "invariance": invariance,
-            "variance": variance,
-            "covariance": covariance,
-        }
-
     def param_groups(self) -> list[ParamGroup]:
         return param_groups_weight_decay(self.backbone, self.projector)
 
-    def hints(self) -> str:
-        c = self.config
-        return f"try method.variance_weight={c.variance_weight * 2:g}, a lower optim.base_lr, or a longer warm-up"
-
 
 def centre(z: Tensor) -> Tensor:
-    """Rows minus their mean: `(N, D) -> (N, D)`."""
+    """Subtract the mean of the rows: `(N, D) -> (N, D)`."""
     return z - z.mean(dim=0)

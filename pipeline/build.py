@@ -107,10 +107,10 @@ def build_method(config: RunConfig, facts: RunFacts, start_from: Callable[[nn.Mo
     if start_from is not None:
         start_from(backbone)
     method: Method = entry.method(config.method, backbone, facts)  # type: ignore[call-arg]
-    if config.train.accumulation_steps > 1 and method.accumulation == "refuse":
+    if config.train.accumulation_steps > 1 and method.whole_batch_remedy:
         raise ConfigError(
             f"train.accumulation_steps={config.train.accumulation_steps}: {entry.name} needs the whole batch at once; "
-            f"use 1 ({method.accumulation_remedy})"
+            f"use 1 ({method.whole_batch_remedy})"
         )
     return method.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 

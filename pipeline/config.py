@@ -17,7 +17,7 @@ from methods.parts.backbones import BackboneConfig
 from methods.parts.contract import MethodConfig, find, to_dict
 from methods.parts.errors import RENAMED, require, unknown_key
 from methods.parts.fields import SearchRange, at_least, below_one, check_limits, fraction, positive
-from methods.parts.views import ViewsConfig
+from methods.parts.views import ROLES_BY_NAME, ViewsConfig
 
 Triple = tuple[float, float, float]
 
@@ -59,22 +59,22 @@ class OptimConfig:
     name: Literal["larc", "lars", "lars-classic", "sgd", "adamw"] = "larc"
     base_lr: float = positive(0.6, SearchRange(around=4, scale="log", reason="four times less and more than the recipe's"))
     lr_rule: Literal["none", "linear", "sqrt"] = "none"  # none: base_lr is the rate; else times (batch / 256) or its root
-    zero_lr_epochs: float = at_least(0, 0.0)  # epochs at rate 0 before the warm-up begins (CoKe: 1)
+    zero_lr_epochs: float = at_least(0, 0.0)  # epochs at rate 0 before the warm-up begins, e.g. 1 where the first epoch has no loss
     warmup_epochs: float = at_least(0, 0.0, SearchRange(scale="choice", choices=(0, 0.5, 1, 5, 10), reason="longer for larger rates"))
-    warmup_reaches_base: bool = True  # the last step of the warm-up has the base rate; False: the step after it (CoKe)
+    warmup_reaches_base: bool = True  # the last step of the warm-up has the base rate; False: the first step after it
     warmup_start_lr: float = 0.0  # scaled by lr_rule like base_lr
     final_lr: float = 0.0  # scaled likewise
     schedule: Literal["cosine", "steps"] = "cosine"
-    #: length of the cosines of rate and weight decay, in runs (MSN: 1.25: training stops at 80 % of them)
+    #: length of the cosines of rate and weight decay, in runs; 1.25: training stops at 80 % of them
     schedule_stretch: float = at_least(1, 1.0)
     milestones: tuple[float, ...] = (0.6, 0.8)  # schedule steps: at these fractions of the run the rate falls to a tenth
     weight_decay: float = at_least(0, 1e-6, SearchRange(around=10, scale="log", reason="ten times less and more than the recipe's"))
-    final_weight_decay: float | None = at_least(0, None)  # a cosine from weight_decay to it over the whole run (DINO, MSN); None = constant
+    final_weight_decay: float | None = at_least(0, None)  # a cosine from weight_decay to it over the whole run; None = constant
     momentum: float = below_one(0.9)  # SGD, LARC, both LARS
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW
     trust_coefficient: float = 0.001  # LARC, both LARS
     clip_norm: float | None = positive(None)  # largest norm of the gradient; None = no clipping
-    clip_scope: Literal["joint", "tensor"] = "joint"  # the norm of all gradients together, or of each parameter tensor by itself (DINO)
+    clip_scope: Literal["joint", "tensor"] = "joint"  # the norm of all gradients together, or of each parameter tensor by itself
 
     def __post_init__(self) -> None:
         check_limits(self, "optim.")
@@ -211,14 +211,12 @@ def override(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
 def keys_meant(config: RunConfig, key: str) -> list[str]:
     """Return the settings that a dotted name stands for. `views.global.KEY` and `views.local.KEY` work in every recipe.
 
-    If no group has that name, `global` stands for the groups of the largest crops and `local` for all others, except for `count` of
-    several groups.
+    Where no group has that name, they are the groups with the role `local`, and all others. The number of crops is each group's own.
     """
     group, _, leaf = key.removeprefix("views.").partition(".")
     if not key.startswith("views.") or group in config.views or group not in ("global", "local"):
         return [key]
-    largest = max((views.size for views in config.views.values()), default=0)
-    meant = [f"views.{name}.{leaf}" for name, views in config.views.items() if (views.size == largest) == (group == "global")]
+    meant = [f"views.{name}.{leaf}" for name, views in config.views.items() if (views.role == "local") == (group == "local")]
     return meant if meant and (leaf != "count" or len(meant) == 1) else [key]
 
 
@@ -277,6 +275,8 @@ def from_yaml(text: str) -> RunConfig:
             tree[section][name] = tree[section].pop(key)
     if tree.get("data", {}).get("augment_on") == "workers":  # its name before
         tree["data"]["augment_on"] = "tasks"
+    for name, group in tree.get("views", {}).items():
+        group.setdefault("role", ROLES_BY_NAME.get(name, "global"))
     method = dict(tree.pop("method"))
     entry = find(method.pop("name"))
     config: RunConfig = _build(RunConfig, tree, "")

@@ -274,7 +274,7 @@ def memory_advice(error: BaseException, config: RunConfig) -> str:
 
     train = config.train
     settings = [f"lower train.global_batch_size={train.global_batch_size}"]
-    if find(config.method).method.accumulation == "exact":
+    if not find(config.method).method.whole_batch_remedy:
         settings.append(f"raise train.accumulation_steps={train.accumulation_steps}")
     if is_model_in_modules(config.backbone.name, ["vision_transformer", "deit"]) and not train.gradient_checkpointing:
         settings.append("give --train.gradient-checkpointing")

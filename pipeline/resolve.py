@@ -102,10 +102,9 @@ def _steps_per_epoch(config: RunConfig, num_images: int | None) -> int:
     given = config.train.steps_per_epoch
     if num_images is None:
         entry = find(config.method)
-        facts = {"needs_dense_ids": "keeps something for every image", "needs_full_epochs": "works in whole passes over the images"}
-        for fact, words in facts.items():
-            if getattr(entry.method, fact):
-                raise ConfigError(f"data.path={config.data.path}: has no end, but {entry.name} {words}; use a folder, Parquet or tars")
+        if entry.method.needs_full_epochs:
+            words = f"has no end, but {entry.name} keeps something for every image; use a folder, Parquet or tars"
+            raise ConfigError(f"data.path={config.data.path}: {words}")
         require(
             given is not None,
             "train.steps_per_epoch",

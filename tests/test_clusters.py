@@ -24,7 +24,7 @@ from pipeline.figures import cluster_charts, style
 from pipeline.train.health import HealthMonitor
 from tests.parity.common import in_processes
 from tests.test_figures import LIME, RED, near, plain, read
-from tests.test_train import Stuck, Toy, batches, config, trainer
+from tests.test_train import STUCK, Toy, batches, config, trainer
 
 
 def clusters(assignments: list[int], labels: list[int] | None = None, scores: list[float] | None = None, count: int = 4) -> Clusters:
@@ -200,16 +200,16 @@ def test_without_labels_some_training_images_are_clustered(monkeypatch: pytest.M
 
 def test_empty_clusters_are_warned_of_once_where_there_are_images_enough() -> None:
     sizes = np.array([40, 40, 40, 0, 0, 0, 0])
-    guards = HealthMonitor(Stuck(), patience_steps=10)
+    guards = HealthMonitor(STUCK, patience_steps=10)
     assert list(guards.cluster_warnings(9, sizes)) == []
     (warning,) = guards.cluster_warnings(10, sizes)
     assert warning == "4 of 7 clusters are empty at step 10; use fewer clusters, or try something"
     assert list(guards.cluster_warnings(11, sizes)) == []
     for fine in (sizes // 5, np.array([40, 40, 40, 40, 0, 0, 0, 0]), np.array([5])):  # too few images, half of them, one cluster
-        assert list(HealthMonitor(Stuck(), 10).cluster_warnings(10, fine)) == []
-    (warning,) = HealthMonitor(Stuck(), 10).cluster_warnings(10, np.array([90, 10, 0]))
+        assert list(HealthMonitor(STUCK, 10).cluster_warnings(10, fine)) == []
+    (warning,) = HealthMonitor(STUCK, 10).cluster_warnings(10, np.array([90, 10, 0]))
     assert warning == "one cluster holds 90 of 100 images at step 10; try something"
-    assert list(HealthMonitor(Stuck(), 10).cluster_warnings(10, np.array([89, 11, 0]))) == []
+    assert list(HealthMonitor(STUCK, 10).cluster_warnings(10, np.array([89, 11, 0]))) == []
 
 
 # ---------------------------------------------------------------------------- pictures

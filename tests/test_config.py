@@ -184,3 +184,10 @@ def test_a_value_that_had_another_name_is_read_in_old_files_and_refused_by_it(ca
         override(config, {"data.augment_on": "workers"})
     assert manyviews.main(["pretrain", "msn-small", "--data.augment-on", "workers"]) == 2
     assert "tasks" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["msn-small", "dino-small", "coke-two-views", "byol-small"])
+def test_files_from_before_groups_had_roles_are_read(name: str) -> None:
+    config = load_recipe(name)
+    tree = yaml.safe_load(to_yaml(config))
+    for group in tree["views"].values():
+        del group["role"]
+    assert from_yaml(yaml.safe_dump(tree)) == config

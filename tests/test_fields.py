@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from methods.parts.contract import MethodConfig
-from methods.parts.errors import ConfigError
+from methods.parts.errors import ConfigError, require
 from methods.parts.fields import SearchRange, at_least, below_one, check_limits, fraction, limited, positive
 
 
@@ -48,6 +48,25 @@ def test_a_value_beyond_its_limit_is_refused_with_key_value_and_remedy(settings:
 def test_values_at_the_limits_pass() -> None:
     settings = Settings(rate=1e-9, layers=1, share=1, held_out=0, clip=None)
     assert pickle.loads(pickle.dumps(settings)) == settings and settings.rate == 1e-9 and Settings().layers == 3
+
+
+def test_a_method_cannot_skip_the_limits_of_its_settings() -> None:
+    with pytest.raises(TypeError, match="use check"):
+
+        class Skips(MethodConfig):
+            def __post_init__(self) -> None: ...
+
+    @dataclass(frozen=True, kw_only=True)
+    class Toy(MethodConfig):
+        low: float = positive(1.0)
+        high: float = positive(2.0)
+
+        def check(self) -> None:
+            require(self.low < self.high, "method.low", self.low, f"use less than method.high={self.high}")
+
+    for settings, message in (({"low": 3.0}, "method.low=3.0: use less than method.high=2.0"), ({"low": -1.0}, "use a positive number")):
+        with pytest.raises(ConfigError, match=message):
+            Toy(**settings)
 
 
 def test_a_method_s_settings_are_checked_without_a_line_of_its_own() -> None:

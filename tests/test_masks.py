@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from methods.parts.errors import ConfigError
 from methods.parts.masking import masked_of, num_kept, random_keep
 from methods.parts.views import Views
 from tests.parity.common import progress
-from tests.parity.test_msn import FACTS, loss_of, method_of, small_vit, views_of
+from tests.parity.test_msn import FACTS, ROLES, loss_of, method_of, views_of
 
 # ---------------------------------------------------------------------------- masks
 
@@ -86,7 +87,7 @@ def test_predictions_that_tell_nothing_give_the_loss_of_chance() -> None:
     rows = torch.eye(10, dtype=torch.float64)
     even = torch.ones(24, 10, dtype=torch.float64)  # the same cosine with every prototype
     found = loss_of(even, torch.randn(8, 10, dtype=torch.float64), rows, {})
-    assert found["total"].item() == pytest.approx(method_of().chance_loss()[0], abs=1e-12) == pytest.approx(math.log(10))
+    assert found["total"].item() == pytest.approx(method_of().config.hints(FACTS).chance_loss[0], abs=1e-12) == pytest.approx(math.log(10))
     sharp = {"sinkhorn": False, "temperature": 0.02, "target_temperature": 0.01}
     one = loss_of(rows[:1].expand(24, -1), rows[:1].expand(8, -1), rows, sharp)
     assert one["ce"].item() == pytest.approx(0, abs=1e-9) and one["memax"].item() == pytest.approx(math.log(10), abs=1e-9)
@@ -143,15 +144,17 @@ def test_clusters_are_those_of_the_target_encoder() -> None:
 
 
 def test_advice_and_refusals() -> None:
-    large = MSN(MSNConfig(sinkhorn=False, mask_ratio=0.15, momentum=0.996, target_temperature=0.1), small_vit(width=5.4, depth=(1,)), FACTS)
-    words = " ".join(large.config_warnings(FACTS))
+    facts = replace(FACTS, num_features=1024)
+    hints = MSNConfig(sinkhorn=False, mask_ratio=0.15, momentum=0.996, target_temperature=0.1).hints(facts)
+    words = " ".join(hints.warnings)
     for part in ("not below method.temperature", "method.me_max=1 without Sinkhorn", "gave NaN", "method.momentum=0.996"):
         assert part in words
-    assert not list(method_of(momentum=0.9).config_warnings(FACTS))
-    assert "method.sinkhorn=True" in large.hints()
+    assert not method_of(momentum=0.9).config.hints(FACTS).warnings
+    assert "method.sinkhorn=True" in hints.remedies
     with pytest.raises(ConfigError, match=r"views\.target\.count=2.* one target"):
         stacks = {"target": torch.zeros(16, 3, 16, 16), "focal": torch.zeros(8, 3, 8, 8)}
-        method_of()(Views(stacks=stacks, counts={"target": 2, "focal": 1}, image_ids=torch.arange(8), labels=torch.zeros(8)), progress())
+        counts = {"target": 2, "focal": 1}
+        method_of()(Views(stacks=stacks, counts=counts, roles=ROLES, image_ids=torch.arange(8), labels=torch.zeros(8)), progress())
     with pytest.raises(ConfigError, match="MSN works on patches"):
         MSN(MSNConfig(), build_backbone(BackboneConfig(name="resnet18", width=0.125)), FACTS)
 

@@ -95,7 +95,8 @@ def build(case: Case) -> tuple[Method, Views]:
     sides = {name: max(8, group.size * 32 // config.evaluation_size) for name, group in config.views.items()}
     stacks = {name: torch.randn(g.count * BATCH, 3, sides[name], sides[name]) for name, g in config.views.items()}
     counts = {name: group.count for name, group in config.views.items()}
-    return method, Views(stacks=stacks, counts=counts, image_ids=torch.arange(BATCH), labels=torch.full((BATCH,), -1))
+    ids, roles = torch.arange(BATCH), {name: group.role for name, group in config.views.items()}
+    return method, Views(stacks=stacks, counts=counts, roles=roles, image_ids=ids, labels=torch.full_like(ids, -1))
 
 
 def parts(views: Views, count: int) -> list[Views]:
@@ -105,7 +106,7 @@ def parts(views: Views, count: int) -> list[Views]:
         {name: torch.cat([crop.chunk(count)[i] for crop in stack.chunk(views.counts[name])]) for name, stack in views.stacks.items()}
         for i in range(count)
     ]
-    return [Views(stacks=s, counts=views.counts, image_ids=i, labels=n) for s, i, n in zip(stacks, ids, labels, strict=True)]
+    return [replace(views, stacks=s, image_ids=i, labels=n, joined={}) for s, i, n in zip(stacks, ids, labels, strict=True)]
 
 
 def step(method: Method, views: Views, number: int, *, micro_steps: int = 1, reports: bool = True) -> list[StepOutput]:
@@ -130,7 +131,8 @@ def step(method: Method, views: Views, number: int, *, micro_steps: int = 1, rep
 
 def to_meta(method: Method, views: Views) -> tuple[Method, Views]:
     stacks = {name: stack.to("meta") for name, stack in views.stacks.items()}
-    return method.to("meta"), Views(stacks, views.counts, views.image_ids.to("meta"), views.labels.to("meta"))
+    ids, labels = views.image_ids.to("meta"), views.labels.to("meta")
+    return method.to("meta"), replace(views, stacks=stacks, image_ids=ids, labels=labels, joined={})
 
 
 def run_on_meta(case: Case) -> None:
@@ -138,7 +140,7 @@ def run_on_meta(case: Case) -> None:
     if method.sync_batchnorm:
         convert_sync_batchnorm(method)
     for number in (0, STEPS - 1, 2 * STEPS):  # the first of the first epoch, a last one, the first of a later one
-        step(method, views, number, micro_steps=2 if number and method.accumulation == "exact" else 1)
+        step(method, views, number, micro_steps=2 if number and not method.whole_batch_remedy else 1)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

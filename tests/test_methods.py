@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ from methods.parts.errors import ConfigError
 from methods.parts.selective_kernels import SelectiveKernel
 from methods.parts.views import CropGroup, Views
 from pipeline.build import build_method
-from pipeline.config import OptimConfig, RunConfig, override
+from pipeline.config import OptimConfig, RunConfig, flatten, override
 from pipeline.recipes import entries, load_recipe
 from pipeline.train.optim import build_optimizer
 
@@ -47,7 +48,8 @@ def built(recipe: str) -> tuple[Method, Views]:
     counts = {name: group.count for name, group in config.views.items()}
     sides = {name: max(8, group.size * 32 // config.evaluation_size) for name, group in config.views.items()}  # at most 32
     stacks = {name: torch.randn(counts[name] * BATCH, 3, side, side) for name, side in sides.items()}
-    return method, Views(stacks=stacks, counts=counts, image_ids=torch.arange(BATCH), labels=torch.full((BATCH,), -1))
+    ids, roles = torch.arange(BATCH), {name: group.role for name, group in config.views.items()}
+    return method, Views(stacks=stacks, counts=counts, roles=roles, image_ids=ids, labels=torch.full_like(ids, -1))
 
 
 def progress(step: int) -> Progress:
@@ -148,12 +150,37 @@ def test_micro_batches_are_refused_with_a_remedy_where_the_loss_needs_the_whole_
     config = replace(config, backbone=tiny(config))
     kind = built(recipe)[0]  # its settings may decide
     facts = RunFacts(global_batch_size=BATCH, steps_per_epoch=4, total_steps=400, num_images=16 * BATCH)
-    if kind.accumulation == "exact":
+    if not kind.whole_batch_remedy:
         build_method(config, facts)
         return
-    assert kind.accumulation_remedy
-    with pytest.raises(ConfigError, match=rf"accumulation_steps=2: .* whole batch at once; use 1 \({kind.accumulation_remedy}\)"):
+    with pytest.raises(ConfigError, match=rf"accumulation_steps=2: .* whole batch at once; use 1 \({kind.whole_batch_remedy}\)"):
         build_method(config, facts)
+
+
+SCARCE = RunFacts(global_batch_size=2, steps_per_epoch=1, total_steps=1, num_images=1, num_ids=1, num_features=4096)
+
+
+@pytest.mark.parametrize("recipe", SMALL)
+def test_hints_name_settings_that_there_are(recipe: str) -> None:
+    config = load_recipe(recipe)
+    for facts in (SCARCE, RunFacts(global_batch_size=256, steps_per_epoch=10**6, total_steps=10**8)):
+        hints = config.method.hints(facts)
+        assert hints.remedies.startswith("try ")
+        keys = re.findall(r"\b(?:method|optim|train|views)\.[a-z_]+", " ".join([hints.remedies, *hints.warnings]))
+        assert set(keys) <= set(flatten(config))
+        assert hints.chance_loss is None or hints.chance_loss[0] > 0
+        assert all(step < facts.total_steps for step in hints.settling_steps) or facts is SCARCE
+
+
+def test_scores_are_compared_after_a_queue_is_full_and_prototypes_learn() -> None:
+    facts = RunFacts(global_batch_size=100, steps_per_epoch=40, total_steps=4000)
+    for name, settings, steps in (
+        ("swav", {"queue_length": 500, "queue_start_epoch": 3}, (125, 40)),
+        ("swav", {"queue_start_epoch": 3}, (0, 40)),  # without a queue
+        ("moco", {"queue_length": 500}, (5,)),
+        ("dino", {"freeze_prototypes_epochs": 0.5}, (20,)),
+    ):
+        assert registered()[name].config(**settings).hints(facts).settling_steps == steps
 
 
 @pytest.mark.parametrize("recipe", SMALL)
@@ -296,5 +323,4 @@ def test_swav_prototypes_wait_and_its_queue_must_fit_the_batch() -> None:
     assert [(g.name, g.frozen_steps) for g in method.param_groups()] == [("network", 0), ("prototypes", 40)]
     with pytest.raises(ConfigError, match=r"method\.queue_length=3840: not a multiple of train\.global_batch_size=500; use 3500 or 4000"):
         SwAV(SwAVConfig(queue_length=3840), backbone, facts)
-    config_warnings = list(SwAV(SwAVConfig(num_prototypes=3000), backbone, facts).config_warnings(facts))
-    assert any("3000 is more than the 500 features" in sentence for sentence in config_warnings)
+    assert any("3000 is more than the 500 features" in sentence for sentence in SwAVConfig().hints(facts).warnings)

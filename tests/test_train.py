@@ -18,6 +18,7 @@ from torch import nn
 
 from methods.parts.contract import Method, MethodConfig, ParamGroup, StepOutput
 from methods.parts.errors import ConfigError
+from methods.parts.hints import Hints
 from methods.parts.views import CropGroup
 from pipeline import checkpoint
 from pipeline.config import DataConfig, OptimConfig, RunConfig, TrainConfig
@@ -207,27 +208,22 @@ def test_bad_images_are_counted_once_and_too_many_stop_the_run(tmp_path: Path) -
 # ---------------------------------------------------------------------------- guards
 
 
-class Stuck(Toy):
-    def chance_loss(self):
-        return math.log(64), "ln K"
-
-    def hints(self) -> str:
-        return "try something"
+STUCK = Hints(chance_loss=(math.log(64), "ln K"), uniform_metric="code_entropy", remedies="try something")
 
 
 def test_a_loss_at_chance_is_warned_of_once_after_the_patience() -> None:
-    guards = HealthMonitor(Stuck(), patience_steps=10)
+    guards = HealthMonitor(STUCK, patience_steps=10)
     stuck = {"loss": 0.99 * math.log(64), "code_entropy": 0.99, "embedding_std": 0.8}
     assert list(guards.warnings(9, stuck)) == []
     (warning,) = guards.warnings(10, stuck)
     assert "sticks at ln K" in warning
     assert "try something" in warning
     assert list(guards.warnings(11, stuck)) == []
-    assert list(HealthMonitor(Stuck(), 10).warnings(10, stuck | {"loss": 3.0})) == []
+    assert list(HealthMonitor(STUCK, 10).warnings(10, stuck | {"loss": 3.0})) == []
 
 
 def test_collapsed_embeddings_are_warned_of() -> None:
-    (warning,) = HealthMonitor(Stuck(), 10).warnings(5, {"loss": 1.0, "embedding_std": 0.01})
+    (warning,) = HealthMonitor(STUCK, 10).warnings(5, {"loss": 1.0, "embedding_std": 0.01})
     assert "embeddings collapse" in warning
 
 

@@ -109,7 +109,7 @@ def test_it_is_copied_and_pickled_like_any_module() -> None:
 def test_dropped_patches_equal_fewer_tokens_by_hand() -> None:
     network = vit(registers=1)
     keep = torch.stack([torch.randperm(16)[:5] for _ in range(3)])
-    x = network._pos_embed(network.patch_embed(images()))
+    x = network.with_positions(network.patch_embed(images()))
     rows = torch.stack([torch.cat([x[b, :2], x[b, 2:][keep[b]]]) for b in range(3)])
     want = network.norm(network.blocks(rows))
     found = network.tokens(images(), keep=keep)

@@ -17,7 +17,14 @@ from torch.nn.parallel import DistributedDataParallel
 from methods.parts.contract import Progress
 from methods.parts.distributed import average_gradients, gather_with_gradient
 from methods.parts.errors import ConfigError
-from methods.parts.norms import SplitBatchNorm, SyncBatchNorm, average_statistics, convert_split_batchnorm, convert_sync_batchnorm
+from methods.parts.norms import (
+    BATCH_NORMS,
+    SplitBatchNorm,
+    SyncBatchNorm,
+    average_statistics,
+    convert_split_batchnorm,
+    convert_sync_batchnorm,
+)
 from methods.parts.views import Views
 from pipeline.config import TrainConfig, override
 from pipeline.recipes import load_recipe
@@ -93,7 +100,7 @@ def test_synchronized_norms_keep_names_and_are_plain_ones_in_one_process() -> No
     convert_sync_batchnorm(twin)
     assert list(twin.state_dict()) == list(method.state_dict())
     assert sum(isinstance(m, SyncBatchNorm) for m in twin.modules()) == sum(
-        isinstance(m, nn.modules.batchnorm._BatchNorm) for m in method.modules()
+        isinstance(m, BATCH_NORMS) for m in method.modules()
     )
     for mode in (True, False):
         a, b = (m.train(mode).evaluation_backbone()(views.crops[0]) for m in (method, twin))
@@ -138,7 +145,7 @@ def test_running_statistics_are_averaged(tmp_path: Path) -> None:
 def _own_rows(views: Views, rank: int, world: int) -> Views:
     rows = torch.arange(BATCH).chunk(world)[rank]
     stacks = {name: torch.cat([crop[rows] for crop in stack.chunk(views.counts[name])]) for name, stack in views.stacks.items()}
-    return Views(stacks=stacks, counts=views.counts, image_ids=views.image_ids[rows], labels=views.labels[rows])
+    return Views(stacks=stacks, counts=views.counts, roles=views.roles, image_ids=views.image_ids[rows], labels=views.labels[rows])
 
 
 def _two_steps(rank: int, world: int, recipe: str, ddp: bool) -> dict[str, Any]:

@@ -162,11 +162,7 @@ def planned(config: RunConfig, asked: Asked, training: int | None, ids: int | No
     resolved = resolve(config, training, ids)
     facts = resolved.facts
     total, every = facts.total_steps, min(resolved.knn_every, facts.total_steps)
-    method = config.method
-    queue = getattr(method, "queue_length", 0)
-    filled = getattr(method, "queue_start_epoch", 0) * facts.steps_per_epoch + queue / facts.global_batch_size if queue else 0
-    frozen = getattr(method, "freeze_prototypes_epochs", 0) * facts.steps_per_epoch
-    needed = [resolved.zero_lr_steps + resolved.warmup_steps, filled, frozen, total / 9]
+    needed = [resolved.zero_lr_steps + resolved.warmup_steps, *config.method.hints(facts).settling_steps, total / 9]
     wanted = asked.grace or max(step for step in needed if step < total)
     grace = every * math.ceil(wanted / every)
     if asked.grace is not None and grace >= total and asked.scheduler != "none":

@@ -16,7 +16,7 @@ LARGEST_EXPONENT = 80.0  # exp(-80) is still a normal float32
 
 @torch.no_grad()
 def sinkhorn(scores: Tensor, epsilon: float, iterations: int, *, span: float = math.inf) -> Tensor:
-    """Entropic optimal transport with uniform marginals over all workers (Caron et al. 2020, eq. 3).
+    """Return balanced codes: entropic optimal transport with uniform marginals over all workers (Caron et al. 2020, eq. 3).
 
     With Q = exp(scores / epsilon), each iteration scales the prototypes (columns) to mass 1/K, then the samples (rows)
     to mass 1/B; samples last, so rows sum to 1 exactly and prototype masses approximately.
@@ -29,11 +29,11 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int, *, span: float = m
         scores: `(B, K)` on each worker; B may differ between workers if every worker calls.
         epsilon: entropy weight.
         iterations: at least 1.
-        span: the largest difference that two scores can have, e.g. 2 for cosines; known beforehand, so that no worker waits
-            for its device to choose the form, and all choose the same.
+        span: the largest difference that two scores can have, e.g. 2 for cosines. It decides between the two forms, so that
+            all workers take the same one and none waits for its device.
 
     Returns:
-        Codes `(B, K)`, float32 or better, without gradient: the one matrix of this size that is allocated.
+        Codes `(B, K)`, float32 or better, without gradient. No other matrix of this size is allocated.
     """
     scores = upcast_half(scores)
     highest = all_reduce_max(scores.max())
@@ -54,7 +54,7 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int, *, span: float = m
 
 
 def _sum(parts: Iterable[Tensor]) -> Tensor:
-    """One by one: hundreds of groups of rows have no room beside each other when there are many prototypes."""
+    """Add one by one: with many prototypes, hundreds of groups of rows have no room beside each other."""
     parts = iter(parts)
     total = next(parts)
     for part in parts:
@@ -63,7 +63,7 @@ def _sum(parts: Iterable[Tensor]) -> Tensor:
 
 
 def _scale_logarithms(rows: tuple[Tensor, ...], epsilon: float, iterations: int) -> None:
-    """From (scores - highest) / epsilon to codes, in place, a group of rows at a time."""
+    """Turn (scores - highest) / epsilon into codes, in place, a group of rows at a time."""
     columns = torch.stack([logits.logsumexp(dim=0) for logits in rows])
     for last in [False] * (iterations - 1) + [True]:
         columns = all_gather_rows(columns.logsumexp(dim=0, keepdim=True)).logsumexp(dim=0)

@@ -45,7 +45,7 @@ class BackboneConfig:
 
 
 def build_backbone(config: BackboneConfig) -> nn.Module:
-    """An untrained backbone `(B, 3, H, W) -> (B, num_features)`.
+    """Return an untrained backbone, `(B, 3, H, W) -> (B, num_features)`.
 
     A stem other than `imagenet` keeps small images large: the first convolution is 3x3 (or the first of three 3x3), with
     stride 2 if `strided`, else 1; only `pooled` keeps the max-pool.
@@ -83,7 +83,7 @@ def _vit(config: BackboneConfig, settings: dict[str, Any]) -> nn.Module:
     if not ViT.fits(model):
         _refuse(config, "is no plain ViT with a CLS token", positions="leave it out", xavier="leave it out")
         return model
-    vit = ViT.of(model, config.positions)
+    vit = ViT(model, config.positions)
     if config.image_size is not None:
         require_whole_patches(vit, "backbone.image_size", config.image_size)
     if config.xavier:
@@ -117,7 +117,7 @@ def _other(config: BackboneConfig, settings: dict[str, Any]) -> nn.Module:
 
 
 def _refuse(config: BackboneConfig, why: str, **remedies: str) -> None:
-    """Settings that this kind of backbone does not have must be left at their defaults."""
+    """Raise ConfigError if a setting that this kind of backbone does not have is not at its default."""
     defaults = {f.name: f.default for f in fields(config)}
     for name, remedy in remedies.items():
         value = getattr(config, name)
@@ -125,7 +125,7 @@ def _refuse(config: BackboneConfig, why: str, **remedies: str) -> None:
 
 
 def _fill_up_tiny_map(conv: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """Zeros to the right and below a map smaller than the stride; the convolution's own padding made them anyway.
+    """Add zeros to the right and below a map smaller than the stride; the convolution's own padding would add them too.
 
     On CPUs with AMX, oneDNN leaves part of the bf16 weight gradient of such a map uninitialised (torch 2.14: 3x3,
     stride 2, on 1x1 pixels), and training ends in NaN.
@@ -159,11 +159,11 @@ def _small_stem(backbone: nn.Module, config: BackboneConfig) -> None:
 
 
 def _one_convolution(backbone: nn.Module, size: int, stride: int) -> None:
-    """A stem of one convolution, as wide as the norm that follows."""
+    """Replace the stem by one convolution, as wide as the norm that follows."""
     backbone.conv1 = nn.Conv2d(3, backbone.bn1.num_features, size, stride=stride, padding=size // 2, bias=False)  # type: ignore[union-attr,arg-type]
     nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
 
 
 def num_features(backbone: nn.Module) -> int:
-    """Width D of the features, as timm states it."""
+    """Return the width D of the features, as timm states it."""
     return int(backbone.num_features)  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ class Center(nn.Module):
 
     @torch.no_grad()
     def targets(self, scores: Tensor, temperature: float) -> Tensor:
-        """softmax((t - c) / temperature): `(B, K) -> (B, K)`, float32 or better. One matrix of this size is allocated."""
+        """Return softmax((t - c) / temperature): `(B, K) -> (B, K)`, float32 or better. One matrix of this size is allocated."""
         scores = upcast_half(scores)
         targets = torch.empty_like(scores)
         rows = chunk_rows(scores)
@@ -40,10 +40,10 @@ class Center(nn.Module):
 
     @torch.no_grad()
     def update(self, means: Sequence[Tensor]) -> None:
-        """Once after an optimizer step.
+        """Move the centre, once after an optimizer step.
 
         Args:
-            means: the mean score of every micro-batch of this worker, each `(K,)`; all of as many rows.
+            means: the mean score of every micro-batch of this worker, each `(K,)`; all have the same number of rows.
         """
         mean = all_reduce_sum(torch.stack(list(means)).mean(dim=0)) / world_size()
         self.value.lerp_(mean, 1 - self.momentum)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,39 +14,50 @@ from torch import Tensor, nn
 from methods.parts.drop_path import images_of_step
 from methods.parts.errors import ConfigError
 from methods.parts.fields import check_limits
+from methods.parts.hints import Hints
 from methods.parts.memory_bank import MemoryBank
+from methods.parts.meters import Metrics
 from methods.parts.views import Views, ViewsConfig
 
-Metrics = dict[str, "Tensor | float"]
 Outputs = dict[str, Any]
 Masks = list[Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    """Base of every method's settings, frozen. Limits stand beside the fields (`methods.parts.fields`).
+    """Base of every method's settings, frozen. Limits stand beside the fields (`methods.parts.fields`)."""
 
-    What depends on several settings is checked in a `__post_init__` that calls this one first.
-    """
+    def __init_subclass__(cls) -> None:
+        if "__post_init__" in vars(cls):
+            raise TypeError(f"{cls.__name__}.__post_init__ would skip the limits beside the fields; use check()")
 
     def __post_init__(self) -> None:
         check_limits(self, "method.")
+        self.check()
+
+    def check(self) -> None:
+        """Raise ConfigError if settings do not fit together; each is within its own limits."""
+
+    def hints(self, facts: RunFacts) -> Hints:
+        """Return what a user is told of these settings in a run."""
+        return Hints()
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What a method may know of the run it serves, settled before it is built."""
+    """The numbers of a run that a method may know; they are settled before it is built."""
 
     global_batch_size: int
     steps_per_epoch: int
     total_steps: int
     num_images: int | None = None  # training images; None: an unbounded source
     num_ids: int | None = None  # ids run from 0 to num_ids - 1, those of held-out images among them; None: no end
+    num_features: int | None = None  # width of the backbone's features; None: not known before it is built
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where the run stands. `step` counts completed optimizer steps, so the first step sees 0."""
+    """The position of a run. `step` counts completed optimizer steps, so the first step sees 0."""
 
     step: int
     total_steps: int
@@ -58,12 +69,13 @@ class Progress:
 
     @property
     def epoch(self) -> int:
+        """Completed epochs."""
         return self.step // self.steps_per_epoch
 
 
 @dataclass(kw_only=True)
 class ParamGroup:
-    """Parameters treated alike by the optimizer. The loop carries this out; the method only declares it."""
+    """Parameters that the optimizer treats alike. The method declares it, the loop carries it out."""
 
     params: list[nn.Parameter]
     name: str = "all"
@@ -77,7 +89,7 @@ class ParamGroup:
 
 @dataclass(kw_only=True)
 class StepOutput:
-    """`loss=None` means: no backward pass, but the position advances. Metrics are detached scalars; none if nothing is reported."""
+    """The result of a step. `loss=None`: no backward pass, but the position advances. Metrics are detached scalars."""
 
     loss: Tensor | None
     metrics: Metrics = field(default_factory=dict)
@@ -85,30 +97,39 @@ class StepOutput:
 
 
 class Method(nn.Module):
-    """One self-supervised method: networks, state and loss.
+    """Base of every method: networks, state and loss.
 
     Everything that must survive a restart is a parameter or a persistent buffer made in `__init__`, so that
-    `state_dict()` is complete before step 0; what is held for every image is in `memory_banks()`. It works the same without
+    `state_dict()` is complete before step 0. State of every image is in `memory_banks()`. A method works the same without
     a process group. `forward` is `training_step`, with drop path that follows the images. A step reads no value of a tensor
     (`.item()`, `bool(tensor)`, boolean masks, shapes that depend on values): it would wait for the device.
     """
 
     paper: ClassVar[str] = ""  # "Authors year, arXiv:number"
-    # may the batch be cut into micro-batches? A method whose settings decide says so in `__init__`
-    accumulation: Literal["exact", "refuse"] = "exact"
-    accumulation_remedy: str = ""
+    # given: the loss needs the whole batch at once, and this is advised in the place of micro-batches; settings may decide in `__init__`
+    whole_batch_remedy: str = ""
     sync_batchnorm: bool = True  # statistics of batch norm are those of all workers' batches together
-    needs_dense_ids: ClassVar[bool] = False
-    needs_full_epochs: ClassVar[bool] = False
+    needs_full_epochs: ClassVar[bool] = False  # state of every image by id: the source has an end, and an epoch is a whole pass over it
+    has_clusters: ClassVar[bool] = False  # `cluster_scores` is there
+    reconstructs: ClassVar[bool] = False  # `reconstruct` is there
 
     config: Any  # the method's own frozen config
 
+    def __init_subclass__(cls) -> None:
+        cls.has_clusters = cls.cluster_scores is not Method.cluster_scores
+        cls.reconstructs = cls.reconstruct is not Method.reconstruct
+
     @classmethod
     def default_views(cls) -> ViewsConfig:
-        """The paper's crops; a recipe copies them to `config.views`, which alone is read."""
+        """Return the paper's crops. A recipe copies them to `config.views`, and only that is read."""
         raise NotImplementedError
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
+        """Return the loss of one micro-batch on one worker.
+
+        Args:
+            masks: as from `draw_masks`; None = draw them.
+        """
         raise NotImplementedError
 
     def forward(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
@@ -116,70 +137,52 @@ class Method(nn.Module):
             return self.training_step(views, progress, masks)
 
     def has_loss(self, progress: Progress) -> bool:
-        """Whether this step has a gradient; if not, `training_step` is called without one and gives `loss=None`."""
+        """Return whether this step has a gradient; if not, `training_step` is called without one and returns `loss=None`."""
         return True
 
     def draw_masks(self, views: Views, progress: Progress) -> Masks | None:
-        """Random masks for this micro-batch; None for methods without masks."""
+        """Draw the random masks of this micro-batch; None for methods without masks."""
         return None
 
     def start_epoch(self, progress: Progress) -> None:
-        """Before the first step of an epoch."""
+        """Run before the first step of an epoch."""
 
     def before_step(self, progress: Progress) -> None:
-        """Once before the forward pass(es) of an optimizer step."""
+        """Run once before the forward passes of an optimizer step."""
 
     def after_step(self, outputs: list[Outputs], progress: Progress) -> None:
-        """Once after the optimizer step; `outputs` holds one entry per micro-batch."""
+        """Run once after the optimizer step; `outputs` holds one entry per micro-batch."""
 
     def end_epoch(self, progress: Progress) -> None:
-        """After the last step of an epoch."""
+        """Run after the last step of an epoch."""
 
     def param_groups(self) -> list[ParamGroup]:
+        """Return every trained parameter once, in groups that the optimizer treats alike."""
         return [ParamGroup(params=[p for p in self.parameters() if p.requires_grad])]
 
     def memory_banks(self) -> dict[str, MemoryBank]:
-        """State by image id, by name; the same objects at every call. Saved and restored with the rest, in pieces."""
+        """Return the state by image id, by name: the same objects at every call. It is saved and restored with the rest, in pieces."""
         return {}
 
     def evaluation_backbone(self) -> nn.Module:
-        """The network that is evaluated and registered, `(B, 3, H, W) -> (B, D)`; `self.backbone` unless a method has another."""
+        """Return the network that is evaluated and registered, `(B, 3, H, W) -> (B, D)`: `self.backbone` unless a method has another."""
         return self.get_submodule("backbone")
 
     def cluster_scores(self, images: Tensor) -> Tensor:
-        """Scores of finished images with the prototypes or centres: `(B, 3, H, W) -> (B, K)`, higher is nearer.
+        """Score finished images with the prototypes or centres: `(B, 3, H, W) -> (B, K)`, higher is nearer.
 
-        Those of the first head, where there are several. An image's cluster is its highest score. For methods with
-        clusters only; called in evaluation mode, without gradient and on one worker alone, so nothing may be gathered.
+        An image's cluster is its highest score. Where there are several heads, the scores are those of the first. It is for
+        methods with clusters only. It is called in evaluation mode, without gradient and on one worker alone, so it must not
+        gather.
         """
         raise NotImplementedError
-
-    @property
-    def has_clusters(self) -> bool:
-        return type(self).cluster_scores is not Method.cluster_scores
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """What is seen of finished images, masked pixels NaN, and what is made of it: `(B, 3, H, W) -> (B, 2, 3, H, W)`.
+        """Return finished images with masked pixels NaN, and their reconstruction: `(B, 3, H, W) -> (B, 2, 3, H, W)`.
 
-        For methods that paint masked patches only; called like `cluster_scores`.
+        It is for methods that predict masked patches only. It is called like `cluster_scores`.
         """
         raise NotImplementedError
-
-    @property
-    def reconstructs(self) -> bool:
-        return type(self).reconstruct is not Method.reconstruct
-
-    def chance_loss(self) -> tuple[float, str] | None:
-        """The loss of a method that has learned nothing and how to write it, e.g. `(ln K, "ln K")`."""
-        return None
-
-    def hints(self) -> str:
-        """What to try, in one sentence, when the loss stays at `chance_loss`."""
-        return ""
-
-    def config_warnings(self, facts: RunFacts) -> Iterable[str]:
-        """Sentences of advice on settings that will work badly together; shown before training."""
-        return ()
 
 
 @dataclass(frozen=True)
@@ -194,7 +197,7 @@ M = TypeVar("M", bound=type[Method])
 
 
 def register(name: str, config: type[MethodConfig]) -> Callable[[M], M]:
-    """Class decorator: make a method known under `name` with its config class."""
+    """Register the decorated method under `name`, with its config class."""
 
     def add(method: M) -> M:
         _registry[name] = Registered(name, method, config)
@@ -204,7 +207,7 @@ def register(name: str, config: type[MethodConfig]) -> Callable[[M], M]:
 
 
 def registered() -> dict[str, Registered]:
-    """Every method, found by importing every file of `methods/`; sorted by name."""
+    """Return every method, sorted by name. Every file of `methods/` is imported to find them."""
     import methods
 
     for module in pkgutil.iter_modules(methods.__path__):
@@ -214,10 +217,10 @@ def registered() -> dict[str, Registered]:
 
 
 def find(key: str | MethodConfig) -> Registered:
-    """The registered method of a name, or of a config value.
+    """Return the registered method of a name, or of a config value.
 
     Raises:
-        ConfigError: no method of that name, or no method with that config class.
+        ConfigError: no method has that name or config class.
     """
     known = registered()
     for entry in known.values():
@@ -227,5 +230,5 @@ def find(key: str | MethodConfig) -> Registered:
 
 
 def to_dict(config: MethodConfig) -> dict[str, Any]:
-    """A method's settings with its registry name under `name`."""
+    """Return a method's settings with its registry name under `name`."""
     return {"name": find(config).name} | {f.name: getattr(config, f.name) for f in fields(config)}

@@ -1,4 +1,4 @@
-"""What contrastive methods share: cross entropy with one positive, and its meters."""
+"""Cross entropy with one positive, for contrastive methods, and its meters."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from methods.parts.contract import Metrics
+from methods.parts.meters import Metrics
 from methods.parts.numerics import chunk_rows
 
 
 def info_nce(logits: Tensor, positives: Tensor) -> Tensor:
-    """Mean over A anchors of - log softmax(logits)[positive].
+    """Return the mean over A anchors of - log softmax(logits)[positive].
 
     Args:
         logits: cosine / temperature of each anchor with C candidates, `(A, C)`; -inf where it is no candidate.
@@ -27,14 +27,14 @@ def info_nce(logits: Tensor, positives: Tensor) -> Tensor:
 def info_nce_with_queue(
     logits: Tensor, positives: Tensor, anchors: Tensor, rows: Tensor, temperature: float, *, meters: bool = True
 ) -> tuple[Tensor, Metrics]:
-    """`info_nce` of `logits` with a queue's rows as further candidates, and its meters; the logits of the queue are never held.
+    """Return `info_nce` with the rows of a queue as further candidates, and its meters. The logits of the queue are never held.
 
     Args:
         logits: cosine / temperature of each anchor with the candidates that are not in the queue, `(A, C)`.
         positives: the column of each anchor's positive, `(A,)`.
         anchors: unit rows `(A, D)`.
         rows: the queue, unit rows `(K, D)`; no gradient.
-        meters: False: none are made.
+        meters: False = return no meters.
     """
     queued, nearest, total = _QueuedLogits.apply(anchors, rows, temperature, meters)
     positive = logits.gather(1, positives[:, None]).squeeze(1)
@@ -45,8 +45,8 @@ def info_nce_with_queue(
 class _QueuedLogits(torch.autograd.Function):
     """With s_c = anchor . row_c / temperature: log sum_c exp(s_c) and max_c s_c, both `(A,)`, and the sum of all s.
 
-    Part by part of the rows with a running maximum, so that the parts stay in the cache. The gradient of the first,
-    sum_c softmax(s)_c row_c / temperature, is summed up on the way: four times as fast as a cross entropy over all K.
+    The rows are read part by part with a running maximum, so that the parts stay in the cache. The gradient of the first,
+    sum_c softmax(s)_c row_c / temperature, is summed on the way.
     """
 
     @staticmethod
@@ -77,14 +77,14 @@ class _QueuedLogits(torch.autograd.Function):
 
 @torch.no_grad()
 def contrast_meters(logits: Tensor, positives: Tensor, temperature: float) -> Metrics:
-    """Of `info_nce`'s arguments: how often the positive alone is nearest, and mean cosines of positives and negatives."""
+    """Return how often the positive alone is nearest, and mean cosines of positives and negatives; arguments as of `info_nce`."""
     zero = logits.new_zeros(())
     return _meters(logits, positives, temperature, zero - math.inf, zero, 0)
 
 
 @torch.no_grad()
 def _meters(logits: Tensor, positives: Tensor, temperature: float, nearest: Tensor, total: Tensor, count: int) -> Metrics:
-    """Beside the logits, each anchor's nearest of `count` further negatives in all, and their sum."""
+    """Return the meters of logits and of `count` further negatives in all: `nearest` of each anchor `(A,)`, and `total`, their sum."""
     positive = logits.gather(1, positives[:, None])  # (A, 1)
     first = ((logits >= positive).sum(dim=1) == 1) & (nearest < positive.squeeze(1))  # equal logits of a collapsed network do not count
     candidates = logits.isfinite()

@@ -1,6 +1,6 @@
 """Counter-based random numbers: a pure function of seed, image id, crop and column, so any worker makes those of its images.
 
-They are made on the device of the ids: no generator has to stand alike on all workers, and nothing is copied to the device.
+They are made on the device of the ids. Workers share no generator, and nothing is copied to the device.
 """
 
 from __future__ import annotations

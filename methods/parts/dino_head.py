@@ -1,4 +1,4 @@
-"""The head of DINO's family: a bottleneck, then scores with weight-normalised prototypes."""
+"""The head of DINO and of the methods after it: a bottleneck, then scores with weight-normalised prototypes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from methods.parts.numerics import autocast_disabled, l2_normalize, upcast_half
 class DINOHead(nn.Module):
     """`(B, in) -> (B, K)`: scores_k = g_k cos(v_k, z) with z = mlp(x), `(B, bottleneck)`.
 
-    The MLP is Linear-GELU blocks, then a Linear; weights are drawn from a normal of std 0.02 cut at two units, biases are 0.
+    The MLP is Linear-GELU blocks, then a Linear; weights are drawn from a normal of std 0.02 truncated at +-2, biases are 0.
     The prototypes W_k = g_k v_k / ||v_k|| keep torch's own draw for v, and g begins at 1. Normalisation and prototypes
     are computed in float32 or better: at a temperature of 0.04 an error of bf16 in a cosine is 0.05 in the exponent.
 
@@ -49,7 +49,8 @@ class DINOHead(nn.Module):
 class Prototypes(nn.Module):
     """Scores with weight-normalised rows, W_k = g_k v_k / ||v_k||: `(B, D) -> (B, K)`.
 
-    What torch's weight_norm does to a Linear without bias, but it can be pickled, and so sent to a worker.
+    It does to a Linear without bias what `torch.nn.utils.parametrizations.weight_norm` does. A module that torch has
+    parametrized cannot be pickled, so it cannot be sent to a worker.
 
     Args:
         unit: g stays 1 and has no gradient.
@@ -61,4 +62,5 @@ class Prototypes(nn.Module):
         self.directions = nn.Parameter(nn.Linear(in_features, num_prototypes, bias=False).weight.detach())  # v, of any length
 
     def forward(self, z: Tensor) -> Tensor:
+        # the one inner name of torch in this project: the kernel behind `parametrizations.weight_norm` has no public one
         return F.linear(z, torch._weight_norm(self.directions, self.lengths))

@@ -11,34 +11,36 @@ from torch import Tensor
 
 
 def world_size() -> int:
+    """Return the number of workers; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """Return the number of this worker; 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
-    """Sum over workers, without gradient; the argument is overwritten."""
+    """Return the sum over workers, without gradient; the argument is overwritten."""
     if world_size() > 1:
         dist.all_reduce(value, op=dist.ReduceOp.SUM)
     return value
 
 
 def all_reduce_max(value: Tensor) -> Tensor:
-    """Maximum over workers, without gradient; the argument is overwritten."""
+    """Return the maximum over workers, without gradient; the argument is overwritten."""
     if world_size() > 1:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return value
 
 
 def _renamed(name: str, before: str) -> Any:
-    """A function of `torch.distributed` by its name since torch 2.14, or by the one before."""
+    """Return a function of `torch.distributed` by its name since torch 2.14, or by the one before."""
     return getattr(dist, name, None) or getattr(dist, before)
 
 
 def all_gather_rows(value: Tensor) -> Tensor:
-    """`(B, ...)` of every worker, joined in rank order to `(W * B, ...)`; no gradient. Every worker must bring B rows."""
+    """Join `(B, ...)` of every worker in rank order to `(W * B, ...)`; no gradient. Every worker must bring B rows."""
     if world_size() == 1:
         return value
     value = value.contiguous()  # images may be channels_last; what is gathered then must not be
@@ -48,18 +50,18 @@ def all_gather_rows(value: Tensor) -> Tensor:
 
 
 def all_gather_small(value: Tensor) -> Tensor:
-    """`(C,)` of every worker as `(W, C)`, no gradient: a sum over workers, which for a few kB takes gloo half as long as a gather."""
+    """Join `(C,)` of every worker to `(W, C)`, no gradient; by a sum, which for a few kB takes gloo less time than a gather."""
     rows = value.new_zeros(world_size(), len(value))
     rows[rank()] = value
     return all_reduce_sum(rows)
 
 
 def gather_with_gradient(value: Tensor) -> Tensor:
-    """`(B, ...)` of every worker, joined in rank order to `(W * B, ...)`, with gradient. Every worker must bring B rows.
+    """Join `(B, ...)` of every worker in rank order to `(W * B, ...)`, with gradient. Every worker must bring B rows.
 
     Backward sums the gradients of all workers and takes the own rows. So a loss that is the mean over local anchors and
     all W * B columns, with the parameter gradients averaged over workers, has the gradient of one process on the joined
-    batch: without a further factor.
+    batch, without a further factor.
     """
     return value if world_size() == 1 else _Gather.apply(value)
 
@@ -79,13 +81,13 @@ class _Gather(torch.autograd.Function):
 
 
 def own_columns(value: Tensor) -> tuple[Tensor, int]:
-    """This worker's share `(N, D / W)` of the columns of `(N, D)`, and the position of its first. Shares differ by one column at most."""
+    """Return this worker's columns `(N, D / W)` of `(N, D)`, and the position of its first. Shares differ by one column at most."""
     parts = value.tensor_split(world_size(), dim=1)
     return parts[rank()], sum(part.shape[1] for part in parts[: rank()])
 
 
 def all_gather_objects(value: Any) -> list[Any]:
-    """A small picklable value of every worker, in rank order. Slow: not for every step."""
+    """Return a small picklable value of every worker, in rank order. It is slow: not for every step."""
     if world_size() == 1:
         return [value]
     parts: list[Any] = [None] * world_size()
@@ -95,7 +97,7 @@ def all_gather_objects(value: Any) -> list[Any]:
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """Mean of the gradients over workers, in one flat buffer in parameter order: the same bits in every run, unlike buckets."""
+    """Average gradients over workers in one flat buffer in parameter order: the same bits in every run, unlike buckets."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if world_size() == 1 or not gradients:
         return

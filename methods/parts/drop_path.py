@@ -1,7 +1,7 @@
 """Stochastic depth whose decisions follow the image: the same on any number of workers. Huang et al. 2016, arXiv:1603.09382.
 
-`Method.forward` says which images a batch holds (`images_of_step`); a network that is given whole crops of them, `(V B, ...)`,
-crop by crop, then drops paths by (seed of the step, pass, layer, crop, image id). Anything else is drawn as timm does.
+`Method.forward` states the images of a batch (`images_of_step`). A network that is given whole crops of them, `(V B, ...)`,
+crop by crop, drops paths by (seed of the step, pass, layer, crop, image id). Other inputs are drawn for as in timm.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _images: ContextVar[Images | None] = ContextVar("images", default=None)
 
 @contextlib.contextmanager
 def images_of_step(ids: Tensor, generator: torch.Generator | None) -> Iterator[None]:
-    """Let the networks called inside know the images of their rows."""
+    """Tell the networks that are called inside which images their rows belong to."""
     token = _images.set(Images(ids, generator))
     try:
         yield
@@ -45,7 +45,11 @@ def images_of_step(ids: Tensor, generator: torch.Generator | None) -> Iterator[N
 def draw_keep(rows: int, rates: Sequence[float]) -> Tensor | None:
     """Return the factors of one pass through all paths, `(paths, rows)`: 0 where dropped, else 1 / (1 - rate).
 
-    None: the images of the rows are not known.
+    Return None where the images of the rows are not known.
+
+    Args:
+        rows: rows of the pass, V * B for whole crops.
+        rates: probability of each path to be dropped.
     """
     images = _images.get()
     if images is None or rows % len(images.ids):
@@ -56,7 +60,7 @@ def draw_keep(rows: int, rates: Sequence[float]) -> Tensor | None:
 
 
 class DropPath(timm.layers.DropPath):  # type: ignore[misc]
-    """timm's, which multiplies by `keep` `(rows,)` instead of drawing where it is set."""
+    """timm's drop path; where `keep` `(rows,)` is set, it multiplies by it and draws nothing."""
 
     keep: Tensor | None = None
 
@@ -73,7 +77,7 @@ class DropPath(timm.layers.DropPath):  # type: ignore[misc]
 
 
 def follow_images(network: nn.Module) -> None:
-    """Replace timm's drop path, in place."""
+    """Replace timm's drop path by the one of this file, in place."""
     for module in list(network.modules()):
         for name, child in list(module.named_children()):
             if type(child) is timm.layers.DropPath:
@@ -81,7 +85,7 @@ def follow_images(network: nn.Module) -> None:
 
 
 def without_drop_path(network: N) -> N:
-    """No stochastic depth in place, e.g. in a teacher that was copied from the student."""
+    """Set every rate of drop path to 0, in place, e.g. in a teacher that was copied from the student."""
     for module in network.modules():
         if isinstance(module, DropPath):
             module.drop_prob = 0.0

@@ -16,35 +16,31 @@ N = TypeVar("N", bound=nn.Module)
 
 
 def frozen_copy(network: N) -> N:
-    """A copy without gradients, to be held beside the network and moved by `update`. Batch norm keeps its own statistics."""
+    """Return a copy without gradients, to be moved by `update`. Its batch norm has statistics of its own."""
     return copy.deepcopy(network).requires_grad_(False)
 
 
 def teacher_of(network: N) -> N:
-    """A frozen copy without stochastic depth."""
+    """Return a frozen copy without drop path."""
     return without_drop_path(frozen_copy(network))
 
 
 @torch.no_grad()
 def update(average: nn.Module, network: nn.Module, momentum: float) -> None:
-    """average <- momentum * average + (1 - momentum) * network, parameters only, in one call for all of them."""
+    """Update in place: average <- momentum * average + (1 - momentum) * network, parameters only."""
     torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in network.parameters()], 1 - momentum)
 
 
 class MomentumTeacher(Method):
-    """A method whose second network, the teacher, follows the first, the student: theta' <- m theta' + (1 - m) theta, once a step.
+    """Base of methods whose teacher follows the student: theta' <- m theta' + (1 - m) theta, once a step.
 
-    Its config has `momentum`, m at the first step, and `final_momentum`, m at the last.
+    The config has `momentum`, m at the first step, and `final_momentum`, m at the last.
     """
 
     def momentum(self, progress: Progress) -> float:
-        """m = m_1 - (m_1 - m_0) (cos(pi k / K) + 1) / 2 in step k of K."""
+        """Return m = m_1 - (m_1 - m_0) (cos(pi k / K) + 1) / 2 of step k of K."""
         return cosine(progress.step, progress.total_steps, self.config.momentum, self.config.final_momentum)
 
     def follow(self, teacher: nn.Module, student: nn.Module, progress: Progress) -> None:
+        """Update the teacher with the momentum of this step."""
         update(teacher, student, self.momentum(progress))
-
-    def faster(self) -> str:
-        """Return a remedy with a comma behind it: a teacher that moves three times as far in a step; empty where m is near no limit."""
-        m = self.config.momentum
-        return f"method.momentum={1 - (1 - m) * 3:g}, " if 0.7 < m < 1 else ""

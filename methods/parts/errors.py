@@ -29,7 +29,7 @@ RENAMED = {
 
 
 def unknown_key(key: str, known: Iterable[str]) -> ConfigError:
-    """The error for a misspelt key, with the nearest names, or for one that has another name now."""
+    """Return the error for a misspelt key, with the nearest names, or for one that has another name now."""
     if key in RENAMED:
         return ConfigError(f"{key}: is called {RENAMED[key]} now")
     known = list(known)

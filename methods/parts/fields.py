@@ -12,7 +12,7 @@ from methods.parts.errors import require
 
 @dataclass(frozen=True)
 class SearchRange:
-    """A sensible range of a setting for a hyperparameter search; plain values, translated by `tuning/spaces.py`."""
+    """A sensible range of a setting for a hyperparameter search: plain values, which `tuning/spaces.py` translates."""
 
     low: float | None = None
     high: float | None = None
@@ -30,10 +30,12 @@ def limited(default: Any, holds: Callable[[Any], bool], remedy: str, search: Sea
 
 
 def positive(default: float | None, search: SearchRange | None = None) -> Any:
+    """Return a field for a number above 0."""
     return limited(default, lambda value: value > 0, f"use a positive number{_example(default)}", search)
 
 
 def at_least(low: float, default: float | None, search: SearchRange | None = None) -> Any:
+    """Return a field for a number of `low` or more."""
     return limited(default, lambda value: value >= low, f"use {low} or more{'' if default == low else _example(default)}", search)
 
 
@@ -56,7 +58,7 @@ def check_limits(settings: Any, prefix: str = "") -> None:
     """Check every field of a dataclass value against its limits.
 
     Args:
-        prefix: of the keys in the message, e.g. `method.`.
+        prefix: what stands before the keys in the message, e.g. `method.`.
 
     Raises:
         ConfigError: a value is beyond its limits.

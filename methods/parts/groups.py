@@ -8,7 +8,7 @@ from methods.parts.contract import ParamGroup
 
 
 def param_groups_weight_decay(*networks: nn.Module, vector_lr_scale: float = 1.0) -> list[ParamGroup]:
-    """Two groups: the matrices of the networks, and their vectors (biases, norms), which neither decay nor adapt.
+    """Return the matrices of the networks and their vectors (biases, norms); vectors neither decay nor adapt.
 
     Args:
         vector_lr_scale: multiplies the learning rate of the vectors.

@@ -22,11 +22,11 @@ def mlp(
     activation: Callable[[], nn.Module] | None = None,
     std: float | None = None,
 ) -> nn.Sequential:
-    """Linear-BN-ReLU blocks, then a Linear: `(B, in) -> (B, out)`. One layer is a plain Linear.
+    """Return Linear-BN-ReLU blocks, then a Linear: `(B, in) -> (B, out)`. One layer is a plain Linear.
 
     Args:
         norm: batch norm in the blocks.
-        hidden_bias: biases in the blocks' Linears; the batch norm behind each takes them out again.
+        hidden_bias: biases in the blocks' Linears; a batch norm behind one subtracts its bias again.
         bias: a bias in the last Linear.
         final_norm: batch norm behind the last Linear: with scale and shift, with scale only, or with neither.
         activation: instead of ReLU.
@@ -50,7 +50,7 @@ def mlp(
 
 
 def trunc_normal_linears(network: nn.Module) -> None:
-    """Draw the weights of every Linear from a normal of std 0.02, cut at two units; biases are 0."""
+    """Draw the weights of every Linear from a normal of std 0.02, truncated at +-2; set biases to 0."""
     for module in network.modules():
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)

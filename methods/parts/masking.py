@@ -1,4 +1,4 @@
-"""Random masks: which patches a ViT is given."""
+"""Random masks: the patches that a ViT is given."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from methods.parts.vit import ViT, require_whole_patches
 
 
 def num_patches(backbone: ViT, size: int) -> int:
-    """Patches of a square crop of `size` pixels.
+    """Return the number of patches of a square crop of `size` pixels.
 
     Raises:
         ConfigError: the crop is not cut into whole patches.
@@ -22,7 +22,7 @@ def num_patches(backbone: ViT, size: int) -> int:
 
 
 def num_kept(patches: int, mask_ratio: float) -> int:
-    """floor(N (1 - mask_ratio)), at least 1."""
+    """Return floor(N (1 - mask_ratio)), at least 1."""
     return max(1, math.floor(patches * (1.0 - mask_ratio)))
 
 

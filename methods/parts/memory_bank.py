@@ -16,18 +16,18 @@ PIECE_BYTES = 1 << 26  # of a piece of a checkpoint: 16 million labels
 
 
 class MemoryBank:
-    """`(N, *shape)` values by image id, for `Method.memory_banks()`.
+    """Values by image id, `(N, *shape)`, for `Method.memory_banks()`.
 
-    Whole on every worker (4 bytes an image for int32), or cut into ranges of ids, one to a worker, beyond some 100
-    million images. Neither a module nor a buffer: DDP would send it around and every checkpoint of weights would hold it.
-    It moves to the device of the ids it is asked for. Rows exist from their first use on, so a method may be built before
-    its worker joins the others, and is sent to it without them.
+    A bank is whole on every worker, or, beyond some 100 million images, cut into ranges of ids, one to a worker. It is neither a
+    module nor a buffer: DDP would broadcast it, and every checkpoint of weights would hold it. It moves to the device of
+    the ids that it is asked for. Rows are allocated at their first use, so a method can be built before its worker joins the
+    others, and is sent to it without rows.
 
     Args:
         num_images: N; ids are dense, 0 to N - 1.
-        shape: of one image's value; () = a number.
-        fill: what an image has that was never written, e.g. -1 for a label.
-        sharded: each worker holds N / W rows. All workers must then make every call together.
+        shape: shape of the value of an image; () = a number.
+        fill: value of an image that was never written, e.g. -1 for a label.
+        sharded: each worker holds N / W rows. All workers must make every call together.
     """
 
     def __init__(self, num_images: int, shape: tuple[int, ...] = (), *, dtype: torch.dtype, fill: float, sharded: bool = False) -> None:
@@ -45,27 +45,27 @@ class MemoryBank:
 
     @cached_property
     def held(self) -> Tensor:
-        """What this worker holds, and a last row for the images of others: `(stop - first + 1, *shape)`."""
+        """The rows of this worker, and a last one for the images of others: `(stop - first + 1, *shape)`."""
         return torch.full((self.stop - self.first + 1, *self.shape), self.fill, dtype=self.dtype)
 
     @property
     def rows(self) -> Tensor:
-        """What this worker holds, `(stop - first, *shape)`: changes of it are changes of the table."""
+        """The rows of this worker, `(stop - first, *shape)`, as a view: changing them changes the bank."""
         return self.held[:-1]
 
     def rows_on(self, device: torch.device) -> Tensor:
-        """What this worker holds, moved there for good."""
+        """Move the rows of this worker to a device and return them."""
         self.held = self.held.to(device)
         return self.rows
 
     def places(self, ids: Tensor) -> Tensor:
-        """Rows of `held` that belong to images `(G,)`, the last one to all images of other workers."""
+        """Return the rows of `held` that belong to images `(G,)`; the last one belongs to all images of other workers."""
         if not self.sharded or world_size() == 1:
             return ids
         return torch.where((ids >= self.first) & (ids < self.stop), ids - self.first, self.stop - self.first)
 
     def read(self, ids: Tensor) -> Tensor:
-        """The values `(B, *shape)` of this worker's images `(B,)`. Every worker must bring B ids."""
+        """Return the values `(B, *shape)` of this worker's images `(B,)`. Every worker must bring B ids."""
         self.rows_on(ids.device)
         if not self.sharded or world_size() == 1:
             return self.rows[ids]
@@ -83,7 +83,7 @@ class MemoryBank:
         rows[self.places(ids)] = values.to(rows.dtype)
 
     def fill_(self, value: float) -> None:
-        """The same value for every image."""
+        """Set the same value for every image."""
         self.rows.fill_(value)
 
     def pieces(self) -> list[Tensor]:
@@ -116,7 +116,7 @@ class MemoryBank:
         return piece
 
     def load(self, pieces: list[Tensor]) -> None:
-        """The inverse of `pieces`, for any number of workers.
+        """Load what `pieces` returned, with any number of workers.
 
         Raises:
             ConfigError: the pieces hold another number of images, or other values.
@@ -133,12 +133,12 @@ class MemoryBank:
 
 
 def own_range(num_images: int) -> tuple[int, int]:
-    """This worker's first id, and the next worker's."""
+    """Return the first id of this worker, and of the next one."""
     return range_of(rank(), num_images)
 
 
 def range_of(owner: int, num_images: int) -> tuple[int, int]:
-    """The first id of a worker, and of the next one."""
+    """Return the first id of a worker, and of the next one."""
     return owner * num_images // world_size(), (owner + 1) * num_images // world_size()
 
 

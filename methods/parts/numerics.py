@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 
 import torch
@@ -12,13 +11,13 @@ from torch import Tensor
 
 
 def upcast_half(x: Tensor) -> Tensor:
-    """float16 and bfloat16 as float32; anything else unchanged."""
+    """Return float16 and bfloat16 as float32, anything else unchanged."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 @contextlib.contextmanager
 def autocast_disabled(x: Tensor) -> Iterator[None]:
-    """Leave autocast on the device of `x`, if it has one."""
+    """Disable autocast on the device of `x`, where there is autocast."""
     has_autocast = torch.amp.is_autocast_available(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if has_autocast else contextlib.nullcontext():
         yield
@@ -30,7 +29,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 def count_of_each(labels: Tensor, classes: int, weights: Tensor | None = None) -> Tensor:
-    """Return how many of the labels `(B,)` are k, `(K,)` int64. `torch.bincount` would wait for the device to learn its size.
+    """Count the labels `(B,)` that are k, for each k: `(K,)` int64. `torch.bincount` would wait for the device to learn its size.
 
     Args:
         weights: `(B,)` int64, how much each label counts; None = 1.
@@ -39,38 +38,18 @@ def count_of_each(labels: Tensor, classes: int, weights: Tensor | None = None) -
     return torch.zeros(classes, dtype=torch.int64, device=labels.device).scatter_add_(0, labels, weights)
 
 
-def used_share(scores: Tensor) -> Tensor:
-    """Return the share of the columns of `(B, K)` that are the largest of any row."""
-    used = torch.zeros(scores.shape[1], dtype=torch.float64, device=scores.device)
-    return used.index_fill_(0, scores.argmax(dim=1), 1.0).mean()
-
-
 def l2_normalize(x: Tensor) -> Tensor:
-    """Rows of unit length, in float32 or better: x / max(||x||_2, 1e-12)."""
+    """Scale rows to unit length, in float32 or better: x / max(||x||_2, 1e-12)."""
     return F.normalize(upcast_half(x), dim=-1, eps=1e-12)
 
 
 def chunk_rows(x: Tensor) -> int:
-    """How many rows of `(B, K)` to work on at a time: 1 MB on a CPU, so that they stay in its cache; 64 MB on other devices."""
+    """Return how many rows of `(B, K)` to work on at a time: 1 MB on a CPU, which stays in its cache; 64 MB on other devices."""
     values = 1 << (18 if x.device.type == "cpu" else 24)
     return max(1, values // max(1, x.shape[1]))
 
 
 def entropy(probabilities: Tensor) -> Tensor:
-    """Entropy in nats of each row: `(B, K) -> (B,)`; 0 log 0 = 0."""
+    """Return the entropy in nats of each row: `(B, K) -> (B,)`; 0 log 0 = 0."""
     rows: Tensor = torch.special.xlogy(probabilities, probabilities).sum(dim=-1)
     return -rows
-
-
-def embedding_std(z: Tensor) -> Tensor:
-    """Collapse meter: mean over dimensions of the std of unit rows `(B, D)`, times sqrt(D). About 1 when spread out, 0 when collapsed."""
-    spread: Tensor = z.std(dim=0, unbiased=False).mean()
-    return spread * math.sqrt(z.shape[-1])
-
-
-def cosines(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cosine of the pairs (a_i, b_i), and of all (a_i, b_j) with i != j. Both `(B, D)`, rows of any length but 0."""
-    a, b = l2_normalize(a), l2_normalize(b)
-    batch, positive = len(a), (a * b).sum(dim=-1)
-    others = a.sum(dim=0) @ b.sum(dim=0) - positive.sum()
-    return positive.mean(), others / max(1, batch * (batch - 1))

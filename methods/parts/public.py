@@ -7,7 +7,7 @@ from methods.parts.assignment import sinkhorn
 from methods.parts.backbones import BackboneConfig, build_backbone, num_features
 from methods.parts.centering import Center
 from methods.parts.contract import (
-    Masks, Method, MethodConfig, Metrics, Outputs, ParamGroup, Progress, RunFacts, StepOutput, find, register, registered,
+    Masks, Method, MethodConfig, Outputs, ParamGroup, Progress, RunFacts, StepOutput, find, register, registered,
 )  # fmt: skip
 from methods.parts.contrast import contrast_meters, info_nce, info_nce_with_queue
 from methods.parts.counter_random import draw_seed, random_words
@@ -21,11 +21,16 @@ from methods.parts.errors import ConfigError, require
 from methods.parts.fields import SearchRange, at_least, below_one, fraction, limited, positive, searchable
 from methods.parts.groups import param_groups_weight_decay
 from methods.parts.heads import mlp, trunc_normal_linears
-from methods.parts.memory_bank import MemoryBank, first_places
+from methods.parts.hints import (
+    LARGER_BATCH, LOWER_RATE, Hints, blunt_targets, faster_average, many_clusters, one_of, queue_beyond_images, queue_filled_late,
+    slow_average, told,
+)  # fmt: skip
 from methods.parts.masking import masked_of, num_kept, num_patches, random_keep
+from methods.parts.memory_bank import MemoryBank, first_places
+from methods.parts.meters import Metrics, code_meters, embedding_std, pair_meters, used_share
 from methods.parts.norms import convert_split_batchnorm, has_batch_norm
 from methods.parts.numerics import (
-    autocast_disabled, chunk_rows, cosines, count_of_each, embedding_std, entropy, l2_normalize, to_device, upcast_half, used_share,
+    autocast_disabled, chunk_rows, count_of_each, entropy, l2_normalize, to_device, upcast_half,
 )  # fmt: skip
 from methods.parts.queue import FeatureQueue
 from methods.parts.schedules import cosine, linear_by_epoch
@@ -34,12 +39,15 @@ from methods.parts.views import CropGroup, Views, ViewsConfig
 from methods.parts.vit import ViT, freeze_patch_projection, require_vit, sincos_table, xavier_linears
 
 __all__ = [
+    "LARGER_BATCH",
+    "LOWER_RATE",
     "BackboneConfig",
     "Center",
     "ConfigError",
     "CropGroup",
     "DINOHead",
     "FeatureQueue",
+    "Hints",
     "Masks",
     "MemoryBank",
     "Method",
@@ -62,18 +70,20 @@ __all__ = [
     "at_least",
     "autocast_disabled",
     "below_one",
+    "blunt_targets",
     "build_backbone",
     "chunk_rows",
+    "code_meters",
     "contrast_meters",
     "convert_split_batchnorm",
     "cosine",
-    "cosines",
     "count_of_each",
     "cross_entropy_sum",
     "draw_seed",
     "ema",
     "embedding_std",
     "entropy",
+    "faster_average",
     "find",
     "first_places",
     "fraction",
@@ -85,14 +95,19 @@ __all__ = [
     "l2_normalize",
     "limited",
     "linear_by_epoch",
+    "many_clusters",
     "masked_of",
     "mlp",
     "num_features",
     "num_kept",
     "num_patches",
+    "one_of",
     "own_columns",
+    "pair_meters",
     "param_groups_weight_decay",
     "positive",
+    "queue_beyond_images",
+    "queue_filled_late",
     "random_keep",
     "random_words",
     "rank",
@@ -103,7 +118,9 @@ __all__ = [
     "searchable",
     "sincos_table",
     "sinkhorn",
+    "slow_average",
     "to_device",
+    "told",
     "trunc_normal_linears",
     "upcast_half",
     "used_share",

@@ -14,9 +14,9 @@ from methods.parts.numerics import l2_normalize
 class FeatureQueue(nn.Module):
     """A first-in, first-out queue of `length` unit rows of width `dim`; a push overwrites the oldest rows in place.
 
-    It begins with random unit rows, which are the first to go. A batch may have any size: row i of it goes to place
+    It begins with random unit rows, which are overwritten first. A batch may have any size: row i of it goes to place
     (pointer + i) mod length, and of a batch longer than the queue the last `length` rows stay. Push after the backward
-    pass: then the loss sees the rows as they were before its batch, and nothing needs a copy.
+    pass: the loss then sees the rows before its batch, without a copy.
 
     Args:
         length: K, rows over all workers.
@@ -42,7 +42,7 @@ class FeatureQueue(nn.Module):
 
     @property
     def full(self) -> bool:
-        """Whether every row has been written."""
+        """Whether every row was written, without asking the device."""
         return self.written >= len(self.rows)
 
     @property
@@ -63,7 +63,7 @@ class FeatureQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, features: Tensor) -> Tensor:
-        """Write one batch `(B, D)`, gathered from all workers in rank order, normalised.
+        """Write one batch `(B, D)`: gathered from all workers in rank order, and normalised.
 
         Returns:
             The places written `(min(W * B, K),)`; they hold the last rows of the gathered batch.
@@ -82,5 +82,5 @@ class FeatureQueue(nn.Module):
 
 
 def _count_rows(queue: FeatureQueue, _: Any) -> None:
-    """After a state was loaded, the only time at which the device is asked."""
+    """Read `filled` from the device: after a state was loaded, and at no other time."""
     queue.written = int(queue.filled)

@@ -6,13 +6,13 @@ import math
 
 
 def cosine(step: float, total: float, start: float, end: float) -> float:
-    """end + (start - end) / 2 * (1 + cos(pi * step / total)); constant at `end` from `total` on."""
+    """Return end + (start - end) / 2 * (1 + cos(pi * step / total)); `end` from step `total` on."""
     share = min(1.0, step / total) if total > 0 else 1.0
     return end + 0.5 * (start - end) * (1.0 + math.cos(math.pi * share))
 
 
 def linear_by_epoch(epoch: int, *, epochs: int, start: float, end: float) -> float:
-    """DINO's teacher temperature: from `start` in epoch 0 to `end` in epoch `epochs` - 1 on a straight line, then `end`."""
+    """Return the value on a straight line from `start` in epoch 0 to `end` in epoch `epochs` - 1, then `end` (DINO's temperature)."""
     return end if epoch >= epochs else start + (end - start) * epoch / max(1, epochs - 1)
 
 
@@ -27,13 +27,13 @@ def warmup_cosine(
     zero_lr_steps: int = 0,
     reaches_base: bool = True,
 ) -> float:
-    """SwAV's learning rate: linear from `start` to `base`, both ends included, over the warm-up steps; then cosine to `final`.
+    """Return SwAV's learning rate: linear from `start` to `base`, both ends included, over the warm-up steps; then cosine to `final`.
 
     The first step of the cosine has t = 0 of T = total_steps - warmup_steps, so the last step stays just above `final`.
 
     Args:
-        zero_lr_steps: the rate is 0 for so long, and all the rest takes place in the remaining steps.
-        reaches_base: False: CoKe's warm-up, start + (base - start) max(1, step) / warmup_steps; `base` comes after it.
+        zero_lr_steps: first steps, at a rate of 0; the schedule fills the remaining ones.
+        reaches_base: False = start + (base - start) max(1, step) / warmup_steps in the warm-up, and `base` in the step after it.
     """
     step, total_steps = step - zero_lr_steps, total_steps - zero_lr_steps
     if step < 0:
@@ -45,5 +45,5 @@ def warmup_cosine(
 
 
 def falling_steps(step: int, *, total_steps: int, base: float, milestones: tuple[float, ...]) -> float:
-    """MoCo v1's learning rate: a tenth of itself from each milestone on, given as a fraction of the run."""
+    """Return MoCo v1's learning rate: a tenth of the one before from each milestone on, a fraction of the run."""
     return base * 0.1 ** sum(step >= round(share * total_steps) for share in milestones)

@@ -38,7 +38,7 @@ class SelectiveKernel(nn.Module):
 
 
 def select_kernels(backbone: nn.Module) -> None:
-    """Put a `SelectiveKernel` in the place of the 3x3 convolution, its norm and its ReLU in every bottleneck of a timm ResNet.
+    """Replace the 3x3 convolution, its norm and its ReLU in every bottleneck of a timm ResNet by a `SelectiveKernel`.
 
     Raises:
         ConfigError: there are no bottlenecks.

@@ -13,10 +13,10 @@ from methods.parts.numerics import chunk_rows
 
 
 def cross_entropy_sum(targets: Sequence[Tensor], scores: Tensor, temperature: float) -> Tensor:
-    """Mean over rows of sum_q CE(q, s), with s = scores / temperature and CE(q, s) = - sum_k q_k log softmax(s)_k.
+    """Return the mean over rows of sum_q CE(q, s), s = scores / temperature, CE(q, s) = - sum_k q_k log softmax(s)_k.
 
-    Its gradient with respect to s is G softmax(s) - sum_q q, over the number of rows. Only the scores and the targets
-    wait for the backward pass, which allocates that gradient; nothing else of its size is made.
+    The gradient with respect to s is G softmax(s) - sum_q q, divided by the number of rows. Only the scores and the targets are
+    kept for the backward pass, which allocates that gradient and no other matrix of its size.
 
     Args:
         targets: G >= 1 times `(B, K)`, rows sum to 1; no gradient.

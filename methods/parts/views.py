@@ -1,9 +1,9 @@
-"""What a method looks at: the declaration of its crops (`CropGroup`) and their value in one step (`Views`)."""
+"""The crops of a method: their declaration (`CropGroup`) and their values in one step (`Views`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -13,12 +13,16 @@ from methods.parts.errors import ConfigError, require
 from methods.parts.fields import SearchRange, at_least, check_limits, fraction, searchable
 
 Range = tuple[float, float]
+# global: shows most of the image; local: a small part of it; target: only for the network that gives the targets
+Role = Literal["global", "local", "target"]
+ROLES_BY_NAME: dict[str, Role] = {"local": "local", "focal": "local", "target": "target"}  # of groups in files without roles; else global
 
 
 @dataclass(frozen=True, kw_only=True)
 class CropGroup:
     """Crops that share one recipe of augmentation, in the order crop, flip, jitter, grayscale, blur, solarize."""
 
+    role: Role = "global"  # the part that the crops have in the method: global, local, or target (MSN: of the target encoder alone)
     #: crops of this kind per image
     count: int = at_least(0, 2, SearchRange(scale="choice", choices=(2, 4, 6), reason="more small crops help, at a cost"))
     size: int = at_least(4, 224)  # side of a finished crop, pixels
@@ -49,7 +53,7 @@ class CropGroup:
         require(0 < self.blur_sigma[0] <= self.blur_sigma[1], "blur_sigma", self.blur_sigma, "use 0 < low <= high, in pixels")
 
     def describe(self) -> str:
-        """The whole declaration as one readable line."""
+        """Return the declaration as one readable line."""
         parts = [f"{self.count} x {self.size} px", f"scale {self.scale[0]:g}-{self.scale[1]:g}"]
         if self.flip:
             parts.append(f"flip {self.flip:g}")
@@ -74,15 +78,22 @@ ViewsConfig = dict[str, CropGroup]
 class Views:
     """All crops of one micro-batch, finished and on the training device.
 
-    `stacks[name]` is `(V_g * B, 3, H, W)`, view-major: row `v * B + i` is crop `v` of image `i` in that group.
-    `groups[name]` are the positions of the group's crops in `crops`, in the declared order.
-    `image_ids` `(B,)` and `labels` `(B,)` are int64; a label of -1 is unknown.
+    Attributes:
+        stacks: the crops of each group, `(V_g * B, 3, H, W)`; row `v * B + i` is crop `v` of image `i`.
+        counts: V_g, crops of each group per image.
+        image_ids: `(B,)` int64.
+        labels: `(B,)` int64; -1 = unknown.
+        roles: the role of each group; a group that is not there has the role `global`.
+
+    Raises:
+        ConfigError: a stack does not have V_g * B rows.
     """
 
     stacks: dict[str, Tensor]
     counts: Mapping[str, int]
     image_ids: Tensor
     labels: Tensor
+    roles: Mapping[str, Role] = field(default_factory=dict)
     joined: dict[tuple[str, ...], Tensor] = field(default_factory=dict, repr=False)  # stacks of equal size, joined once for all networks
 
     def __post_init__(self) -> None:
@@ -93,6 +104,7 @@ class Views:
 
     @property
     def groups(self) -> dict[str, list[int]]:
+        """The positions of each group's crops in `crops`."""
         positions, first = {}, 0
         for name in self.stacks:
             positions[name] = list(range(first, first + self.counts[name]))
@@ -104,16 +116,20 @@ class Views:
         """Every crop, each `(B, 3, H, W)`, in the declared order."""
         return [crop for name, stack in self.stacks.items() if self.counts[name] for crop in stack.chunk(self.counts[name])]
 
-    def drop_group(self, group: str) -> Views:
-        """The same images without the crops of one group, which may be absent."""
-        stacks = {name: stack for name, stack in self.stacks.items() if name != group}
-        return Views(stacks=stacks, counts=self.counts, image_ids=self.image_ids, labels=self.labels, joined=self.joined)
+    def positions(self, role: Role) -> list[int]:
+        """Return the positions in `crops` of all crops of a role."""
+        return [i for name, places in self.groups.items() if self.roles.get(name, "global") == role for i in places]
+
+    def of(self, *roles: Role) -> Views:
+        """Return the same images with the crops of these roles only."""
+        stacks = {name: s for name, s in self.stacks.items() if self.counts[name] and self.roles.get(name, "global") in roles}
+        return replace(self, stacks=stacks)
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """The two crops, each `(B, 3, H, W)`, of a method that compares exactly two.
+        """Return the two crops, each `(B, 3, H, W)`, for a method that compares two.
 
         Raises:
-            ConfigError: another number of crops.
+            ConfigError: there are more or fewer.
         """
         crops = self.crops
         if len(crops) != 2:
@@ -122,7 +138,7 @@ class Views:
         return crops[0], crops[1]
 
     def by_resolution(self) -> list[Tensor]:
-        """Consecutive groups of the same size joined, view-major; the order of crops is kept."""
+        """Return the stacks, those of consecutive groups of one size joined to one; the order of crops is kept."""
         runs: list[list[str]] = []
         for name, stack in self.stacks.items():
             if not self.counts[name]:
@@ -141,9 +157,9 @@ class Views:
         return self.joined[names]
 
     def map_crops(self, network: Callable[[Tensor], Tensor]) -> Tensor:
-        """What a network makes of every crop, crop by crop, `(V * B, D)`: one forward for each run of crops of the same size."""
+        """Apply a network to every crop, in one forward pass for each run of crops of one size: `(V * B, D)`, crop by crop."""
         return torch.cat([network(stack) for stack in self.by_resolution()])
 
     def split(self, rows: Tensor) -> list[Tensor]:
-        """The rows of each crop: `(V * B, D)` -> V times `(B, D)`."""
+        """Split rows by crop: `(V * B, D)` -> V times `(B, D)`."""
         return list(rows.split(len(self.image_ids)))

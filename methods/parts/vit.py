@@ -1,7 +1,7 @@
-"""Vision transformers: timm's, with what self-supervised methods ask of them. State-dict names stay timm's own.
+"""timm's vision transformers with tokens, masks and positions for self-supervised methods. State-dict names stay timm's own.
 
-`ViT` is timm's `VisionTransformer` with further methods and no further state. `build_backbone` gives it for every such
-name, made for images of any size that is a multiple of the patch. With p the patch size, the image is cut into N = h w
+`ViT` is timm's `VisionTransformer` with further methods and no further state. `build_backbone` returns it for every such
+name, for images of any size that is a multiple of the patch. With p the patch size, the image is cut into N = h w
 patches, h = H / p; x = [CLS, registers, patches] + positions goes through the blocks and the final LayerNorm:
 
     patch_embed -> masked patches become the mask token -> + positions -> only the kept patches -> blocks -> norm
@@ -32,7 +32,7 @@ Positions = Literal["learned", "learned-offset", "sincos"]
 
 @dataclass
 class Tokens:
-    """A ViT's outputs after the final norm."""
+    """The outputs of a ViT after the final norm."""
 
     cls: Tensor  # (B, D)
     registers: Tensor  # (B, R, D)
@@ -43,34 +43,33 @@ class ViT(VisionTransformer):  # type: ignore[misc]
     """timm's ViT with a CLS token; `forward` is timm's: `(B, 3, H, W) -> (B, D)`, CLS after the final norm."""
 
     positions: Positions
+    pos_embed: nn.Parameter
 
     @staticmethod
     def fits(model: Any) -> bool:
-        """Whether it is a plain ViT: a CLS token, a table of positions, blocks of attention and MLP one after the other."""
+        """Return whether a model is a plain ViT: a CLS token, a table of positions, blocks of attention and MLP one after the other."""
         if type(model) is not VisionTransformer or model.cls_token is None or model.pos_embed is None:
             return False
         return all(type(block) is Block for block in model.blocks)
 
-    @classmethod
-    def of(cls, model: VisionTransformer, positions: Positions) -> ViT:
-        """The same model under this class, for images of any size that is a multiple of the patch."""
-        model.__class__ = cls
-        model.positions = positions
-        follow_images(model)
+    def __init__(self, model: VisionTransformer, positions: Positions) -> None:
+        """Take over all parts of a timm model, whose functions know the arguments of every name; the model is not used again."""
+        nn.Module.__init__(self)
+        self.__dict__.update(vars(model))
+        self.positions = positions
+        follow_images(self)
         if positions == "sincos":
-            h, w = model.patch_embed.grid_size
-            table = sincos_table(h, w, model.embed_dim)
-            prefix = torch.zeros(model.pos_embed.shape[1] - len(table), model.embed_dim)  # CLS has no position
-            model.pos_embed = nn.Parameter(torch.cat([prefix, table])[None], requires_grad=False)
-        assert isinstance(model, cls)
-        return model
+            h, w = self.patch_embed.grid_size
+            table = sincos_table(h, w, self.embed_dim)
+            prefix = torch.zeros(self.pos_embed.shape[1] - len(table), self.embed_dim)  # CLS has no position
+            self.pos_embed = nn.Parameter(torch.cat([prefix, table])[None], requires_grad=False)
 
     # ------------------------------------------------------------------------ tokens
 
     def tokens(
         self, images: Tensor, *, keep: Tensor | None = None, masked: Tensor | None = None, mask_token: Tensor | None = None
     ) -> Tokens:
-        """CLS, registers and patches after the final norm.
+        """Return CLS, registers and patches after the final norm.
 
         Args:
             images: `(B, 3, H, W)`, both sides multiples of the patch size.
@@ -87,14 +86,14 @@ class ViT(VisionTransformer):  # type: ignore[misc]
     def embed(
         self, images: Tensor, *, keep: Tensor | None = None, masked: Tensor | None = None, mask_token: Tensor | None = None
     ) -> Tensor:
-        """What enters the first block: `(B, 3, H, W) -> (B, 1 + R + n, D)`; arguments as those of `tokens`."""
+        """Return the input of the first block: `(B, 3, H, W) -> (B, 1 + R + n, D)`; arguments as those of `tokens`."""
         for side in images.shape[-2:]:
             require_whole_patches(self, "views.size", side)
         x = self.patch_embed(images)  # (B, h, w, D)
         if masked is not None:
             assert mask_token is not None
             x = torch.where(masked.view(*x.shape[:3], 1), mask_token.to(x.dtype), x)
-        x = self._pos_embed(x)
+        x = self.with_positions(x)
         if keep is not None:
             first = self.num_prefix_tokens
             patches = x[:, first:].gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
@@ -102,14 +101,14 @@ class ViT(VisionTransformer):  # type: ignore[misc]
         return self.norm_pre(x)  # type: ignore[no-any-return]
 
     def through_blocks(self, x: Tensor) -> Tensor:
-        """All blocks, without the final norm: `(B, T, D) -> (B, T, D)`."""
+        """Apply all blocks, without the final norm: `(B, T, D) -> (B, T, D)`."""
         again = self.grad_checkpointing and torch.is_grad_enabled()
         for block, keep in zip(self.blocks, self.kept_paths(len(x)), strict=True):
             x = checkpoint(_through, block, x, keep, use_reentrant=False) if again else _through(block, x, keep)
         return x
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """timm's: all tokens after the final norm, `(B, 3, H, W) -> (B, 1 + R + N, D)`."""
+        """Return all tokens after the final norm, as timm: `(B, 3, H, W) -> (B, 1 + R + N, D)`."""
         assert attn_mask is None and not is_causal
         return self.norm(self.through_blocks(self.embed(x)))  # type: ignore[no-any-return]
 
@@ -120,12 +119,12 @@ class ViT(VisionTransformer):  # type: ignore[misc]
         return [None] * len(self.blocks) if keep is None else list(keep.unflatten(0, (-1, 2)))
 
     def split(self, x: Tensor) -> Tokens:
-        """`(B, 1 + R + n, D)` by kind."""
+        """Split tokens `(B, 1 + R + n, D)` by kind."""
         first = self.num_prefix_tokens
         return Tokens(cls=x[:, 0], registers=x[:, 1:first], patches=x[:, first:])
 
     def layers(self, images: Tensor, last: int) -> list[Tokens]:
-        """Outputs of the last blocks, the final norm applied to each: `last` of them, the deepest at the end."""
+        """Return the outputs of the `last` blocks, the deepest at the end, each after the final norm."""
         x, outputs = self.embed(images), []
         for i, block in enumerate(self.blocks):
             x = block(x)
@@ -134,7 +133,7 @@ class ViT(VisionTransformer):  # type: ignore[misc]
         return outputs
 
     def cls_attention(self, images: Tensor) -> Tensor:
-        """How much the CLS token of the last block looks at each patch: `(B, 3, H, W) -> (B, heads, N)`.
+        """Return the attention of the last block's CLS token to each patch: `(B, 3, H, W) -> (B, heads, N)`.
 
         softmax(q_CLS k^T / sqrt(d)) over all tokens; the columns of CLS and registers are left out.
         """
@@ -151,8 +150,8 @@ class ViT(VisionTransformer):  # type: ignore[misc]
 
     # ------------------------------------------------------------------------ positions
 
-    def _pos_embed(self, x: Tensor) -> Tensor:
-        """timm's hook, also of its own forward: prefix tokens and positions, `(B, h, w, D) -> (B, 1 + R + h w, D)`."""
+    def with_positions(self, x: Tensor) -> Tensor:
+        """Add prefix tokens and positions: `(B, h, w, D) -> (B, 1 + R + h w, D)`."""
         b, h, w, d = x.shape
         tokens = [self.cls_token] if self.reg_token is None else [self.cls_token, self.reg_token]
         prefix = torch.cat([token.expand(b, -1, -1) for token in tokens], dim=1)
@@ -162,10 +161,10 @@ class ViT(VisionTransformer):  # type: ignore[misc]
         return self.pos_drop(torch.cat([prefix, x], dim=1) + table)  # type: ignore[no-any-return]
 
     def position_table(self, h: int, w: int) -> Tensor:
-        """Positions of h x w patches, behind those of the prefix tokens if they have any: `(1, P + h w, D)`."""
+        """Return the positions of h x w patches, behind those of the prefix tokens if they have any: `(1, P + h w, D)`."""
         rows, columns = self.patch_embed.grid_size
         if (h, w) == (rows, columns):
-            return self.pos_embed  # type: ignore[no-any-return]
+            return self.pos_embed
         first = self.pos_embed.shape[1] - rows * columns
         grid = self.pos_embed[:, first:].unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
         resized = resize_grid(grid, h, w, offset=0.1 if self.positions == "learned-offset" else 0.0)
@@ -173,7 +172,7 @@ class ViT(VisionTransformer):  # type: ignore[misc]
 
 
 def _through(block: Block, x: Tensor, keep: Tensor | None) -> Tensor:
-    """One block, whose paths drop as `keep` says: an argument, so that a block that is computed again does the same again."""
+    """Apply one block with given factors of its paths, `(2, B)`. They are an argument so that recomputation drops the same."""
     for i, path in enumerate((block.drop_path1, block.drop_path2)):
         if isinstance(path, DropPath):
             path.keep = None if keep is None else keep[i]
@@ -181,7 +180,7 @@ def _through(block: Block, x: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def resize_grid(grid: Tensor, h: int, w: int, *, offset: float) -> Tensor:
-    """A table of positions on another grid: `(1, D, M, M') -> (1, D, h, w)`, bicubic.
+    """Resize a table of positions: `(1, D, M, M') -> (1, D, h, w)`, bicubic.
 
     With an offset, pixel i of the result is read at (i + 1/2) M / (h + offset) - 1/2, without antialiasing; without one, at
     (i + 1/2) M / h - 1/2, with antialiasing.
@@ -194,7 +193,7 @@ def resize_grid(grid: Tensor, h: int, w: int, *, offset: float) -> Tensor:
 
 
 def sincos_table(h: int, w: int, d: int, device: torch.device | None = None) -> Tensor:
-    """Fixed positions of MoCo v3: `(h w, D)`, row by row.
+    """Return the fixed positions of MoCo v3, `(h w, D)`, row by row.
 
     Patch (a, b) has [sin a omega, cos a omega, sin b omega, cos b omega], omega_i = 10000^(-i / (D/4)), i < D/4; a is its row.
     """
@@ -210,12 +209,12 @@ def sincos_table(h: int, w: int, d: int, device: torch.device | None = None) -> 
 
 
 def vit_settings(plain: VisionTransformer, *, width: float, heads: int | None, registers: int, swiglu: bool) -> dict[str, Any]:
-    """timm's arguments for a ViT of another width, number of heads or registers, or with SwiGLU blocks.
+    """Return timm's arguments for a ViT of another width, number of heads or registers, or with SwiGLU blocks.
 
     SwiGLU is W3(silu(x W1) * (x W2)) with (8 D / 3, up to a multiple of 8) hidden features: as many weights as 4 D have.
 
     Args:
-        plain: the model as it is without these settings.
+        plain: the model without these settings.
         width: multiplies D, which stays a multiple of the heads and of 4.
     """
     from timm.layers import SwiGLUPacked
@@ -240,7 +239,7 @@ def vit_settings(plain: VisionTransformer, *, width: float, heads: int | None, r
 
 @torch.no_grad()
 def xavier(model: VisionTransformer) -> None:
-    """MoCo v3's initialisation: uniform in +-sqrt(6 / (in + out)); q, k, v and the patch projection as a Linear each; biases 0."""
+    """Draw MoCo v3's first weights: uniform in +-sqrt(6 / (in + out)); q, k, v and the patch projection as a Linear each; biases 0."""
     xavier_linears(model)
     projection = model.patch_embed.proj
     bound = math.sqrt(6 / (projection.weight[0].numel() + projection.out_channels))
@@ -251,7 +250,7 @@ def xavier(model: VisionTransformer) -> None:
 
 @torch.no_grad()
 def xavier_linears(network: nn.Module) -> None:
-    """Every Linear uniform in +-sqrt(6 / (in + out)); q, k, v as one each; biases 0."""
+    """Draw the weights of every Linear uniformly in +-sqrt(6 / (in + out)); q, k, v as one each; set biases to 0."""
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear):
             parts = 3 if name.endswith("qkv") else 1
@@ -262,7 +261,7 @@ def xavier_linears(network: nn.Module) -> None:
 
 
 def new_mask_token(backbone: ViT) -> nn.Parameter:
-    """A learned stand-in for masked patches, `(D)`, zeros at first. It belongs to the method: the backbone has timm's names only."""
+    """Return a learned token for masked patches, `(D,)`, zeros at first. The method holds it: the backbone has timm's names only."""
     return nn.Parameter(torch.zeros(backbone.embed_dim))
 
 
@@ -273,10 +272,10 @@ def freeze_patch_projection(backbone: nn.Module) -> None:
 
 
 def require_vit(backbone: nn.Module, method: str) -> ViT:
-    """The backbone as a `ViT`.
+    """Return the backbone as a `ViT`.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is no ViT.
     """
     if not isinstance(backbone, ViT):
         kind = type(backbone).__name__
@@ -285,7 +284,7 @@ def require_vit(backbone: nn.Module, method: str) -> ViT:
 
 
 def require_whole_patches(backbone: nn.Module, key: str, size: int) -> None:
-    """Images of `size` pixels must be cut into whole patches; a backbone without patches takes any size.
+    """Check that images of `size` pixels are cut into whole patches; a backbone without patches takes any size.
 
     Raises:
         ConfigError: `key=size` is not a multiple of the patch size.
@@ -303,23 +302,23 @@ def require_whole_patches(backbone: nn.Module, key: str, size: int) -> None:
 
 
 def enable_gradient_checkpointing(network: nn.Module) -> None:
-    """Gradient checkpointing: the blocks of every ViT inside keep only their inputs and are computed again in the backward pass."""
+    """Make the blocks of every ViT inside keep only their inputs and be computed again in the backward pass."""
     for vit in vits(network, "train.gradient_checkpointing"):
         vit.set_grad_checkpointing(True)
 
 
 def compile_blocks(network: nn.Module, **settings: Any) -> None:
-    """`torch.compile` of the blocks of every ViT inside, in place: names in the state dict do not change."""
+    """Compile the blocks of every ViT inside with `torch.compile`, in place: names in the state dict do not change."""
     for vit in vits(network, "train.compile"):
         for block in vit.blocks:
             block.compile(**settings)
 
 
 def vits(network: nn.Module, key: str) -> list[ViT]:
-    """Every ViT inside.
+    """Return every ViT inside.
 
     Raises:
-        ConfigError: there is none, and so `key=True` cannot work.
+        ConfigError: there is none, so `key=True` cannot work.
     """
     found = [module for module in network.modules() if isinstance(module, ViT)]
     if not found:

@@ -83,7 +83,7 @@ def augment_views(
     stacks = {name: stacks[name] for name in batch.crops}  # in the declared order
     counts = {name: crops.shape[1] for name, crops in batch.crops.items()}
     ids, labels = (x.to(device, non_blocking=True) for x in (batch.ids, batch.labels))
-    return Views(stacks=stacks, counts=counts, image_ids=ids, labels=labels)
+    return Views(stacks=stacks, counts=counts, image_ids=ids, labels=labels, roles={name: views[name].role for name in stacks})
 
 
 def augment_crops(

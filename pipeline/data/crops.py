@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from methods.parts.views import CropGroup, ViewsConfig
@@ -153,22 +154,16 @@ def cut_crops(images: Sequence[np.ndarray], tables: Mapping[str, np.ndarray], vi
     return cut
 
 
-# `interpolate` has no `out=`; the operators behind it write into the buffer of all images
-RESIZE = {"bilinear": torch.ops.aten._upsample_bilinear2d_aa.out, "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out}
-
-
 def _cut_large(image: np.ndarray, place: int, tables: Mapping[str, np.ndarray], views: ViewsConfig, cut: dict[str, np.ndarray]) -> None:
     scratch = np.empty(image.size, np.uint8)
     for name, table in tables.items():
-        size, resize = [views[name].size] * 2, RESIZE[views[name].interpolation]
+        size, mode = views[name].size, views[name].interpolation
         out = torch.from_numpy(cut[name][place]).permute(0, 3, 1, 2)  # (V, 3, size, size), channels last: torch's fast kernel
         for view, (top, left, height, width, flip) in enumerate(table[place, :, :5].astype(int).tolist()):
             box = scratch[: height * width * 3].reshape(height, width, 3)
             np.copyto(box, image[top : top + height, left : left + width])
-            crop = out[view : view + 1]
-            resize(torch.from_numpy(box).permute(2, 0, 1)[None], size, False, None, None, out=crop)
-            if flip:
-                crop.copy_(crop.flip(3))
+            crop = F.interpolate(torch.from_numpy(box).permute(2, 0, 1)[None], (size, size), mode=mode, antialias=True)
+            out[view : view + 1].copy_(crop.flip(3) if flip else crop)
 
 
 def _cut_small(

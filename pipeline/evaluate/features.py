@@ -9,8 +9,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from methods.parts.norms import BATCH_NORMS
 from pipeline.data.normalise import normalise
 
 Triple = tuple[float, float, float]
@@ -61,7 +61,7 @@ def calibrate_batchnorm(
         images: uint8, `(N, H, W, 3)`, training images.
     """
     calibrated = copy.deepcopy(backbone).eval()
-    norms = [m for m in calibrated.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = [m for m in calibrated.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
     if not norms:
         return calibrated
     momenta = [norm.momentum for norm in norms]

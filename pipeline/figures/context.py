@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.parts.backbones import build_backbone
-from methods.parts.contract import Method, RunFacts
+from methods.parts.contract import Method, RunFacts, registered
 from methods.parts.errors import ConfigError
 from methods.parts.norms import has_batch_norm
 from pipeline import checkpoint
@@ -67,6 +67,12 @@ class FigureContext:
     def name(self) -> str:
         return self.folder.name if self.folder else str(self.export)
 
+    @property
+    def facts(self) -> RunFacts:
+        """Numbers that neither state nor networks depend on; the images drawn may be others than the run's."""
+        batch = self.config.train.global_batch_size
+        return RunFacts(global_batch_size=batch, steps_per_epoch=1, total_steps=1, num_images=MANY, num_ids=MANY)
+
     @cached_property
     def dataset(self) -> ImageDataset:
         return open_source(self.config.data)
@@ -92,9 +98,7 @@ class FigureContext:
         if pointed is None:
             raise NothingToDraw(f"run={self.name}: has no checkpoint yet; draw this after the first one")
         config = from_yaml(self.folder.config_text())
-        # neither state nor networks depend on these numbers, and the images drawn may be others than the run's
-        facts = RunFacts(global_batch_size=config.train.global_batch_size, steps_per_epoch=1, total_steps=1, num_images=MANY, num_ids=MANY)
-        method = build_method(config, facts)
+        method = build_method(config, self.facts)
         method.load_state_dict(checkpoint.load(pointed)["method"])
         return method.to(self.device)
 
@@ -125,7 +129,8 @@ class FigureContext:
             NothingToDraw: a method without clusters.
         """
         if not self.method.has_clusters:
-            raise NothingToDraw(f"run={self.name}: its method has no clusters; give a run of SwAV, CoKe, DINO, MSN or DeepCluster")
+            names = ", ".join(name for name, entry in registered().items() if entry.method.has_clusters)
+            raise NothingToDraw(f"run={self.name}: its method has no clusters; give a run of one of {names}")
         return Online(self.config, self.dataset, self.device, torch.float32).clusters(self.method)
 
     def training_images(self, most: int, seed: int = 1) -> EvaluationImages:

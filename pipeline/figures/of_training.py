@@ -21,10 +21,7 @@ def curves(subject: FigureContext, path: Path) -> Path:
     """Loss, learning rate, online kNN and the other meters over the steps."""
     if subject.folder is None:
         raise NothingToDraw(f"model={subject.name}: an exported backbone has no curves; give the run that made it")
-    try:
-        chance = subject.method.chance_loss()
-    except NothingToDraw:  # there are curves before the first checkpoint
-        chance = None
+    chance = subject.config.method.hints(subject.facts).chance_loss
     return charts.curves(subject.folder.metrics, path, chance=chance, title=subject.name)
 
 

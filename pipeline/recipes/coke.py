@@ -47,7 +47,7 @@ def two_views() -> RunConfig:
 def multicrop() -> RunConfig:
     """The paper's 2x224 + 6x96, 800 epochs; published: 76.4 % linear on ImageNet."""
     pair = two_views()
-    views = pair.views | {"local": CropGroup(count=6, size=96, scale=(0.05, 0.6))}
+    views = pair.views | {"local": CropGroup(role="local", count=6, size=96, scale=(0.05, 0.6))}
     return replace(pair, views=views, train=replace(pair.train, epochs=801))
 
 

@@ -82,10 +82,11 @@ def vitl7() -> RunConfig:
 @recipe("msn-cifar10-small")
 def cifar10_small() -> RunConfig:
     """CIFAR-10 on two CPU cores: a ViT of 0.47 M parameters with patches of 8 pixels, 1 + 1x32 + 2x16, batch 128."""
-    target = CropGroup(count=1, size=32, scale=(0.4, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur=0.0)
+    anchor = CropGroup(count=1, size=32, scale=(0.4, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur=0.0)
+    focal = replace(anchor, role="local", count=2, size=16, scale=(0.2, 0.5))
     return RunConfig(
         data=DataConfig(path="cifar10/train", mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616)),
-        views={"target": target, "random": target, "focal": replace(target, count=2, size=16, scale=(0.2, 0.5))},
+        views={"target": replace(anchor, role="target"), "random": anchor, "focal": focal},
         # patches of 4 cost four times as much, and in so little time are worth less
         backbone=BackboneConfig(name="vit_tiny_patch16_224", width=0.5, depth=(4,), image_size=32, patch_size=8),
         # a target that slows down learns a little less in so few steps (final_momentum=1: 35.5 %, this: 36.4 % after 1,000, seed 0)
@@ -100,11 +101,12 @@ def small() -> RunConfig:
     """Patches of 19 photographs, a ViT of 0.46 M parameters, on two CPU cores: about 8 CPU minutes, kNN 80.4 % (untrained 66.6 %)."""
     base = cifar10_small()
     # the photographs differ in colour more than in shape: colours are jittered far less than in the paper, and kept
-    target = replace(base.views["target"], scale=(0.3, 1.0), jitter=(0.2, 0.2, 0.1, 0.0), grayscale=0.0)
+    anchor = replace(base.views["random"], scale=(0.3, 1.0), jitter=(0.2, 0.2, 0.1, 0.0), grayscale=0.0)
+    focal = replace(anchor, role="local", count=2, size=16, scale=(0.1, 0.3))
     return replace(
         base,
         data=DataConfig(path="patches"),
-        views={"target": target, "random": target, "focal": replace(target, count=2, size=16, scale=(0.1, 0.3))},
+        views={"target": replace(anchor, role="target"), "random": anchor, "focal": focal},
         backbone=replace(base.backbone, patch_size=4),
         method=replace(base.method, momentum=0.98, final_momentum=1.0),  # type: ignore[call-arg]
         optim=replace(base.optim, base_lr=2e-3),

@@ -75,7 +75,7 @@ def cifar10() -> RunConfig:
         data=DataConfig(path="cifar10/train", mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616)),
         views={
             "global": CropGroup(count=2, size=32, scale=(0.2, 1.0), jitter=jitter, blur=0.0),
-            "local": CropGroup(count=4, size=16, scale=(0.1, 0.3), jitter=jitter, blur=0.0),
+            "local": CropGroup(role="local", count=4, size=16, scale=(0.1, 0.3), jitter=jitter, blur=0.0),
         },
         backbone=BackboneConfig(name="resnet18", stem="full"),
         method=SwAVConfig(num_prototypes=300, epsilon=0.03, projector_hidden=512),

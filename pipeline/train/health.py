@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from methods.parts.contract import Method
+    from methods.parts.hints import Hints
 
 
 class TrainingAborted(RuntimeError):
@@ -30,9 +30,8 @@ def check_finite(losses: list[float], first_step: int, last_checkpoint: int | No
 class HealthMonitor:
     """Warnings of a run, each given once."""
 
-    def __init__(self, method: Method, patience_steps: int) -> None:
-        self.chance = method.chance_loss()
-        self.remedies = method.hints()
+    def __init__(self, hints: Hints, patience_steps: int) -> None:
+        self.hints = hints
         self.patience_steps = patience_steps
         self.given: set[str] = set()
 
@@ -40,13 +39,14 @@ class HealthMonitor:
         """Yield new warnings after `step` completed steps, from the latest logged metrics."""
         std = metrics.get("embedding_std")
         if std is not None and std < 0.05 and step >= self.patience_steps // 4:
-            text = f"embeddings collapse: their spread is {std:.3f} of a healthy 1 at step {step}; {self.remedies}"
+            text = f"embeddings collapse: their spread is {std:.3f} of a healthy 1 at step {step}; {self.hints.remedies}"
             yield from self._once("collapse", text)
-        if self.chance is None or step < self.patience_steps:
+        if self.hints.chance_loss is None or step < self.patience_steps:
             return
-        level, name = self.chance
-        if metrics.get("loss", 0.0) > 0.98 * level and metrics.get("code_entropy", 1.0) > 0.98:
-            text = f"the loss sticks at {name}: {metrics['loss']:.3f} of {level:.3f} after {step} steps; {self.remedies}"
+        level, name = self.hints.chance_loss
+        uniform = metrics.get(self.hints.uniform_metric or "", 1.0)
+        if metrics.get("loss", 0.0) > 0.98 * level and uniform > 0.98:
+            text = f"the loss sticks at {name}: {metrics['loss']:.3f} of {level:.3f} after {step} steps; {self.hints.remedies}"
             yield from self._once("stuck", text)
 
     def cluster_warnings(self, step: int, sizes: np.ndarray) -> Iterable[str]:
@@ -60,9 +60,10 @@ class HealthMonitor:
             return
         largest, empty = int(sizes.max()), int((sizes == 0).sum())
         if largest >= 0.9 * images:
-            yield from self._once("one cluster", f"one cluster holds {largest:,} of {images:,} images at step {step}; {self.remedies}")
+            text = f"one cluster holds {largest:,} of {images:,} images at step {step}; {self.hints.remedies}"
+            yield from self._once("one cluster", text)
         elif empty > 0.5 * clusters and images >= 4 * clusters:
-            text = f"{empty:,} of {clusters:,} clusters are empty at step {step}; use fewer clusters, or {self.remedies}"
+            text = f"{empty:,} of {clusters:,} clusters are empty at step {step}; use fewer clusters, or {self.hints.remedies}"
             yield from self._once("empty clusters", text)
 
     def _once(self, key: str, text: str) -> Iterable[str]:

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
+from methods.parts.backbones import num_features
 from methods.parts.contract import find
 from methods.parts.errors import ConfigError
 from pipeline import checkpoint
@@ -193,7 +194,7 @@ def _train_and_evaluate(
         total_steps=facts.total_steps,
         start_step=checkpoint.last_step(folder.checkpoints),
         batch=facts.global_batch_size,
-        chance=context.method.chance_loss(),
+        chance=context.config.method.hints(facts).chance_loss,
     )
     cache: dict[Any, Any] = {}
     with display:
@@ -271,6 +272,7 @@ def run_summary(context: RunContext, folder: RunFolder, start: int) -> list[str]
         epochs = f"{facts.total_steps * facts.global_batch_size / facts.num_images:.3g} passes over the data"
     begin = f" from step {start}" if start else ""
     add("plan", f"{facts.total_steps:,} steps of {facts.global_batch_size} images{begin} ({epochs})")
-    for sentence in [*context.method.config_warnings(facts), *placement_advice(config)]:
+    facts = dataclasses.replace(facts, num_features=num_features(context.method.evaluation_backbone()))
+    for sentence in [*config.method.hints(facts).warnings, *placement_advice(config)]:
         add("[yellow]advice[/yellow]   ", sentence)
     return lines

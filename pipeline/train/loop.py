@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from methods.parts.contract import Method, Progress, StepOutput
 from methods.parts.distributed import all_gather_objects, all_reduce_max, all_reduce_sum, average_gradients, rank, world_size
+from methods.parts.hints import Hints
 from methods.parts.norms import average_statistics
 from pipeline import checkpoint
 from pipeline.config import RunConfig
@@ -95,6 +96,11 @@ class Trainer:
         finally:
             self.writer.wait()  # also before an error, whose message names the last good checkpoint
 
+    @property
+    def hints(self) -> Hints:
+        """What the method's settings say of this run."""
+        return self.config.method.hints(self.resolved.facts)
+
     def train_until_eval(self, batches: Iterator[Batch]) -> Iterator[Mapping[str, float]]:
         """Train as `run` does, and yield the metrics of every measurement, one before the first step included.
 
@@ -105,7 +111,7 @@ class Trainer:
             checkpoint.DiskFull: a checkpoint could not be written.
         """
         total = self.resolved.facts.total_steps
-        monitor = HealthMonitor(self.method, patience_steps=min(2 * self.resolved.facts.steps_per_epoch, total // 2))
+        monitor = HealthMonitor(self.hints, patience_steps=min(2 * self.resolved.facts.steps_per_epoch, total // 2))
         outputs: list[StepOutput] = []  # since the last log
         bad: list[DecodeFailure] = []  # since the last exchange
         stopping = False
@@ -228,7 +234,7 @@ class Trainer:
         for name in names:
             found = [next(left) for m in meters if name in m]
             metrics[name] = sum(found) / len(found)
-        chance = self.method.chance_loss()
+        chance = self.hints.chance_loss
         if chance and "loss" in metrics:
             metrics["loss_chance"] = chance[0]
         metrics["lr"] = scheduled_lr(self.resolved, step - 1)

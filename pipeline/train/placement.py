@@ -165,7 +165,7 @@ def large_share(config: RunConfig) -> str:
     if images / workers * crops <= CROPS_AT_ONCE:
         return ""
     enough = min((n for n in range(1, num_shards + 1) if num_shards % n == 0 and images / n * crops <= CROPS_AT_ONCE), default=num_shards)
-    parts = ", more train.accumulation_steps," if find(config.method).method.accumulation == "exact" else ""
+    parts = ", more train.accumulation_steps," if not find(config.method).method.whole_batch_remedy else ""
     return (
         f"each process gets {images / workers:,.0f} images at once, {images / workers * crops:,.0f} crops of 224 x 224 pixels, more than "
         f"one GPU's memory is likely to hold: use --train.workers {enough}{parts} or a smaller train.global_batch_size"

@@ -6,6 +6,7 @@ import copy
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ def test_a_bf16_step_never_waits_for_the_device(recipe: str, device: torch.devic
 
 def moved(views: Views, device: torch.device) -> Views:
     stacks = {name: stack.to(device) for name, stack in views.stacks.items()}
-    return Views(stacks=stacks, counts=views.counts, image_ids=views.image_ids.to(device), labels=views.labels.to(device))
+    return replace(views, stacks=stacks, image_ids=views.image_ids.to(device), labels=views.labels.to(device), joined={})
 
 
 def gradients(trainer: Trainer, views: Views, masks: list[Tensor] | None) -> tuple[float, Tensor]:

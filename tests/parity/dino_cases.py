@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from methods.dino import DINO, DINOConfig
 from methods.parts.contract import Progress, RunFacts
 from methods.parts.distributed import average_gradients
-from methods.parts.views import Views
+from methods.parts.views import Role, Views
 from pipeline.config import OptimConfig
 from pipeline.resolve import Resolved
 from pipeline.train.optim import build_optimizer, prepare_step
@@ -58,6 +58,9 @@ def dino(backbone: nn.Module | None = None, facts: RunFacts = FACTS, **settings:
     return method
 
 
+ROLES: dict[str, Role] = {"local": "local"}
+
+
 def progress(step: int = 0) -> Progress:
     return Progress(step=step, total_steps=TOTAL, steps_per_epoch=EPOCH)
 
@@ -68,13 +71,14 @@ def images(seed: int, batch: int = 4, large: int = 2, small: int = 3) -> Views:
         "global": torch.randn(batch * large, 3, 6, 6, dtype=torch.float64, generator=draw),
         "local": torch.randn(batch * small, 3, 4, 4, dtype=torch.float64, generator=draw),
     }
-    return Views(stacks=stacks, counts={"global": large, "local": small}, image_ids=torch.arange(batch), labels=torch.arange(batch))
+    ids, counts = torch.arange(batch), {"global": large, "local": small}
+    return Views(stacks=stacks, counts=counts, roles=ROLES, image_ids=ids, labels=ids)
 
 
 def rows_of(views: Views, rows: slice) -> Views:
     """The same crops of some of the images."""
     stacks = {n: torch.cat([c[rows] for c in s.chunk(views.counts[n])]) for n, s in views.stacks.items()}
-    return Views(stacks=stacks, counts=views.counts, image_ids=views.image_ids[rows], labels=views.labels[rows])
+    return Views(stacks=stacks, counts=views.counts, roles=views.roles, image_ids=views.image_ids[rows], labels=views.labels[rows])
 
 
 def of_scores(student: Tensor, teacher: Tensor, large: int, batch: int, **settings: Any) -> tuple[DINO, Views]:
@@ -87,7 +91,7 @@ def of_scores(student: Tensor, teacher: Tensor, large: int, batch: int, **settin
     method.teacher.add_module("head", nn.Identity())
     stacks = {"global": student[: large * batch], "local": student[large * batch :]}
     counts = {"global": large, "local": len(student) // batch - large}
-    return method, Views(stacks=stacks, counts=counts, image_ids=torch.arange(batch), labels=torch.arange(batch))
+    return method, Views(stacks=stacks, counts=counts, roles=ROLES, image_ids=torch.arange(batch), labels=torch.arange(batch))
 
 
 def plan(base: float = 0.02) -> Resolved:

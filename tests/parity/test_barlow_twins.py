@@ -86,7 +86,8 @@ def test_order_scale_and_shift_of_a_batch_do_not_matter() -> None:
 def test_views_that_share_nothing_cost_d() -> None:
     method = barlow(Same(64), 64, redundancy_weight=0.0)
     assert method(views(draw(0, 4096, 64), draw(1, 4096, 64)), progress()).loss.item() == pytest.approx(64, rel=0.02)
-    assert method.chance_loss() == (64.0, "D")
+    facts = RunFacts(global_batch_size=4096, steps_per_epoch=1, total_steps=1)
+    assert method.config.hints(facts).chance_loss == (64.0, "D")
 
 
 # ---------------------------------------------------------------------------- several workers

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.byol import BYOL, BYOLConfig, distance
+from methods.parts.backbones import BackboneConfig, build_backbone
 from methods.parts.contract import Progress, RunFacts
 from methods.parts.errors import ConfigError
 from methods.parts.views import Views
@@ -311,6 +312,15 @@ def test_an_average_lies_between() -> None:
     assert 0 < float((target - start).norm()) < float((online - start).norm())
 
 
+def test_the_target_drops_no_paths() -> None:
+    vit = BackboneConfig(name="vit_tiny_patch16_224", width=0.25, image_size=16, patch_size=4, depth=(3,), drop_path=0.5)
+    method = byol(build_backbone(vit)).train()
+    x = torch.randn(6, 3, 16, 16, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.equal(method.target(x), method.target(x))
+        assert not torch.equal(method.online()(x), method.online()(x))
+
+
 def test_a_random_network_learns_nothing_but_its_statistics() -> None:
     method = arm(train_online=False)
     start = {name: p.clone() for name, p in method.named_parameters()}
@@ -318,7 +328,7 @@ def test_a_random_network_learns_nothing_but_its_statistics() -> None:
     with torch.no_grad():
         out = method(views(draw(0, 8, 6), draw(1, 8, 6)), progress())
     method.after_step([out.outputs], progress())
-    assert out.loss is None and method.chance_loss() is None
+    assert out.loss is None and method.config.hints(RunFacts(global_batch_size=8, steps_per_epoch=1, total_steps=1)).chance_loss is None
     for name, p in method.named_parameters():
         torch.testing.assert_close(p, start[name], atol=1e-15, rtol=0)
     assert float(method.projector[1].running_mean.abs().sum()) > 0

@@ -40,7 +40,7 @@ def views_of(crops: Tensor, ids: Tensor, large: int) -> Views:
     """`crops`: `(V, B, D)`; the first ones are large."""
     stacks = {"global": crops[:large].flatten(0, 1), "local": crops[large:].flatten(0, 1)}
     counts = {"global": large, "local": len(crops) - large}
-    return Views(stacks=stacks, counts=counts, image_ids=ids, labels=torch.full_like(ids, -1))
+    return Views(stacks=stacks, counts=counts, roles={"local": "local"}, image_ids=ids, labels=torch.full_like(ids, -1))
 
 
 def progress(step: int, per_epoch: int) -> Progress:

@@ -44,7 +44,8 @@ def batch_of(step: int, rank: int = 0, world: int = 1) -> Views:
     own = crops.view(2 + SMALL_CROPS, world, -1, DIM)[:, rank]
     stacks = {"global": own[:2].reshape(-1, DIM), "local": own[2:].reshape(-1, DIM)}
     ids = ids.view(world, -1)[rank]
-    return Views(stacks=stacks, counts={"global": 2, "local": SMALL_CROPS}, image_ids=ids, labels=torch.full_like(ids, -1))
+    counts: dict[str, int] = {"global": 2, "local": SMALL_CROPS}
+    return Views(stacks=stacks, counts=counts, roles={"local": "local"}, image_ids=ids, labels=torch.full_like(ids, -1))
 
 
 def train(method: DeepCluster, steps: range, rank: int = 0, world: int = 1) -> list[dict[str, Any]]:
@@ -221,5 +222,5 @@ def test_more_clusters_than_images_are_refused() -> None:
 
 def test_a_run_that_ends_in_its_first_epoch_is_warned_of() -> None:
     facts = RunFacts(global_batch_size=BATCH, steps_per_epoch=STEPS, total_steps=STEPS, num_images=1000)
-    (config_warnings,) = deepcluster().config_warnings(facts)
-    assert config_warnings.startswith(f"train.steps={STEPS} end before the second epoch")
+    (warning,) = deepcluster().config.hints(facts).warnings
+    assert warning.startswith(f"train.steps={STEPS} end before the second epoch")

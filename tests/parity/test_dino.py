@@ -81,7 +81,8 @@ def test_no_opinion_costs_ln_k_and_gradients_sum_to_zero() -> None:
     k = 11
     student, teacher = torch.zeros(20, k, dtype=torch.float64), torch.randn(8, k, dtype=torch.float64)
     method, views = of_scores(student, teacher, 2, 4)
-    assert method(views, progress()).loss.item() == pytest.approx(math.log(k), abs=1e-12) and method.chance_loss() == (math.log(k), "ln K")
+    assert method(views, progress()).loss.item() == pytest.approx(math.log(k), abs=1e-12)
+    assert method.config.hints(FACTS).chance_loss == (math.log(k), "ln K")
     student = torch.randn(20, k, dtype=torch.float64, requires_grad=True)
     method, views = of_scores(student, teacher, 2, 4)
     method(views, progress()).loss.backward()
@@ -100,16 +101,16 @@ def test_rows_are_crop_major() -> None:
     assert abs(method(views, progress()).loss.item() - loss) > 1e-3
 
 
-def test_every_group_but_local_is_of_global_crops() -> None:
+def test_groups_with_the_role_global_are_of_global_crops() -> None:
     method, views = dino(), images(0)
     loss = method(views, progress()).loss
     a, b = views.stacks["global"].chunk(2)
     stacks = {"global": a, "global_solarized": b, "local": views.stacks["local"]}
     counts = {"global": 1, "global_solarized": 1, "local": 3}
-    split = Views(stacks=stacks, counts=counts, image_ids=views.image_ids, labels=views.labels)
+    split = Views(stacks=stacks, counts=counts, roles=views.roles, image_ids=views.image_ids, labels=views.labels)
     assert torch.equal(method(split, progress()).loss, loss)
     first = {"local": views.stacks["local"], "global": views.stacks["global"]}  # the order of the groups is free
-    turned = Views(stacks=first, counts=views.counts, image_ids=views.image_ids, labels=views.labels)
+    turned = Views(stacks=first, counts=views.counts, roles=views.roles, image_ids=views.image_ids, labels=views.labels)
     torch.testing.assert_close(method(turned, progress()).loss, loss, **EXACT)
     alone = Views(stacks={"global": a}, counts={"global": 1}, image_ids=views.image_ids, labels=views.labels)
     with pytest.raises(ConfigError, match=r"views: 1 crop, 1 of them global; use 2 or more"):
@@ -162,9 +163,9 @@ def test_sinkhorn_targets_equal_those_of_the_original_dinov2(golden) -> None:
 
 
 def test_settings_decide_whether_micro_batches_are_exact() -> None:
-    assert dino().accumulation == "exact" and dino(teacher_targets="sinkhorn").accumulation == "refuse"
+    assert not dino().whole_batch_remedy and dino(teacher_targets="sinkhorn").whole_batch_remedy
     halves = override(load_recipe("dino-small"), {"train.accumulation_steps": 2, "method.teacher_targets": "centering"})
-    assert build_method(halves, FACTS).accumulation == "exact"
+    assert not build_method(halves, FACTS).whole_batch_remedy
     with pytest.raises(ConfigError, match=r"accumulation_steps=2: dino needs the whole batch at once; use 1 \(method.teacher_targets=cent"):
         build_method(override(halves, {"method.teacher_targets": "sinkhorn"}), FACTS)
 
@@ -261,8 +262,8 @@ def test_cluster_scores_are_the_teachers() -> None:
 )
 def test_advice(settings: dict[str, Any], words: str) -> None:
     facts = RunFacts(global_batch_size=4, steps_per_epoch=EPOCH, total_steps=TOTAL, num_images=1000)
-    assert any(words in sentence for sentence in dino(facts=facts, **settings).config_warnings(facts))
-    assert list(dino(facts=facts, momentum=0.7).config_warnings(facts)) == []
+    assert any(words in sentence for sentence in DINOConfig(**{"num_prototypes": 16, "momentum": 0.7, **settings}).hints(facts).warnings)
+    assert DINOConfig(num_prototypes=16, momentum=0.7).hints(facts).warnings == ()
 
 
 @pytest.mark.parametrize(

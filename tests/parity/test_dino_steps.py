@@ -202,7 +202,7 @@ def test_a_step_of_a_vit_and_of_a_resnet_is_that_of_each_crop_by_itself(name: st
     sides = {"global": (2, 16), "local": (3, 8)}
     stacks = {n: torch.randn(4 * count, 3, side, side, dtype=torch.float64) for n, (count, side) in sides.items()}
     ids = torch.arange(4)
-    views = Views(stacks=stacks, counts={"global": 2, "local": 3}, image_ids=ids, labels=ids)
+    views = Views(stacks=stacks, counts={"global": 2, "local": 3}, roles={"local": "local"}, image_ids=ids, labels=ids)
     q = [torch.softmax(method.teacher(x) / 0.04, dim=1) for x in views.crops[:2]]
     p = [torch.log_softmax(method.student()(x) / 0.1, dim=1) for x in views.crops]
     want = sum(-(q[g] * p[v]).sum(1).mean() for g in range(2) for v in range(5) if v != g) / 8

@@ -81,12 +81,12 @@ def literal_loss(w: dict[str, Tensor], images: Tensor, keep: Tensor, normalize: 
         y = torch.stack(y)
         for block in range(2):
             y = literal_block(w, f"decoder.blocks.{block}", y, 2)
-        painted = literal_layer_norm(y, w, "decoder.norm") @ w["decoder.pixels.weight"].T + w["decoder.pixels.bias"]
+        predicted = literal_layer_norm(y, w, "decoder.norm") @ w["decoder.pixels.weight"].T + w["decoder.pixels.bias"]
         for i in set(range(16)) - set(seen):
             t = cut[i].permute(1, 2, 0).flatten()
             if normalize:
                 t = (t - t.mean()) / (((t - t.mean()) ** 2).mean() + 1e-6).sqrt()
-            terms.append(((painted[1 + i] - t) ** 2).mean())
+            terms.append(((predicted[1 + i] - t) ** 2).mean())
     return torch.stack(terms).mean()
 
 
@@ -155,10 +155,10 @@ def test_the_encoder_sees_the_kept_patches_only() -> None:
     seen: list[int] = []
     method.backbone.blocks[0].register_forward_pre_hook(lambda _, x: seen.append(x[0].shape[1]))
     keep = method.draw(images, torch.arange(len(images)), seed=0)
-    painted, _ = method.paint(images, keep)
+    predicted, _ = method.predict(images, keep)
     other = torch.where(pixels_of(keep), images, torch.randn_like(images))
-    torch.testing.assert_close(method.paint(other, keep)[0], painted)
-    assert seen == [5, 5] and painted.shape == (4, 16, 48)
+    torch.testing.assert_close(method.predict(other, keep)[0], predicted)
+    assert seen == [5, 5] and predicted.shape == (4, 16, 48)
 
 
 def test_errors_on_visible_patches_do_not_count() -> None:
@@ -177,10 +177,10 @@ def test_errors_on_visible_patches_do_not_count() -> None:
 def test_no_gradient_reaches_the_visible_pixels_of_the_picture() -> None:
     method, views = method_of(), views_of()
     keep = method.draw(views.stacks["global"], views.image_ids, seed=0)
-    painted = torch.randn(4, 16, 48, dtype=torch.float64, requires_grad=True)
-    method.paint = lambda images, keep: (painted, torch.randn(4, 24))
+    predicted = torch.randn(4, 16, 48, dtype=torch.float64, requires_grad=True)
+    method.predict = lambda images, keep: (predicted, torch.randn(4, 24))
     method(views, progress(), [keep]).loss.backward()
-    touched = painted.grad.abs().sum(-1) > 0
+    touched = predicted.grad.abs().sum(-1) > 0
     assert torch.equal(touched.nonzero()[:, 1].view(4, -1), masked_of(keep, 16))
 
 
@@ -190,7 +190,8 @@ def test_normalised_targets_do_not_change_with_brightness_and_contrast() -> None
     torch.testing.assert_close(method.pixel_targets(7 * images + 3), targets, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(targets.mean(-1), torch.zeros(4, 16, dtype=torch.float64), atol=1e-12, rtol=0)
     assert float((1 - targets.var(-1, correction=0)).abs().max()) < 1e-5
-    assert method.chance_loss() == (1.0, "1") and method_of(normalize_patches=False).chance_loss() is None
+    assert method.config.hints(FACTS).chance_loss == (1.0, "1")
+    assert MAEConfig(normalize_patches=False).hints(FACTS).chance_loss is None
 
 
 @pytest.mark.parametrize(("height", "width", "patch"), [(16, 16, 4), (8, 24, 8), (12, 6, 3)])
@@ -222,7 +223,7 @@ def test_reconstruction_keeps_what_was_seen_and_puts_colours_back() -> None:
     assert float(masked.double().mean()) == 0.75
     assert torch.equal(seen[~masked], images[~masked])
     torch.testing.assert_close(made[~masked], images[~masked])
-    method.paint = lambda x, keep: (method.pixel_targets(x), None)  # a decoder that knows
+    method.predict = lambda x, keep: (method.pixel_targets(x), None)  # a decoder that knows
     torch.testing.assert_close(method.reconstruct(images)[:, 1], images)
     assert torch.equal(method.reconstruct(images)[:, 0].isnan(), masked)  # always the same masks
 
@@ -260,10 +261,10 @@ def test_settings_that_cannot_work_are_refused(settings: dict) -> None:
     [(name, value)] = settings.items()
     with pytest.raises(ConfigError, match=rf"method\.{name}={value}: "):
         MAEConfig(**settings)
-    assert list(method_of(mask_ratio=0.2).config_warnings(FACTS)) and not list(method_of().config_warnings(FACTS))
+    assert MAEConfig(mask_ratio=0.2).hints(FACTS).warnings and not MAEConfig().hints(FACTS).warnings
 
 
-def test_one_fixed_batch_is_painted_right() -> None:
+def test_one_fixed_batch_is_predicted() -> None:
     torch.manual_seed(0)
     method, views = method_of(decoder_width=32).float(), views_of()
     views.stacks["global"] = torch.rand(4, 3, 1, 1).expand(-1, -1, 16, 16) * torch.linspace(0, 1, 16)

@@ -115,7 +115,8 @@ def test_uninformative_keys_give_the_loss_of_chance() -> None:
     method.query, method.key = nn.Identity(), nn.Identity()
     method.queue.rows.fill_(0.5)
     out = method(two_views(*torch.ones(2, 4, 4, dtype=torch.float64)), progress())
-    assert out.loss.item() == pytest.approx(math.log(10), abs=1e-12) == pytest.approx(method.chance_loss()[0])
+    facts = RunFacts(global_batch_size=4, steps_per_epoch=1, total_steps=1)
+    assert out.loss.item() == pytest.approx(math.log(10), abs=1e-12) == pytest.approx(method.config.hints(facts).chance_loss[0])
     assert float(out.metrics["contrastive_top1"]) == 0
 
 
@@ -250,7 +251,7 @@ def test_micro_batches_make_the_step_of_the_whole_batch() -> None:
     for a, b in zip(whole.query.parameters(), parted.query.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(whole.queue.rows, parted.queue.rows, rtol=1e-12, atol=1e-12)
-    assert MoCo.accumulation == "exact"
+    assert not MoCo.whole_batch_remedy
 
 
 def test_the_loss_sees_the_queue_as_it_was_and_the_key_network_as_it_becomes() -> None:
@@ -288,7 +289,7 @@ def test_parts_must_share_the_batch() -> None:
 
 def test_advice_on_a_queue_longer_than_the_data() -> None:
     facts = RunFacts(global_batch_size=8, steps_per_epoch=10, total_steps=10, num_images=50)
-    texts = list(moco(Body(norm=True), 8, queue_length=64).config_warnings(facts))
+    texts = moco(Body(norm=True), 8, queue_length=64).config.hints(facts).warnings
     assert any("several copies" in text for text in texts) and any("filled after 8 steps of 10" in text for text in texts)
 
 

@@ -107,7 +107,7 @@ def test_keys_that_tell_nothing_give_the_loss_of_chance() -> None:
     method = method_of(Same(4), temperature=0.5)
     method.query, method.predictor, method.key = Same(4), nn.Identity(), Same(4)
     out = method(two_views(*torch.ones(2, 8, 4, dtype=torch.float64)), progress())
-    assert out.loss.item() == pytest.approx(method.chance_loss()[0], abs=1e-12) == pytest.approx(2 * math.log(8))
+    assert out.loss.item() == pytest.approx(method.config.hints(FACTS).chance_loss[0], abs=1e-12) == pytest.approx(2 * math.log(8))
     assert float(out.metrics["contrastive_top1"]) == 0
 
 
@@ -228,9 +228,10 @@ def test_m_of_one_leaves_the_keys_and_no_gradient_reaches_them() -> None:
 
 def test_advice_and_remedies() -> None:
     short = RunFacts(global_batch_size=8, steps_per_epoch=10, total_steps=100)
-    assert any("method.momentum=0.996" in words for words in method_of(Body(), momentum=0.996).config_warnings(short))
-    assert not list(method_of(Body()).config_warnings(short))
-    assert "method.momentum=0.97," in method_of(Body()).hints()
+    (warning,) = MoCoV3Config(momentum=0.996).hints(short).warnings
+    assert "method.momentum=0.996" in warning
+    assert not MoCoV3Config().hints(short).warnings
+    assert "method.momentum=0.97," in MoCoV3Config().hints(short).remedies
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"momentum": 1.1}, {"projector_layers": 0}, {"projection_dim": 1}])

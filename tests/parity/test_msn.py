@@ -18,7 +18,7 @@ from methods.parts.contract import Progress, RunFacts
 from methods.parts.distributed import average_gradients
 from methods.parts.masking import random_keep
 from methods.parts.norms import convert_sync_batchnorm
-from methods.parts.views import Views
+from methods.parts.views import Role, Views
 from pipeline.config import override
 from pipeline.recipes import load_recipe
 from pipeline.resolve import resolve
@@ -26,6 +26,9 @@ from pipeline.train.optim import scheduled_lr, scheduled_weight_decay
 from tests.parity.common import EXACT, in_processes, progress
 
 FACTS = RunFacts(global_batch_size=8, steps_per_epoch=10, total_steps=100)
+
+
+ROLES: dict[str, Role] = {"target": "target", "random": "global", "focal": "local"}
 
 
 def small_vit(**settings: Any) -> nn.Module:
@@ -43,7 +46,7 @@ def views_of(batch: int = 8, focal: int = 2, random: int = 1, seed: int = 0) -> 
     counts = {"target": 1, "random": random, "focal": focal}
     sizes = {"target": 16, "random": 16, "focal": 8}
     stacks = {name: torch.randn(n * batch, 3, sizes[name], sizes[name], dtype=torch.float64, generator=g) for name, n in counts.items()}
-    return Views(stacks=stacks, counts=counts, image_ids=torch.arange(batch), labels=torch.full((batch,), -1))
+    return Views(stacks=stacks, counts=counts, roles=ROLES, image_ids=torch.arange(batch), labels=torch.full((batch,), -1))
 
 
 # ---------------------------------------------------------------------------- loss
@@ -68,7 +71,8 @@ def loss_of(anchor: Tensor, target: Tensor, prototypes: Tensor, settings: dict[s
     method.anchor, method.target = Fixed(anchor), Fixed(target)
     method.prototypes = nn.Parameter(prototypes.clone())
     stacks = {"target": torch.zeros(batch, 1), "focal": torch.zeros(anchors * batch, 1)}
-    views = Views(stacks=stacks, counts={"target": 1, "focal": anchors}, image_ids=torch.arange(batch), labels=torch.zeros(batch))
+    counts = {"target": 1, "focal": anchors}
+    views = Views(stacks=stacks, counts=counts, roles=ROLES, image_ids=torch.arange(batch), labels=torch.zeros(batch))
     out = method(views, progress(), [])
     out.loss.backward()
     return {
@@ -106,7 +110,7 @@ def test_loss_in_float32_equals_the_original(golden) -> None:
     anchor, target, rows = (torch.from_numpy(values[key]).float() for key in ("anchor", "target", "proto"))
     method.anchor, method.target, method.prototypes = Fixed(anchor), Fixed(target), nn.Parameter(rows)
     stacks = {"target": torch.zeros(8, 1), "focal": torch.zeros(40, 1)}
-    views = Views(stacks=stacks, counts={"target": 1, "focal": 5}, image_ids=torch.arange(8), labels=torch.zeros(8))
+    views = Views(stacks=stacks, counts={"target": 1, "focal": 5}, roles=ROLES, image_ids=torch.arange(8), labels=torch.zeros(8))
     loss = method(views, progress(), []).loss
     assert loss.dtype == torch.float32
     np.testing.assert_allclose(loss.item(), values["f32_sink_l1__total"], atol=2e-5)
@@ -284,7 +288,7 @@ def _two_steps(rank: int, world: int, views: list[Views], masks: list[Tensor]) -
             return rows.unflatten(0, (-1, world, batch))[:, rank].flatten(0, 1)
 
         stacks = {name: own(stack) for name, stack in joined.stacks.items()}
-        part = Views(stacks=stacks, counts=joined.counts, image_ids=own(joined.image_ids), labels=own(joined.labels))
+        part = Views(stacks=stacks, counts=joined.counts, roles=ROLES, image_ids=own(joined.image_ids), labels=own(joined.labels))
         out = method(part, progress(step), [own(keep)])
         optimizer.zero_grad()
         out.loss.backward()

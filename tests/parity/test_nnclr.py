@@ -149,7 +149,8 @@ def test_equal_predictions_and_neighbours_give_the_loss_of_chance(settings: dict
     method = given(3, 5, np.ones((4, 3)) / math.sqrt(3), **settings)
     x = halves(np.random.default_rng(0).normal(size=(5, 3)), np.ones((5, 3)))
     out = method(two_views(x, x), progress())
-    assert out.loss.item() == pytest.approx(chance, abs=1e-12) == pytest.approx(method.chance_loss()[0])
+    facts = RunFacts(global_batch_size=5, steps_per_epoch=1, total_steps=1)
+    assert out.loss.item() == pytest.approx(chance, abs=1e-12) == pytest.approx(method.config.hints(facts).chance_loss[0])
 
 
 # ---------------------------------------------------------------------------- steps

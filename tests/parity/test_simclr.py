@@ -19,7 +19,7 @@ from methods.parts.backbones import BackboneConfig, build_backbone
 from methods.parts.contract import RunFacts
 from methods.parts.distributed import all_gather_rows, average_gradients
 from methods.parts.errors import ConfigError
-from methods.parts.norms import average_statistics, convert_sync_batchnorm
+from methods.parts.norms import BATCH_NORMS, average_statistics, convert_sync_batchnorm
 from methods.simclr import SimCLR, SimCLRConfig, head
 from tests.parity.common import EXACT, SINGLE, Same, in_processes, progress, two_views
 
@@ -107,7 +107,8 @@ def test_equal_projections_give_the_loss_of_chance_and_say_so() -> None:
         method.memory.rows.copy_(unit(torch.ones(5, 4)))
     ones = torch.ones(6, 4, dtype=torch.float64)
     out = method(two_views(ones, ones), progress())
-    level, _ = method.chance_loss()
+    facts = RunFacts(global_batch_size=6, steps_per_epoch=1, total_steps=1)
+    level, _ = method.config.hints(facts).chance_loss
     assert out.loss.item() == pytest.approx(level, abs=1e-12) == pytest.approx(math.log(11 + 5))
     assert float(out.metrics["contrastive_top1"]) == 0
     assert float(out.metrics["embedding_std"]) == pytest.approx(0, abs=1e-9)
@@ -202,7 +203,7 @@ def test_projector_and_the_part_that_is_fine_tuned() -> None:
         method.network_up_to(4)
     excluded = {id(p) for p in method.param_groups()[1].params}
     names = {name for name, p in method.named_parameters() if id(p) in excluded}
-    norms = {f"{name}.weight" for name, m in method.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    norms = {f"{name}.weight" for name, m in method.named_modules() if isinstance(m, BATCH_NORMS)}
     assert names == norms | {name for name, _ in method.named_parameters() if name.endswith("bias")}
     assert len(head(8, 9, 4, 1)) == 1
 

@@ -71,7 +71,7 @@ def views(embeddings: Tensor, batch: int, large: int) -> Views:
     small = len(embeddings) // batch - large
     stacks = {"global": embeddings[: large * batch], "local": embeddings[large * batch :]}
     ids = torch.arange(batch)
-    return Views(stacks=stacks, counts={"global": large, "local": small}, image_ids=ids, labels=ids)
+    return Views(stacks=stacks, counts={"global": large, "local": small}, roles={"local": "local"}, image_ids=ids, labels=ids)
 
 
 def progress(step: int = 0) -> Progress:
@@ -170,7 +170,8 @@ def test_uniform_scores_give_ln_k() -> None:
     method.before_step(progress())
     out = method(views(same, 5, 2), progress())
     assert out.loss.item() == pytest.approx(np.log(11), abs=1e-12)
-    assert method.chance_loss() == (pytest.approx(np.log(11)), "ln K")
+    facts = RunFacts(global_batch_size=5, steps_per_epoch=10, total_steps=100)
+    assert method.config.hints(facts).chance_loss == (pytest.approx(np.log(11)), "ln K")
     assert float(out.metrics["code_entropy"]) == pytest.approx(1, abs=1e-12)
     assert float(out.metrics["embedding_std"]) == pytest.approx(0, abs=1e-9)
 
@@ -278,7 +279,7 @@ def test_prototypes_that_are_copies_are_counted_once() -> None:
 def test_advice_names_what_works_badly_together() -> None:
     facts = RunFacts(global_batch_size=64, steps_per_epoch=10, total_steps=100, num_images=1000)
     said = {
-        name: list(swav(k, 4, 64, **settings).config_warnings(facts))
+        name: list(SwAVConfig(num_prototypes=k, **settings).hints(facts).warnings)
         for name, k, settings in (
             ("fits", 64, {}),
             ("batch", 100, {}),
