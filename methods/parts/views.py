@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -76,7 +76,7 @@ class Views:
 
     `stacks[name]` is `(V_g * B, 3, H, W)`, view-major: row `v * B + i` is crop `v` of image `i` in that group.
     `groups[name]` are the positions of the group's crops in `crops`, in the declared order.
-    `image_ids` `(B,)` and `labels` `(B,)` are int64; a label of -1 is unknown.
+    `image_ids` `(B,)` and `labels` `(B,)` are int64; a label of -1 is unknown. `host_ids` are the image ids on the CPU.
     """
 
     stacks: dict[str, Tensor]
@@ -84,9 +84,11 @@ class Views:
     image_ids: Tensor
     labels: Tensor
     joined: dict[tuple[str, ...], Tensor] = field(default_factory=dict, repr=False)  # stacks of equal size, joined once for all networks
+    host_ids: Tensor = None  # type: ignore[assignment]  # given with image ids on a GPU, which only a wait could read
 
     def __post_init__(self) -> None:
         batch = len(self.image_ids)
+        self.host_ids = self.image_ids if self.host_ids is None else self.host_ids
         for name, stack in self.stacks.items():
             if len(stack) != self.counts[name] * batch:
                 raise ConfigError(f"views.{name}: {len(stack)} rows for {self.counts[name]} crops of {batch} images")
@@ -107,7 +109,7 @@ class Views:
     def drop_group(self, group: str) -> Views:
         """The same images without the crops of one group, which may be absent."""
         stacks = {name: stack for name, stack in self.stacks.items() if name != group}
-        return Views(stacks=stacks, counts=self.counts, image_ids=self.image_ids, labels=self.labels, joined=self.joined)
+        return replace(self, stacks=stacks)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """The two crops, each `(B, 3, H, W)`, of a method that compares exactly two.
