@@ -91,7 +91,8 @@ def test_a_bf16_step_never_waits_for_the_device(recipe: str, device: torch.devic
 
 def moved(views: Views, device: torch.device) -> Views:
     stacks = {name: stack.to(device) for name, stack in views.stacks.items()}
-    return Views(stacks=stacks, counts=views.counts, image_ids=views.image_ids.to(device), labels=views.labels.to(device))
+    ids, labels = views.image_ids.to(device), views.labels.to(device)
+    return Views(stacks=stacks, counts=views.counts, image_ids=ids, labels=labels, host_ids=views.host_ids)
 
 
 def gradients(trainer: Trainer, views: Views, masks: list[Tensor] | None) -> tuple[float, Tensor]:
