@@ -75,10 +75,10 @@ class DINOv2(IBOT):
         """The masks of this worker's global crops: what `masked_patches` gives, rows `(G B, N)` crop by crop."""
         c, images, draw = self.config, self.global_crops(views), Random(f"{draw_seed(progress.generator)} {rank()}")
         side, n = num_patches_of_side(self.backbone, images.shape[-1]), len(images)
-        count = 0 if progress.step < self.mask_start else int(n * c.mask_probability)
+        count, off = int(n * c.mask_probability), progress.step < self.mask_start
         borders = np.linspace(round(c.mask_ratio - c.mask_spread, 9), round(c.mask_ratio + c.mask_spread, 9), count + 1).tolist()
         targets = [int(side**2 * (a + (b - a) * draw.random())) for a, b in pairwise(borders)]
-        masks = [self.blocks(draw, side, target) for target in targets] + [0] * (n - count)
+        masks = [0 if off else self.blocks(draw, side, target) for target in targets] + [0] * (n - count)
         draw.shuffle(masks)
         return masked_patches(unpack(masks, side**2), sum(int(side**2 * b) for b in borders[1:]), images.device)
 

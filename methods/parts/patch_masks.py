@@ -70,7 +70,7 @@ def masked_patches(masked: Tensor, most: int, device: torch.device) -> list[Tens
     index = masked.flatten().nonzero()[:, 0]
     counts = masked.sum(dim=1)
     weights = (1 / counts.double())[index // masked.shape[1]]
-    missing = most - len(index)
+    missing = max(1, most) - len(index)
     assert missing >= 0, f"{len(index)} masked patches, at most {most} are expected"
     filled = [torch.cat([x, x.new_zeros(missing)]) for x in (index, weights)]
     return [to_device(x, device) for x in (masked, *filled)]
