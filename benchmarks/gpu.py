@@ -104,7 +104,8 @@ def random_batch(views: ViewsConfig, images: int, device: torch.device, step: in
     crops = {name: torch.randint(0, 256, shape, dtype=torch.uint8, generator=noise).to(device) for name, shape in shapes.items()}
     tables = draw_views(0, step, ids, sizes, sizes, views)
     there = torch.from_numpy(ids).to(device)
-    return Batch(crops=crops, tables=tables, ids=there, labels=torch.full_like(there, -1), epoch=0, step=step, bad=[])
+    labels = torch.full_like(there, -1)
+    return Batch(crops=crops, tables=tables, ids=there, labels=labels, epoch=0, step=step, bad=[], host_ids=torch.from_numpy(ids))
 
 
 # ---------------------------------------------------------------------------- measuring

@@ -33,10 +33,10 @@ import torch
 from torch import Tensor, nn
 
 from methods.parts import (
-    LARGER_BATCH, Center, ConfigError, CropGroup, DINOHead, Hints, Masks, MethodConfig, Metrics, MomentumTeacher, Outputs, ParamGroup,
-    Progress, RunFacts, SearchRange, StepOutput, Views, ViewsConfig, at_least, autocast_disabled, blunt_targets, cross_entropy_sum, ema,
-    embedding_std, entropy, fraction, l2_normalize, linear_by_epoch, many_clusters, num_features, one_of, param_groups_weight_decay,
-    positive, register, sinkhorn, slow_average, told, used_share,
+    LARGER_BATCH, Center, CropGroup, DINOHead, Hints, Masks, MethodConfig, Metrics, MomentumTeacher, Outputs, ParamGroup, Progress,
+    RunFacts, SearchRange, StepOutput, Views, ViewsConfig, at_least, autocast_disabled, blunt_targets, cross_view_loss, ema, embedding_std,
+    entropy, fraction, l2_normalize, linear_by_epoch, many_clusters, num_features, one_of, param_groups_weight_decay, positive, register,
+    sinkhorn, slow_average, told, used_share,
 )  # fmt: skip
 
 
@@ -99,21 +99,25 @@ class DINO(MomentumTeacher):
         super().__init__()
         self.config = config
         self.backbone = backbone
-        self.head = DINOHead(
-            num_features(backbone),
-            config.num_prototypes,
-            hidden_features=config.projector_hidden,
-            bottleneck=config.projection_dim,
-            layers=config.projector_layers,
-            batch_norm=config.projector_batch_norm,
-            unit_prototypes=config.unit_prototypes,
-        )
+        self.build_heads(num_features(backbone))
         self.teacher = ema.teacher_of(self.student())
         centers = config.teacher_targets == "centering"
         self.center = Center(config.num_prototypes, config.center_momentum) if centers else None  # Sinkhorn has none
         self.frozen_steps = round(config.freeze_prototypes_epochs * facts.steps_per_epoch)
         if not centers:
             self.whole_batch_remedy = "method.teacher_targets=centering works with micro-batches"
+
+    def build_heads(self, features: int) -> None:
+        c = self.config
+        self.head = DINOHead(
+            features,
+            c.num_prototypes,
+            hidden_features=c.projector_hidden,
+            bottleneck=c.projection_dim,
+            layers=c.projector_layers,
+            batch_norm=c.projector_batch_norm,
+            unit_prototypes=c.unit_prototypes,
+        )
 
     @classmethod
     def default_views(cls) -> ViewsConfig:
@@ -136,12 +140,7 @@ class DINO(MomentumTeacher):
         with autocast_disabled(s):
             q = self.targets(t, progress)
             codes = dict(zip(large, views.split(q), strict=True))
-            others = [[q_g for g, q_g in codes.items() if g != v] for v in range(len(s) // batch)]
-            pairs = sum(map(len, others))  # G (V - 1)
-            if not pairs:
-                raise ConfigError(f"views: {len(others)} crop, {len(codes)} of them global; use 2 or more crops, at least 1 global")
-            terms = [cross_entropy_sum(qs, s_v, self.config.temperature) for qs, s_v in zip(others, views.split(s), strict=True) if qs]
-            loss = torch.stack(terms).sum() / pairs
+            loss = cross_view_loss(codes, dict(enumerate(views.split(s))), self.config.temperature)
             metrics = self.diagnostics(q, h[:batch], loss.detach(), progress) if progress.reports else {}
             return StepOutput(loss=loss, metrics=metrics, outputs={"mean": t.mean(dim=0)})
 
@@ -153,9 +152,13 @@ class DINO(MomentumTeacher):
     def targets(self, t: Tensor, progress: Progress) -> Tensor:
         """Return the teacher's soft targets q of its crops: `(G B, K) -> (G B, K)`, rows sum to 1, no gradient."""
         if self.center is None:
-            span = 2.0 if self.config.unit_prototypes else math.inf  # of cosines
-            return sinkhorn(t, self.teacher_temperature(progress), self.config.sinkhorn_iterations, span=span)
+            return self.balanced(t, self.teacher_temperature(progress))
         return self.center.targets(t, self.teacher_temperature(progress))
+
+    def balanced(self, t: Tensor, temperature: float, present: Tensor | None = None) -> Tensor:
+        """Targets that use all prototypes alike (Sinkhorn)."""
+        span = 2.0 if self.config.unit_prototypes else math.inf  # of cosines
+        return sinkhorn(t, temperature, self.config.sinkhorn_iterations, span=span, present=present)
 
     def teacher_temperature(self, progress: Progress) -> float:
         """Return tau_t of this step."""
@@ -166,6 +169,9 @@ class DINO(MomentumTeacher):
     def student(self) -> nn.Sequential:
         """Return backbone and head as one network, of which the teacher is an average."""
         return nn.Sequential(OrderedDict(backbone=self.backbone, head=self.head))
+
+    def heads(self) -> list[DINOHead]:
+        return [self.head]
 
     @torch.no_grad()
     def diagnostics(self, q: Tensor, h: Tensor, loss: Tensor, progress: Progress) -> Metrics:
@@ -187,9 +193,10 @@ class DINO(MomentumTeacher):
 
     def param_groups(self) -> list[ParamGroup]:
         """Return matrices, vectors and prototypes. Biases and norms do not decay; tokens, position table and prototypes do."""
-        prototypes = [p for p in self.head.prototypes.parameters() if p.requires_grad]
+        heads = self.heads()
+        prototypes = [p for head in heads for p in head.prototypes.parameters() if p.requires_grad]
         return [
-            *param_groups_weight_decay(self.backbone, self.head.mlp),
+            *param_groups_weight_decay(self.backbone, *(head.mlp for head in heads)),
             ParamGroup(params=prototypes, name="prototypes", frozen_steps=self.frozen_steps),
         ]
 
@@ -199,5 +206,5 @@ class DINO(MomentumTeacher):
 
     def cluster_scores(self, images: Tensor) -> Tensor:
         """Return the teacher's scores, centred if its targets are: t - c."""
-        t: Tensor = self.teacher(images)
+        t: Tensor = self.teacher.get_submodule("head")(self.teacher.get_submodule("backbone")(images))
         return t if self.center is None else t - self.center.value

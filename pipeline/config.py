@@ -74,7 +74,8 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW
     trust_coefficient: float = 0.001  # LARC, both LARS
     clip_norm: float | None = positive(None)  # largest norm of the gradient; None = no clipping
-    clip_scope: Literal["joint", "tensor"] = "joint"  # the norm of all gradients together, or of each parameter tensor by itself
+    #: the norm of all gradients together, of each module (backbone, head) by itself (DINOv2), or of each parameter tensor (DINO)
+    clip_scope: Literal["joint", "module", "tensor"] = "joint"
 
     def __post_init__(self) -> None:
         check_limits(self, "optim.")

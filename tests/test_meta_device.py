@@ -40,6 +40,14 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"teacher_targets": "sinkhorn", "unit_prototypes": False},
         {"teacher_targets": "sinkhorn", "teacher_temperature": 0.07},
     ],
+    "dinov2": [
+        {"shared_head": True, "projector_batch_norm": False, "teacher_targets": "centering", "unit_prototypes": False},
+        {"mask_shape": "random", "mask_start_epoch": 1},
+    ],
+    "ibot": [
+        {"shared_head": True, "projector_batch_norm": False, "teacher_targets": "centering"},
+        {"mask_shape": "random", "num_patch_prototypes": 5, "unit_prototypes": False},
+    ],
     "mae": [{"normalize_patches": False}],
     "moco": [{"bn_groups": 1}, {"bn_groups": 4, "projector_layers": 1}],
     "moco-v3": [{"predictor_norm": False, "freeze_patches": False}],
@@ -101,12 +109,13 @@ def build(case: Case) -> tuple[Method, Views]:
 
 def parts(views: Views, count: int) -> list[Views]:
     """Micro-batches."""
-    ids, labels = views.image_ids.chunk(count), views.labels.chunk(count)
+    ids, labels, host_ids = (x.chunk(count) for x in (views.image_ids, views.labels, views.host_ids))
     stacks = [
         {name: torch.cat([crop.chunk(count)[i] for crop in stack.chunk(views.counts[name])]) for name, stack in views.stacks.items()}
         for i in range(count)
     ]
-    return [replace(views, stacks=s, image_ids=i, labels=n, joined={}) for s, i, n in zip(stacks, ids, labels, strict=True)]
+    of_parts = zip(stacks, ids, labels, host_ids, strict=True)
+    return [replace(views, stacks=s, image_ids=i, labels=n, host_ids=h, joined={}) for s, i, n, h in of_parts]
 
 
 def step(method: Method, views: Views, number: int, *, micro_steps: int = 1, reports: bool = True) -> list[StepOutput]:

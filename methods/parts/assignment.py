@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ LARGEST_EXPONENT = 80.0  # exp(-80) is still a normal float32
 
 
 @torch.no_grad()
-def sinkhorn(scores: Tensor, epsilon: float, iterations: int, *, span: float = math.inf) -> Tensor:
+def sinkhorn(scores: Tensor, epsilon: float, iterations: int, *, span: float = math.inf, present: Tensor | None = None) -> Tensor:
     """Return balanced codes: entropic optimal transport with uniform marginals over all workers (Caron et al. 2020, eq. 3).
 
     With Q = exp(scores / epsilon), each iteration scales the prototypes (columns) to mass 1/K, then the samples (rows)
@@ -31,6 +31,8 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int, *, span: float = m
         iterations: at least 1.
         span: the largest difference that two scores can have, e.g. 2 for cosines. It decides between the two forms, so that
             all workers take the same one and none waits for its device.
+        present: `(B,)`, 1 for the rows that count and 0 for rows that only pad the matrix; None = all count. The prototypes are
+            balanced over the rows that count. Where none counts, the codes are finite and have no meaning.
 
     Returns:
         Codes `(B, K)`, float32 or better, without gradient. No other matrix of this size is allocated.
@@ -41,12 +43,14 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int, *, span: float = m
     rows = codes.split(chunk_rows(codes))  # views: what is written to them is written to the codes
     for e, s in zip(rows, scores.split(len(rows[0])), strict=True):
         torch.sub(s, highest, out=e).div_(epsilon)
+    ones = torch.ones(len(scores), dtype=codes.dtype, device=codes.device)
+    counts = (ones if present is None else present.to(codes.dtype)).split(len(rows[0]))
     if span / epsilon > LARGEST_EXPONENT:
-        _scale_logarithms(rows, epsilon, iterations)
+        _scale_logarithms(rows, None if present is None else counts, iterations)
         return codes
-    v = all_reduce_sum(_sum(e.exp_().sum(dim=0) for e in rows)).reciprocal_()
+    v = _inverse(all_reduce_sum(_sum(n @ e.exp_() for e, n in zip(rows, counts, strict=True))))
     for _ in range(iterations - 1):
-        v = all_reduce_sum(_sum((e @ v).reciprocal_() @ e for e in rows)).reciprocal_()
+        v = _inverse(all_reduce_sum(_sum((n / (e @ v)) @ e for e, n in zip(rows, counts, strict=True))))
     for e in rows:
         u = (e @ v).reciprocal_()
         e.mul_(v).mul_(u[:, None])
@@ -62,15 +66,26 @@ def _sum(parts: Iterable[Tensor]) -> Tensor:
     return total
 
 
-def _scale_logarithms(rows: tuple[Tensor, ...], epsilon: float, iterations: int) -> None:
+def _inverse(sums: Tensor) -> Tensor:
+    """Return 1 / sums, in place; large but finite where no row counts."""
+    return sums.clamp_(min=1e-37).reciprocal_()
+
+
+def _scale_logarithms(rows: Sequence[Tensor], counts: Sequence[Tensor] | None, iterations: int) -> None:
     """Turn (scores - highest) / epsilon into codes, in place, a group of rows at a time."""
-    columns = torch.stack([logits.logsumexp(dim=0) for logits in rows])
+
+    def sums() -> Tensor:
+        if counts is None:
+            return torch.stack([logits.logsumexp(dim=0) for logits in rows])
+        return torch.stack([(logits + n.log()[:, None]).logsumexp(dim=0) for logits, n in zip(rows, counts, strict=True)])
+
+    columns = sums()
     for last in [False] * (iterations - 1) + [True]:
-        columns = all_gather_rows(columns.logsumexp(dim=0, keepdim=True)).logsumexp(dim=0)
+        columns = all_gather_rows(columns.logsumexp(dim=0, keepdim=True)).logsumexp(dim=0).clamp_(min=-1e30)
         for logits in rows:
             logits.sub_(columns)
             logits.sub_(logits.logsumexp(dim=1, keepdim=True))
         if not last:
-            columns = torch.stack([logits.logsumexp(dim=0) for logits in rows])
+            columns = sums()
     for logits in rows:
         logits.exp_()

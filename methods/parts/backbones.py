@@ -29,6 +29,9 @@ class BackboneConfig:
     selective_kernels: bool = False  # ResNets with bottlenecks: SimCLR v2's blocks, stem of three 3x3 convs and pooled shortcuts
     depth: tuple[int, ...] | None = None  # ResNets: blocks per stage; ViTs: one number of blocks; None = the model's own
     drop_path: float = below_one(0.0)  # stochastic depth rate
+    #: image: each image drops paths by chance, at a rate that rises from 0 with depth; subset (ViTs): every path works on a part of the
+    #: batch only, at the same rate in all blocks, which saves the time of what is dropped (DINOv2)
+    drop_path_mode: Literal["image", "subset"] = "image"
     image_size: int | None = None  # ViTs: side the position table is made for; None = the model's own
     patch_size: int | None = None  # ViTs: None = the model's own
     heads: int | None = at_least(1, None)  # ViTs: attention heads of each block; None = the model's own (MoCo v3's ViT-S: 12)
@@ -53,7 +56,7 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
     Raises:
         ConfigError: an unknown name, or a setting that this architecture does not have.
     """
-    settings: dict[str, Any] = {"drop_path_rate": config.drop_path} if config.drop_path else {}
+    settings: dict[str, Any] = {"drop_path_rate": config.drop_path} if config.drop_path and config.drop_path_mode == "image" else {}
     if config.image_size is not None:
         settings["img_size"] = config.image_size
     if config.patch_size is not None:
@@ -81,9 +84,9 @@ def _vit(config: BackboneConfig, settings: dict[str, Any]) -> nn.Module:
         settings["init_values"] = config.layer_scale
     model: nn.Module = timm.create_model(config.name, pretrained=False, num_classes=0, dynamic_img_size=True, **settings)
     if not ViT.fits(model):
-        _refuse(config, "is no plain ViT with a CLS token", positions="leave it out", xavier="leave it out")
+        _refuse(config, "is no plain ViT with a CLS token", positions="leave it out", xavier="leave it out", drop_path_mode="use image")
         return model
-    vit = ViT(model, config.positions)
+    vit = ViT(model, config.positions, subset_drop_path=config.drop_path if config.drop_path_mode == "subset" else 0.0)
     if config.image_size is not None:
         require_whole_patches(vit, "backbone.image_size", config.image_size)
     if config.xavier:
@@ -92,7 +95,7 @@ def _vit(config: BackboneConfig, settings: dict[str, Any]) -> nn.Module:
 
 
 def _other(config: BackboneConfig, settings: dict[str, Any]) -> nn.Module:
-    only = ("heads", "positions", "registers", "layer_scale", "swiglu", "xavier")
+    only = ("heads", "positions", "registers", "layer_scale", "swiglu", "xavier", "drop_path_mode")
     _refuse(config, "is no ViT", **dict.fromkeys(only, "leave it out, or use a ViT, e.g. vit_small_patch16_224"))
     if config.width != 1 or config.selective_kernels:
         stages = (64, 128, 256, 512)

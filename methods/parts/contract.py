@@ -85,6 +85,7 @@ class ParamGroup:
     adapt: bool = True  # LARS / LARC trust ratio applies
     clip: bool = True  # counts in, and is scaled by, gradient clipping
     frozen_steps: int = 0  # gradients are dropped while step < frozen_steps
+    module: str = ""  # groups of one module have one norm in clipping by module
 
 
 @dataclass(kw_only=True)

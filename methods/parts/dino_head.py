@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.parts.heads import mlp, trunc_normal_linears
-from methods.parts.numerics import autocast_disabled, l2_normalize, upcast_half
+from methods.parts.numerics import autocast_disabled, l2_normalize
 
 
 class DINOHead(nn.Module):
@@ -41,9 +41,16 @@ class DINOHead(nn.Module):
         self.prototypes = Prototypes(bottleneck, num_prototypes, unit=unit_prototypes)
 
     def forward(self, x: Tensor) -> Tensor:
-        z = upcast_half(self.mlp(x))
+        return self.scores(self.project(x))
+
+    def project(self, x: Tensor) -> Tensor:
+        """z / ||z||: `(B, in) -> (B, bottleneck)`."""
+        return l2_normalize(self.mlp(x))
+
+    def scores(self, z: Tensor) -> Tensor:
+        """Of projections: `(B, bottleneck) -> (B, K)`. It is linear: the mean of scores is the score of the mean."""
         with autocast_disabled(z):
-            return self.prototypes(l2_normalize(z))  # type: ignore[no-any-return]
+            return self.prototypes(z)  # type: ignore[no-any-return]
 
 
 class Prototypes(nn.Module):

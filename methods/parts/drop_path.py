@@ -76,6 +76,25 @@ class DropPath(timm.layers.DropPath):  # type: ignore[misc]
         return x * keep.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
+class DropPathSubsets(nn.Module):
+    """Stochastic depth by parts of the batch (DINOv2): each path works on n rows of B only, and its result counts B / n times.
+
+    n = max(1, floor(B (1 - rate))), drawn for every path without repetition, so that shapes do not depend on chance and the dropped
+    rows cost nothing. The rows are drawn on the device, by torch's own generator: they differ between workers.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.drop_prob = rate
+
+    def draw(self, paths: int, rows: int, device: torch.device) -> Tensor | None:
+        """The rows that each path works on, `(paths, n)` int64; None: all."""
+        if not self.training or self.drop_prob == 0:
+            return None
+        kept = max(1, int(rows * (1 - self.drop_prob)))
+        return torch.rand(paths, rows, device=device).argsort(dim=1)[:, :kept]
+
+
 def follow_images(network: nn.Module) -> None:
     """Replace timm's drop path by the one of this file, in place."""
     for module in list(network.modules()):
@@ -87,6 +106,6 @@ def follow_images(network: nn.Module) -> None:
 def without_drop_path(network: N) -> N:
     """Set every rate of drop path to 0, in place, e.g. in a teacher that was copied from the student."""
     for module in network.modules():
-        if isinstance(module, DropPath):
+        if isinstance(module, DropPath | DropPathSubsets):
             module.drop_prob = 0.0
     return network

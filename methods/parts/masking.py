@@ -17,8 +17,13 @@ def num_patches(backbone: ViT, size: int) -> int:
     Raises:
         ConfigError: the crop is not cut into whole patches.
     """
+    return num_patches_of_side(backbone, size) ** 2
+
+
+def num_patches_of_side(backbone: ViT, size: int) -> int:
+    """Patches in a row of a square crop; errors as those of `num_patches`."""
     require_whole_patches(backbone, "views.size", size)
-    return (size // int(backbone.patch_embed.patch_size[0])) ** 2
+    return size // int(backbone.patch_embed.patch_size[0])
 
 
 def num_kept(patches: int, mask_ratio: float) -> int:

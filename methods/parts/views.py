@@ -84,6 +84,7 @@ class Views:
         image_ids: `(B,)` int64.
         labels: `(B,)` int64; -1 = unknown.
         roles: the role of each group; a group that is not there has the role `global`.
+        host_ids: the image ids on the CPU.
 
     Raises:
         ConfigError: a stack does not have V_g * B rows.
@@ -95,9 +96,11 @@ class Views:
     labels: Tensor
     roles: Mapping[str, Role] = field(default_factory=dict)
     joined: dict[tuple[str, ...], Tensor] = field(default_factory=dict, repr=False)  # stacks of equal size, joined once for all networks
+    host_ids: Tensor = None  # type: ignore[assignment]  # given with image ids on a GPU, which only a wait could read
 
     def __post_init__(self) -> None:
         batch = len(self.image_ids)
+        self.host_ids = self.image_ids if self.host_ids is None else self.host_ids
         for name, stack in self.stacks.items():
             if len(stack) != self.counts[name] * batch:
                 raise ConfigError(f"views.{name}: {len(stack)} rows for {self.counts[name]} crops of {batch} images")

@@ -20,14 +20,15 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from methods.parts.drop_path import DropPath, draw_keep, follow_images
+from methods.parts.drop_path import DropPath, DropPathSubsets, draw_keep, follow_images
 from methods.parts.errors import ConfigError
 from methods.parts.numerics import upcast_half
 
 # learned: bicubic with antialiasing to the size of the grid (timm, DINOv2's models with registers)
 # learned-offset: bicubic without, scale (h + 0.1) / M (DINO, iBOT, the other models of DINOv2)
+# learned-plain: bicubic without, to the size of the grid (MSN)
 # sincos: a table that is computed and stays (MoCo v3)
-Positions = Literal["learned", "learned-offset", "sincos"]
+Positions = Literal["learned", "learned-offset", "learned-plain", "sincos"]
 
 
 @dataclass
@@ -44,6 +45,7 @@ class ViT(VisionTransformer):  # type: ignore[misc]
 
     positions: Positions
     pos_embed: nn.Parameter
+    subsets: DropPathSubsets | None
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -52,11 +54,16 @@ class ViT(VisionTransformer):  # type: ignore[misc]
             return False
         return all(type(block) is Block for block in model.blocks)
 
-    def __init__(self, model: VisionTransformer, positions: Positions) -> None:
-        """Take over all parts of a timm model, whose functions know the arguments of every name; the model is not used again."""
+    def __init__(self, model: VisionTransformer, positions: Positions, *, subset_drop_path: float = 0.0) -> None:
+        """Take over all parts of a timm model, whose functions know the arguments of every name; the model is not used again.
+
+        Args:
+            subset_drop_path: the rate of `DropPathSubsets` in every block, in the place of timm's stochastic depth.
+        """
         nn.Module.__init__(self)
         self.__dict__.update(vars(model))
         self.positions = positions
+        self.subsets = DropPathSubsets(subset_drop_path) if subset_drop_path else None
         follow_images(self)
         if positions == "sincos":
             h, w = self.patch_embed.grid_size
@@ -103,8 +110,10 @@ class ViT(VisionTransformer):  # type: ignore[misc]
     def through_blocks(self, x: Tensor) -> Tensor:
         """Apply all blocks, without the final norm: `(B, T, D) -> (B, T, D)`."""
         again = self.grad_checkpointing and torch.is_grad_enabled()
-        for block, keep in zip(self.blocks, self.kept_paths(len(x)), strict=True):
-            x = checkpoint(_through, block, x, keep, use_reentrant=False) if again else _through(block, x, keep)
+        rows = self.subsets.draw(2 * len(self.blocks), len(x), x.device) if self.subsets is not None else None
+        run, chosen = (_through, self.kept_paths(len(x))) if rows is None else (_through_subsets, rows.unflatten(0, (-1, 2)).unbind())
+        for block, keep in zip(self.blocks, chosen, strict=True):
+            x = checkpoint(run, block, x, keep, use_reentrant=False) if again else run(block, x, keep)
         return x
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -167,7 +176,7 @@ class ViT(VisionTransformer):  # type: ignore[misc]
             return self.pos_embed
         first = self.pos_embed.shape[1] - rows * columns
         grid = self.pos_embed[:, first:].unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
-        resized = resize_grid(grid, h, w, offset=0.1 if self.positions == "learned-offset" else 0.0)
+        resized = resize_grid(grid, h, w, offset=0.1 if self.positions == "learned-offset" else 0.0, antialias=self.positions == "learned")
         return torch.cat([self.pos_embed[:, :first], resized.flatten(2).transpose(1, 2)], dim=1)
 
 
@@ -179,15 +188,24 @@ def _through(block: Block, x: Tensor, keep: Tensor | None) -> Tensor:
     return block(x)  # type: ignore[no-any-return]
 
 
-def resize_grid(grid: Tensor, h: int, w: int, *, offset: float) -> Tensor:
-    """Resize a table of positions: `(1, D, M, M') -> (1, D, h, w)`, bicubic.
+def _through_subsets(block: Block, x: Tensor, rows: Tensor) -> Tensor:
+    """Apply one block whose two paths work on some rows each, `(2, n)`, and count len(x) / n times."""
+    for keep, norm, path, scale in ((rows[0], block.norm1, block.attn, block.ls1), (rows[1], block.norm2, block.mlp, block.ls2)):
+        x = x.index_add(0, keep, scale(path(norm(x[keep]))).to(x.dtype), alpha=len(x) / len(keep))
+    return x
 
-    With an offset, pixel i of the result is read at (i + 1/2) M / (h + offset) - 1/2, without antialiasing; without one, at
-    (i + 1/2) M / h - 1/2, with antialiasing.
+
+def resize_grid(grid: Tensor, h: int, w: int, *, offset: float = 0.0, antialias: bool = False) -> Tensor:
+    """Return a table of positions on another grid: `(1, D, M, M') -> (1, D, h, w)`, bicubic.
+
+    Pixel i of the result is read at (i + 1/2) M / (h + offset) - 1/2.
+
+    Args:
+        antialias: average over the old pixels that a new one covers; only without an offset.
     """
     grid = upcast_half(grid)
     if not offset:
-        return F.interpolate(grid, size=(h, w), mode="bicubic", antialias=True)
+        return F.interpolate(grid, size=(h, w), mode="bicubic", antialias=antialias)
     scales = ((h + offset) / grid.shape[-2], (w + offset) / grid.shape[-1])
     return F.interpolate(grid, scale_factor=scales, mode="bicubic", recompute_scale_factor=False)
 

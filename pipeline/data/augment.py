@@ -46,6 +46,8 @@ class CutBatch(Protocol):
     def ids(self) -> Tensor: ...
     @property
     def labels(self) -> Tensor: ...
+    @property
+    def host_ids(self) -> Tensor: ...
 
 
 def augment_views(
@@ -83,7 +85,8 @@ def augment_views(
     stacks = {name: stacks[name] for name in batch.crops}  # in the declared order
     counts = {name: crops.shape[1] for name, crops in batch.crops.items()}
     ids, labels = (x.to(device, non_blocking=True) for x in (batch.ids, batch.labels))
-    return Views(stacks=stacks, counts=counts, image_ids=ids, labels=labels, roles={name: views[name].role for name in stacks})
+    roles = {name: views[name].role for name in stacks}
+    return Views(stacks=stacks, counts=counts, image_ids=ids, labels=labels, roles=roles, host_ids=batch.host_ids)
 
 
 def augment_crops(

@@ -65,6 +65,10 @@ class Batch:
     epoch: int
     step: int
     bad: list[DecodeFailure]
+    host_ids: Tensor = None  # type: ignore[assignment]  # `ids` on the CPU, where `ids` are on a GPU
+
+    def __post_init__(self) -> None:
+        self.host_ids = self.ids if self.host_ids is None else self.host_ids
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors that a device needs: crops, ids and labels."""
@@ -80,7 +84,8 @@ class Batch:
         size = len(self.ids) // count
         pieces = [slice(i * size, (i + 1) * size) for i in range(count)]
         tables = [{name: table[piece] for name, table in self.tables.items()} for piece in pieces]
-        return [replace(self.with_tensors([x[p] for x in self.tensors()]), tables=t) for p, t in zip(pieces, tables, strict=True)]
+        parts = [self.with_tensors([x[p] for x in self.tensors()]) for p in pieces]
+        return [replace(x, tables=t, host_ids=self.host_ids[p]) for x, t, p in zip(parts, tables, pieces, strict=True)]
 
 
 @dataclass

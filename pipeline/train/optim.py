@@ -139,6 +139,7 @@ def build_optimizer(config: OptimConfig, groups: Iterable[ParamGroup]) -> Optimi
             "decay": group.decay,
             "clip": group.clip,
             "frozen_steps": group.frozen_steps,
+            "module": group.module,
         }
         if config.name in LAYERWISE:
             one["adapt"] = group.adapt
@@ -172,7 +173,7 @@ def scheduled_weight_decay(resolved: Resolved, step: int) -> float | None:
 
 
 def prepare_step(
-    optimizer: Optimizer, resolved: Resolved, step: int, clip_norm: float | None, clip_scope: Literal["joint", "tensor"] = "joint"
+    optimizer: Optimizer, resolved: Resolved, step: int, clip_norm: float | None, clip_scope: Literal["joint", "module", "tensor"] = "joint"
 ) -> Tensor | None:
     """Set the learning rates and weight decays, drop the gradients of frozen groups and clip the rest.
 
@@ -180,7 +181,7 @@ def prepare_step(
         The norm of the joint gradient before clipping; None without clipping.
     """
     lr, decay = scheduled_lr(resolved, step), scheduled_weight_decay(resolved, step)
-    clipped: list[nn.Parameter] = []
+    modules: dict[str, list[nn.Parameter]] = {}
     for group in optimizer.param_groups:
         group["lr"] = group["lr_scale"] * (resolved.lr if group["lr_constant"] else lr)
         if decay is not None and group["decay"]:
@@ -189,12 +190,15 @@ def prepare_step(
             for p in group["params"]:
                 p.grad = None
         if group["clip"]:
-            clipped += group["params"]
+            modules.setdefault(group["module"] if clip_scope == "module" else "", []).extend(group["params"])
     if clip_norm is None:
         return None
     if clip_scope == "tensor":
-        return clip_each_(clipped, clip_norm)
-    return torch.nn.utils.clip_grad_norm_(clipped, clip_norm)
+        return clip_each_(modules.get("", []), clip_norm)
+    if not modules:
+        return torch.zeros(())
+    norms = [torch.nn.utils.clip_grad_norm_(params, clip_norm) for params in modules.values()]
+    return torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
 
 
 @torch.no_grad()

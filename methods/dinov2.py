@@ -1,0 +1,148 @@
+"""DINOv2: iBOT with a regulariser that spreads features, made stable for large ViTs. Oquab et al. 2023, arXiv:2304.07193.
+
+With iBOT's student and teacher (which see), B images a worker, G = 2 global crops, h_gb the student's CLS of global crop g of image b:
+
+    L_cls   = DINO's loss, the student's global crops masked
+    L_patch = 1 / (G B) sum over masked patches of H(q, p) / masked patches of that crop
+    L_koleo = sum_g - mean_b ln || h_gb - h_g,nearest(b) ||      unit rows, of one crop and one worker (`koleo` says more)
+    loss    = L_cls + L_patch + 0.1 L_koleo
+
+CLS and patches have one head in the short recipe and one each in the large ones, where Sinkhorn-Knopp balances the targets in the
+place of centres (`teacher_targets=sinkhorn`). The centre of the patches is the mean over the masked ones of a worker, then over workers.
+Half of a worker's global crops are masked; their shares of hidden patches cover 0.1 to 0.5 evenly, one crop in each part of it.
+Both temperatures rise by step, the learning rate of block i falls by `layer_decay` for each block above it, that of the patch projection
+by another `patch_lr_scale`, and gradients are clipped for backbone and heads apart (`optim.clip_scope=module`).
+
+`backbone.drop_path_mode=subset` is the paper's stochastic depth. Blur of the global crops: the paper's probabilities, 1 and 0.1, or those
+that the released weights were trained with, 0 and 0.9 (`released_blur`).
+
+Departs:
+    As iBOT does.
+    Prototypes that wait for the first epoch have no gradient then; the original gives them a rate of 0, and Adam's moments move.
+    KoLeo has no gradient between rows that are nearer than 1e-4: duplicates would take all of a clipped gradient.
+    Without local crops L_cls is divided by the number of pairs; `cls_denominator=released`: by 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from random import Random
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from methods.ibot import IBOT, IBOTConfig
+from methods.parts import (
+    Hints, Masks, ParamGroup, Progress, RunFacts, SearchRange, StepOutput, Views, ViewsConfig, at_least, autocast_disabled, block_mask,
+    draw_seed, koleo, linear_by_epoch, masked_patches, num_patches_of_side, param_groups_by_layer, positive, random_mask, rank,
+    register, unpack,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class DINOv2Config(IBOTConfig):
+    #: K; 131072 in the large recipes
+    num_prototypes: int = at_least(2, 65536, SearchRange(scale="choice", choices=(512, 1024, 4096, 65536), reason="more for more data"))
+    #: m at the first step
+    momentum: float = positive(0.992, SearchRange(0.97, 0.9995, "linear", reason="short runs need a faster teacher"))
+    #: weight of L_koleo
+    koleo_weight: float = at_least(0, 0.1, SearchRange(0.0, 0.3, "linear", reason="0 where many images are nearly the same"))
+    cls_denominator: Literal["pairs", "released"] = "pairs"
+    layer_decay: float = positive(1.0, SearchRange(scale="choice", choices=(0.9, 1.0), reason="0.9 for large rates"))  # of the rate
+    patch_lr_scale: float = positive(0.2)  # of the rate of the patch projection
+
+    def hints(self, facts: RunFacts) -> Hints:
+        return replace(super().hints(facts), chance_loss=None if self.koleo_weight else super().hints(facts).chance_loss)
+
+
+@register("dinov2", DINOv2Config)
+class DINOv2(IBOT):
+    config: DINOv2Config
+    paper = "Oquab et al. 2023, arXiv:2304.07193"
+
+    def __init__(self, config: DINOv2Config, backbone: nn.Module, facts: RunFacts) -> None:
+        super().__init__(config, backbone, facts)
+        self.whole_batch_remedy = "masks and neighbours are those of a whole batch; train.gradient_checkpointing needs less memory"
+
+    @classmethod
+    def default_views(cls) -> ViewsConfig:
+        """2 x 224 + 8 x 98, above and below 0.32 of the image; blur and solarisation as DINO's (98 pixels are 7 patches of 14)."""
+        views = {name: replace(group, scale=(0.32, 1.0)) for name, group in super().default_views().items()}
+        return views | {"local": replace(views["local"], count=8, size=98, scale=(0.05, 0.32))}
+
+    def draw_masks(self, views: Views, progress: Progress) -> Masks:
+        """The masks of this worker's global crops: what `masked_patches` gives, rows `(G B, N)` crop by crop."""
+        c, images, draw = self.config, self.global_crops(views), Random(f"{draw_seed(progress.generator)} {rank()}")
+        side, n = num_patches_of_side(self.backbone, images.shape[-1]), len(images)
+        count, off = int(n * c.mask_probability), progress.step < self.mask_start
+        borders = np.linspace(round(c.mask_ratio - c.mask_spread, 9), round(c.mask_ratio + c.mask_spread, 9), count + 1).tolist()
+        targets = [int(side**2 * (a + (b - a) * draw.random())) for a, b in pairwise(borders)]
+        masks = [0 if off else self.blocks(draw, side, target) for target in targets] + [0] * (n - count)
+        draw.shuffle(masks)
+        return masked_patches(unpack(masks, side**2), sum(int(side**2 * b) for b in borders[1:]), images.device)
+
+    def blocks(self, draw: Random, side: int, target: int) -> int:
+        if self.config.mask_shape == "random":
+            return random_mask(draw, side**2, target)
+        return block_mask(draw, side, side, target, smallest=4, largest=0.5 * side**2)
+
+    def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
+        c = self.config
+        it = self.compare(views, self.draw_masks(views, progress) if masks is None else masks, progress)
+        with autocast_disabled(it.cls):
+            spread = torch.stack([koleo(h) for h in views.split(it.cls)]).sum()
+        loss = c.cls_weight * self.cls_scale(views) * it.cls_loss + c.patch_weight * it.patch_loss + c.koleo_weight * spread
+        metrics = it.metrics | ({"koleo": spread.detach()} if progress.reports else {})
+        return StepOutput(loss=loss, metrics=metrics, outputs=it.outputs)
+
+    def cls_scale(self, views: Views) -> float:
+        """What makes of a mean over pairs of crops the original's sum over another number; 1 with local crops."""
+        small = len(views.positions("local"))
+        return 2 * (small + 1) / (max(2 * small, 1) + 2) if self.config.cls_denominator == "released" else 1.0
+
+    def teacher_scores(self, patches: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The teacher's scores of the masked patches `(U, K2)`, and their mean `(K2,)`."""
+        head = self.patch_teacher()
+        z = head.project(patches[index])  # (U, bottleneck)
+        present = (weights > 0).to(z.dtype)
+        mean = (present @ z) / present.sum().clamp(min=1)
+        return head.scores(z), head.scores(mean[None])[0]
+
+    def teacher_temperature(self, progress: Progress) -> float:
+        """tau_t, by step."""
+        return self.risen(progress, self.config.warmup_teacher_temperature, self.config.teacher_temperature)
+
+    def patch_teacher_temperature(self, progress: Progress) -> float:
+        """tau_t2, by step."""
+        c, start, end = self.config, self.config.warmup_patch_teacher_temperature, self.config.patch_teacher_temperature
+        start, end = (c.warmup_teacher_temperature if start is None else start), (c.teacher_temperature if end is None else end)
+        return self.risen(progress, start, end)
+
+    def risen(self, progress: Progress, start: float, end: float) -> float:
+        steps = self.config.warmup_teacher_temperature_epochs * progress.steps_per_epoch
+        return linear_by_epoch(progress.step, epochs=steps, start=start, end=end)
+
+    def param_groups(self) -> list[ParamGroup]:
+        """Rates by layer; biases, norms and layer scales do not decay, tokens and prototypes do; the prototypes wait."""
+        c = self.config
+        groups = param_groups_by_layer(self.backbone, decay=c.layer_decay, patch_lr_scale=c.patch_lr_scale, tokens=[self.mask_token])
+        for i, head in enumerate(self.heads()):
+            module = ("head", "patch_head")[i]
+            vectors = [p for p in head.mlp.parameters() if p.ndim == 1]
+            matrices = [p for p in head.mlp.parameters() if p.ndim > 1]
+            prototypes = [p for p in head.prototypes.parameters() if p.requires_grad]
+            groups += [
+                ParamGroup(params=matrices, name=f"{module}_matrices", module=module),
+                ParamGroup(params=vectors, name=f"{module}_vectors", module=module, decay=False, adapt=False),
+                ParamGroup(params=prototypes, name=f"{module}_prototypes", module=module, frozen_steps=self.frozen_steps),
+            ]
+        return groups
+
+
+def released_blur(views: ViewsConfig) -> ViewsConfig:
+    """The same crops with the blur that DINOv2's released weights were trained with: 0, 0.9 and 0.5 of the three groups."""
+    released = {"global": 0.0, "global_solarized": 0.9, "local": 0.5}
+    return {name: replace(group, blur=released.get(name, group.blur)) for name, group in views.items()}
