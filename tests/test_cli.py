@@ -22,6 +22,9 @@ from PIL import Image
 
 import manyviews
 from pipeline.cli import early, printing
+from pipeline.cli.overrides import keys, parse_settings, split
+from pipeline.cli.verb import read
+from pipeline.config import flatten, override
 from pipeline.recipes import load_recipe
 from pipeline.run_folder import command
 
@@ -107,6 +110,14 @@ def test_batch_larger_than_the_data(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "train.global_batch_size=128: larger than the 50 training images; use 48 or fewer" in err
 
 
+def test_too_few_images_and_those_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = images(tmp_path / "images", 2)
+    (folder / "001.jpg").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("no picture")
+    err = mistake([*SMALL, "--data.path", str(folder), "--runs-dir", str(tmp_path / "runs")], capsys)
+    assert "larger than the 2 training images (of 2 images 1 cannot be read; other files that are no images: 1); use 8 or fewer" in err
+
+
 def test_used_run_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = images(tmp_path / "images", 20)
     (tmp_path / "runs" / "mine").mkdir(parents=True)
@@ -123,6 +134,23 @@ def test_unknown_recipe_run_verb_and_option(tmp_path: Path, capsys: pytest.Captu
     assert "--all: no such option of runs" in mistake(["runs", "--all"], capsys)
 
 
+def test_options_and_settings_in_any_order() -> None:
+    for words in (
+        ["swav", "--protocol", "linear", "lowshot", "--data.path", "photos", "--json", "x.json", "--views.global.scale", "0.3", "1.0"],
+        ["--json=x.json", "--data.path=photos", "swav", "--views.global.scale", "0.3", "1.0", "--protocol", "linear", "lowshot"],
+    ):
+        verb, settings = read(manyviews.VERBS, ["evaluate", *words]) or (None, [])
+        assert isinstance(verb, manyviews.Evaluate)
+        assert (verb.model, verb.protocol, str(verb.json), str(verb.runs_dir)) == ("swav", ("linear", "lowshot"), "x.json", "runs")
+        assert dict(split(settings)) == {"data.path": ["photos"], "views.global.scale": ["0.3", "1.0"]}
+
+
+def test_a_search_space_may_be_given_in_parts() -> None:
+    verb, settings = read(manyviews.VERBS, ["tune", "swav", "--space", "a=log:1:2", "b", "--train.steps=5", "--space=c"]) or (None, [])
+    assert isinstance(verb, manyviews.Tune) and settings == ["--train.steps=5"]
+    assert verb.space == ["a=log:1:2", "b", "c"]
+
+
 def ends_with(arguments: list[str]) -> int | str | None:
     """The exit code of a call, returned or raised."""
     try:
@@ -132,7 +160,7 @@ def ends_with(arguments: list[str]) -> int | str | None:
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
-@pytest.mark.parametrize("verb", manyviews.parser().verbs)
+@pytest.mark.parametrize("verb", manyviews.VERBS)
 def test_every_verb_explains_itself(verb: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ([verb, flag], [verb, "--runs-dir", "elsewhere", flag]):
         assert ends_with(arguments) == 0
@@ -144,7 +172,7 @@ def test_help_and_lists_load_no_heavy_library() -> None:
     heavy = {"torch", "ray", "mlflow", "timm", "pandas"}
     code = f"""
 import contextlib, sys, manyviews
-for arguments in {[[], ["recipes"], *([verb, "--help"] for verb in manyviews.parser().verbs)]}:
+for arguments in {[[], ["recipes"], *([verb, "--help"] for verb in manyviews.VERBS)]}:
     with contextlib.suppress(SystemExit):
         assert manyviews.main(arguments) == 0
 assert not (loaded := {heavy} & set(sys.modules)), loaded"""
@@ -170,6 +198,20 @@ assert not (loaded := {heavy} & set(sys.modules)), loaded"""
         ([*SMALL, "--method.msak-ratio", "1"], "method.msak_ratio: no such key"),
         (["evaluate", "mine", "other"], "other: one word too many"),
         (["figure", "scors", "mine"], "figure=scors: unknown"),
+        (["figure", "scores", "mine"], "model=mine: neither a run in runs"),
+        (["evaluate", "mine"], "model=mine: neither a run in runs"),
+        (["evaluate", "models:/mine@best"], "model=models:/mine@best: there is no registry"),
+        (["embed", "mine", "--to", "x", "--data.path", "."], "model=mine: neither a run in runs"),
+        (["evaluate", "mine", "--evaluate.knnk", "3"], "evaluate.knnk: no such key; did you mean evaluate.knn_k"),
+        (["evaluate", "mine", "--protocol", "lin"], "protocol=lin: use one of 'knn', 'linear', 'lowshot'"),
+        (["views", "swav-smal"], "recipe=swav-smal: unknown"),
+        (["views", "swav", "--data.path=nowhere"], "data.path=nowhere: does not exist"),
+        (["doctor", "swav-smal"], "recipe=swav-smal: unknown"),
+        (["doctor", "--data.path", "nowhere"], "data.path=nowhere: does not exist"),
+        (["tune", "swav-small", "--trials", "few"], "trials=few: use None or INT"),
+        ([*SMALL, "--epochs", "3"], "epochs: no such key; did you mean train.epochs"),
+        (["embed", "mine"], "data.path: missing"),
+        (["pertrain", "swav"], "invalid choice: 'pertrain' is no verb; did you mean pretrain"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -197,6 +239,24 @@ def test_help_of_a_recipe_lists_every_setting_with_its_default(capsys: pytest.Ca
     for flag in ("--method.num-prototypes", "--views.local.scale", "--optim.base-lr", "--train.deterministic", "--data.held-out"):
         assert flag in shown
     assert re.search(r"--method\.num-prototypes INT.*?\(default:\s+64\)", shown, re.DOTALL)
+
+
+def test_help_of_a_recipe_says_which_crops_are_the_large_ones(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert ends_with(["pretrain", "moco-v3-small", "--help"]) == 0
+    assert "--views.global.KEY sets first and second" in capsys.readouterr().out
+    assert ends_with(["pretrain", "swav-small", "--help"]) == 0
+    assert "--views.global.KEY sets" not in capsys.readouterr().out
+
+
+def test_settings_go_by_their_names_in_the_config() -> None:
+    config = load_recipe("moco-v3-small")
+    words = ["--train.no-deterministic", "--train.global_batch_size", "32", "--views.global.no-grayscale-first", "--views.global.flip=0"]
+    first_and_second = {f"views.{group}.{key}" for group in ("first", "second") for key in ("grayscale_first", "flip")}
+    assert keys(config, words) == {"train.deterministic", "train.global_batch_size"} | first_and_second
+    on = override(config, {"train.deterministic": True, "views.global.grayscale_first": True})
+    parsed = flatten(parse_settings(on, words, "manyviews"))
+    assert [parsed[key] for key in sorted(keys(config, words))] == [False, 32, 0.0, False, 0.0, False]
 
 
 @pytest.fixture(scope="module")
