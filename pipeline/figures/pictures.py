@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from methods.parts.errors import ConfigError
 from pipeline.marked import Marked, import_marked, marked
+from pipeline.shell import program
 
 if TYPE_CHECKING:
     from pipeline.figures.context import FigureContext
@@ -56,7 +57,7 @@ def find(name: str) -> Picture:
     Raises:
         ConfigError: there is none; the message gives the nearest.
     """
-    import_marked(entries(), name, "figure", "manyviews figure --help")
+    import_marked(entries(), name, "figure", f"{program()} figure --help")
     return _pictures[name]
 
 
