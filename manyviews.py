@@ -25,8 +25,6 @@ from tuning import cli as tuning_cli
 # Idle threads of one process must not spin on cores that another one needs; read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# ---------------------------------------------------------------------------- verbs
-
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain(RunsVerb):
@@ -80,9 +78,8 @@ class Continue(RunsVerb):
         config = parse_settings(from_yaml(earlier.config_text()), settings, f"{program()} continue {earlier.name}")
         from pipeline.train import launch
 
-        return printing.conclude(
-            launch.continue_run(earlier, config, runs_dir=self.runs_dir, run=self.name, console=printing.console()), self
-        )
+        screen = printing.console()
+        return printing.conclude(launch.continue_run(earlier, config, runs_dir=self.runs_dir, run=self.name, console=screen), self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,13 +315,8 @@ class Completion(Verb):
         return 0
 
 
-VERBS: dict[str, type[Verb]] = {
-    kind.__name__.lower(): kind
-    for kind in (
-        *(Pretrain, Resume, Continue, Evaluate, Embed, Views, Figure, Methods, Recipes),
-        *(Tune, Report, Study, Runs, Sync, Doctor, Completion),
-    )
-}
+KINDS = (Pretrain, Resume, Continue, Evaluate, Embed, Views, Figure, Methods, Recipes, Tune, Report, Study, Runs, Sync, Doctor, Completion)
+VERBS: dict[str, type[Verb]] = {kind.__name__.lower(): kind for kind in KINDS}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -63,7 +63,7 @@ def tune(options: Any, settings: list[str], recipe: str, write: Callable[[Any, A
     config = configured(recipe, settings)
     from tuning import search
 
-    command = " ".join(["manyviews", *map(shlex.quote, getattr(options, "argv", sys.argv[1:]))])
+    command = shlex.join(["manyviews", *sys.argv[1:]])
     names = ("trials", "search", "scheduler", "score", "seeds", "seed", "grace", "points", "concurrent", "gpus")
     asked = search.Asked(tuple(options.space), **{name: getattr(options, name) for name in names}, command=command)
     made, code = search.tune(config, asked, runs_dir=_local(options), name=options.name, console=console)
