@@ -13,7 +13,7 @@ from tyro.conf import Positional
 
 from methods.parts.errors import ConfigError
 from pipeline.cli import early, printing
-from pipeline.cli.overrides import configured, parse_settings, split
+from pipeline.cli.overrides import configured, parse_settings, split, tracking_uri
 from pipeline.cli.verb import CROPS, MEASURING, TRAINING, Count, File, Model, Recipe, Run, RunsVerb, Share, Switch, Text, Verb, option, read
 from pipeline.export.find import resolve_model, run_or_model
 from pipeline.figures import pictures
@@ -65,11 +65,14 @@ class Resume(RunsVerb):
 
 @dataclass(frozen=True, kw_only=True)
 class Continue(RunsVerb):
-    """Start a new phase from a run's full last state, with a new schedule."""
+    """Start a new phase from a run's full last state, with a new schedule.
+
+    manyviews continue RUN --train.epochs 50
+    """
 
     settings_help = TRAINING
     earlier: Run  # name or folder of the finished run
-    name: Annotated[Text, option("NAME", "recipe, date and time", name="run")] = None  # name of the new run
+    name: Annotated[Text, option("NAME", "RUN-continued, date and time", name="run")] = None  # name of the new run
 
     def run(self, settings: list[str]) -> int:
         earlier = find_run(self.earlier, self.runs_dir)
@@ -84,7 +87,10 @@ class Continue(RunsVerb):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(RunsVerb):
-    """Measure a backbone by kNN or probes, beside the untrained backbone."""
+    """Measure a backbone by kNN or probes, beside the untrained backbone.
+
+    manyviews evaluate RUN --protocol linear lowshot
+    """
 
     settings_help = MEASURING
     model: Model  # a run, an exported folder, or models:/NAME@best
@@ -94,7 +100,7 @@ class Evaluate(RunsVerb):
     def run(self, settings: list[str]) -> int:
         if not self.protocol:
             raise ConfigError("protocol: a value is missing; use knn, linear or lowshot")
-        folder = resolve_model(self.model, runs_dir=self.runs_dir, uri=_tracking_uri(settings))
+        folder = resolve_model(self.model, runs_dir=self.runs_dir, uri=tracking_uri(settings))
         from pipeline.export import evaluation
 
         config = parse_settings(evaluation.config_of(folder), settings, f"{program()} evaluate {self.model}")
@@ -110,7 +116,10 @@ class Evaluate(RunsVerb):
 
 @dataclass(frozen=True, kw_only=True)
 class Embed(RunsVerb):
-    """Write the features of a folder of images to Parquet."""
+    """Write the features of a folder of images to Parquet.
+
+    manyviews embed RUN --data.path photos/ --to features/
+    """
 
     model: Model  # a run, an exported folder, or models:/NAME@best
     data_path: Annotated[str, option("PATH", name="data.path")]  # images, as for pretrain
@@ -137,7 +146,10 @@ class Embed(RunsVerb):
 
 @dataclass(frozen=True, kw_only=True)
 class Views(RunsVerb):
-    """Draw a contact sheet: the crops and augmentations that a recipe makes of your images."""
+    """Draw a contact sheet: the crops and augmentations that a recipe makes of your images.
+
+    manyviews views swav --data.path photos/
+    """
 
     settings_help = CROPS
     recipe: Recipe  # whose crops are drawn
@@ -159,7 +171,10 @@ class Views(RunsVerb):
 
 @dataclass(frozen=True, kw_only=True)
 class Figure(RunsVerb):
-    """Draw a picture of a run or a model, finished or not, again or of other images."""
+    """Draw a picture of a run or a model, finished or not, again or of other images.
+
+    manyviews figure patch_pca RUN --data.path photos/
+    """
 
     settings_help = MEASURING
     picture: Annotated[Positional[str], option("PICTURE")]  # which picture
@@ -169,7 +184,7 @@ class Figure(RunsVerb):
     def run(self, settings: list[str]) -> int:
         if self.picture not in (entry.name for entry in pictures.entries()):
             pictures.find(self.picture)  # says what there is
-        found = run_or_model(self.model, runs_dir=self.runs_dir, uri=_tracking_uri(settings))
+        found = run_or_model(self.model, runs_dir=self.runs_dir, uri=tracking_uri(settings))
         picture = pictures.find(self.picture)
         from pipeline.figures.context import FigureContext
 
@@ -338,11 +353,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 1
-
-
-def _tracking_uri(settings: list[str]) -> str | None:
-    """Return `--track.uri` among settings that are not parsed yet."""
-    return next((values[0] for key, values in split(settings) if key == "track.uri" and values), None)
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def test_the_help_of_a_setting_is_its_own_comment(kind: type, capsys: pytest.Cap
 @pytest.mark.parametrize("kind", [*manyviews.VERBS.values(), Verb, RunsVerb, TuneOptions], ids=lambda kind: kind.__name__)
 def test_every_option_of_a_verb_has_a_help(kind: type) -> None:
     assert all(own_comments(kind).values())
-    assert (kind.__doc__ or "").endswith((".", ")."))
+    assert str(kind.__doc__).split("\n")[0].endswith(".")
 
 
 @pytest.fixture(scope="module")

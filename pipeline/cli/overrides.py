@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+import tyro
+
 from methods.parts.errors import ConfigError, unknown_key
 from pipeline.cli.parsing import parse
 from pipeline.shell import program
@@ -41,12 +43,11 @@ def parse_settings(config: RunConfig, settings: list[str], prog: str) -> RunConf
     Raises:
         ConfigError: an unknown key, with the nearest names, or a value that does not fit, as one sentence.
     """
-    import tyro
-
     from pipeline.config import RunConfig, flatten, length_given
 
     if "--help" in settings:
-        about = f"Every setting of {config.recipe or 'this run'}, with its type and default.{_groups_meant(config)}"
+        options = f"Options of the command itself: {prog.rpartition(' ')[0]} --help."
+        about = f"Every setting of {config.recipe or 'this run'}, with its type and default.{_groups_meant(config)} {options}"
         tyro.cli(RunConfig, default=config, args=["--help"], prog=prog, description=about)  # exits
     parsed, unknown = parse(RunConfig, _words(config, settings), default=config, prog=prog)
     if unknown and not unknown[0].startswith("--"):
@@ -84,6 +85,11 @@ def split(settings: list[str]) -> list[tuple[str, list[str]]]:
         else:
             raise _one_too_many(word)
     return found
+
+
+def tracking_uri(settings: list[str]) -> str | None:
+    """Return `--track.uri` among settings that are not parsed yet."""
+    return next((values[0] for key, values in split(settings) if key == "track.uri" and values), None)
 
 
 def keys(config: RunConfig, settings: list[str]) -> set[str]:
