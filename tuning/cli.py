@@ -60,7 +60,7 @@ class TuneOptions(RunsVerb):
 def tune(options: Any, settings: list[str], recipe: str, write: Callable[[Any, Any], None], console: Any) -> int:
     from pipeline.cli.overrides import configured
 
-    config = configured(recipe, settings)
+    config = configured(recipe, settings, "tune")
     from tuning import search
 
     command = shlex.join(["manyviews", *sys.argv[1:]])
