@@ -9,6 +9,8 @@ BIN    := $(VENV)/bin
 # they run on the CPU, for which they are written: `make gpu` is for the GPU
 PYTEST := CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 STAMP  := $(VENV)/.manyviews-installed
+# Python compiles what it imports, once; where it must not write that down, pip compiles all
+COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),--compile,--no-compile)
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -32,7 +34,7 @@ $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || { echo "Making the environment $(VENV)"; $(PYTHON) -m venv $(VENV); } \
 	  || { echo "PYTHON=$(PYTHON): cannot make an environment; install its venv module (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
 	@echo "Installing Manyviews and its packages into $(VENV): about 3-5 minutes, once"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable ".[dev]" # Python compiles what it imports
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(COMPILE) --editable ".[dev]"
 	@touch $@
 
 install: $(STAMP) ## make the environment and nothing else

@@ -13,11 +13,14 @@ from methods.parts.contract import Method, RunFacts, find
 from methods.parts.errors import ConfigError
 from methods.parts.vit import enable_gradient_checkpointing, require_whole_patches, vits
 from pipeline.config import RunConfig, from_yaml
+from pipeline.data.decode import BadImage, decode
 from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.loader import TrainLoader
 from pipeline.data.sources.base import absolute_source, open_source, open_test
 from pipeline.resolve import Resolved, resolve
 from pipeline.run_folder import RunFolder
+
+LOOKED_AT = 200  # images that are decoded to say why there are too few; more would keep the answer waiting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,7 @@ def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = 
     if config.evaluate.path is not None:
         open_test(config.data, config.evaluate.path)
     training = dataset.num_training(config.data.held_out)
-    resolved = resolve(config, training, None if training is None else len(dataset))
+    resolved = resolve(config, training, None if training is None else len(dataset), lambda: _left_out(dataset))
     sampler = dataset.make_sampler(
         seed=config.train.seed,
         held_out=config.data.held_out,
@@ -70,6 +73,22 @@ def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = 
         buffer_bytes=data.buffer_bytes,
     )
     return RunContext(config, loader, resolved, build_method(config, facts, start_from))
+
+
+def _left_out(dataset: ImageDataset) -> str:
+    """Return in words how many files are no images, and how many of the first images cannot be decoded; empty if none."""
+    tried = range(len(dataset))[:LOOKED_AT]
+    bad = 0
+    for sample in dataset.read(tried):
+        try:
+            decode(sample.image)
+        except BadImage:
+            bad += 1
+    first = "the first " if len(tried) < len(dataset) else ""
+    others = len(dataset.skipped)
+    counts = {f"of {first}{len(tried)} images {bad} cannot be read": bad, f"other files that are no images: {others}": others}
+    text = "; ".join(sentence for sentence, count in counts.items() if count)
+    return f" ({text})" if text else ""
 
 
 def prepare_resume(folder: RunFolder, start_from: Callable[[nn.Module], None] | None = None) -> RunContext:

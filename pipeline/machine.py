@@ -6,7 +6,9 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
+import sys
 import tempfile
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -73,7 +75,8 @@ def packages() -> Iterable[Check]:
         else:
             outside.append(f"{requirement.name} {version} (tested: {requirement.specifier})")
     if missing:
-        yield Check("packages", "fail", f"missing: {', '.join(missing)}", "pip install " + " ".join(f'"{m}"' for m in missing))
+        remedy = shlex.join([sys.executable, "-m", "pip", "install", *missing])
+        yield Check("packages", "fail", f"missing: {', '.join(missing)}", remedy)
     if outside:
         yield Check("packages", "warn", "; ".join(outside), "make install, or pip install -e ., brings tested versions")
     if not missing and not outside:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from methods.parts.contract import RunFacts, find
@@ -35,11 +36,12 @@ class Resolved:
         return int(self.schedule_stretch * self.facts.total_steps)
 
 
-def resolve(config: RunConfig, num_images: int | None, num_ids: int | None = None) -> Resolved:
+def resolve(config: RunConfig, num_images: int | None, num_ids: int | None = None, left_out: Callable[[], str] = str) -> Resolved:
     """Derive the numbers of a run over `num_images` training images; None = a source without end.
 
     Args:
         num_ids: images of the whole source, held-out ones included; None = nothing is held out.
+        left_out: returns how many images do not count, for the message about too few images.
 
     Raises:
         ConfigError: the batch is larger than the data or no multiple of the shards, or `train.steps_per_epoch` is missing or
@@ -49,7 +51,8 @@ def resolve(config: RunConfig, num_images: int | None, num_ids: int | None = Non
     steps_per_epoch = _steps_per_epoch(config, num_images)
     if num_images is not None and batch > num_images:
         remedy = f"use {max(num_shards, num_images // num_shards * num_shards)} or fewer, or smaller data.num_shards"
-        raise ConfigError(f"train.global_batch_size={batch}: larger than the {num_images} training images; {remedy}")
+        images = f"{num_images} training image{'s' * (num_images != 1)}"
+        raise ConfigError(f"train.global_batch_size={batch}: larger than the {images}{left_out()}; {remedy}")
     if batch % num_shards:
         low = batch // num_shards * num_shards
         near = f"{low} or {low + num_shards}" if low else str(num_shards)

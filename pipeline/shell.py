@@ -22,6 +22,13 @@ def installed(name: str) -> str:
     return _word(script, str(script)) if script.exists() else name
 
 
+def install(extra: str) -> str:
+    """Return the command that adds one of the project's extras to this environment: from the checkout, if this is one."""
+    root = Path(__file__).resolve().parents[1]
+    source = ["-e", f"{root}[{extra}]"] if (root / "pyproject.toml").is_file() else [f"manyviews[{extra}]"]
+    return shlex.join([sys.executable, "-m", "pip", "install", *source])
+
+
 def _word(script: Path, path: str) -> str:
     found = shutil.which(script.name)
     return script.name if found and script.exists() and script.samefile(found) else shlex.quote(path)

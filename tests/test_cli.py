@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import dataclasses
-import inspect
-import io
-import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tyro
 from PIL import Image
 
 import manyviews
 from pipeline.cli import early, printing
+from pipeline.cli.overrides import keys, parse_settings, split
+from pipeline.cli.verb import read
+from pipeline.config import flatten, override
 from pipeline.recipes import load_recipe
 from pipeline.run_folder import command
 
@@ -107,6 +103,14 @@ def test_batch_larger_than_the_data(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "train.global_batch_size=128: larger than the 50 training images; use 48 or fewer" in err
 
 
+def test_too_few_images_and_those_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = images(tmp_path / "images", 2)
+    (folder / "001.jpg").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("no picture")
+    err = mistake([*SMALL, "--data.path", str(folder), "--runs-dir", str(tmp_path / "runs")], capsys)
+    assert "larger than the 2 training images (of 2 images 1 cannot be read; other files that are no images: 1); use 8 or fewer" in err
+
+
 def test_used_run_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = images(tmp_path / "images", 20)
     (tmp_path / "runs" / "mine").mkdir(parents=True)
@@ -123,33 +127,21 @@ def test_unknown_recipe_run_verb_and_option(tmp_path: Path, capsys: pytest.Captu
     assert "--all: no such option of runs" in mistake(["runs", "--all"], capsys)
 
 
-def ends_with(arguments: list[str]) -> int | str | None:
-    """The exit code of a call, returned or raised."""
-    try:
-        return manyviews.main(arguments)
-    except SystemExit as ended:
-        return ended.code
+def test_options_and_settings_in_any_order() -> None:
+    for words in (
+        ["swav", "--protocol", "linear", "lowshot", "--data.path", "photos", "--json", "x.json", "--views.global.scale", "0.3", "1.0"],
+        ["--json=x.json", "--data.path=photos", "swav", "--views.global.scale", "0.3", "1.0", "--protocol", "linear", "lowshot"],
+    ):
+        verb, settings = read(manyviews.VERBS, ["evaluate", *words]) or (None, [])
+        assert isinstance(verb, manyviews.Evaluate)
+        assert (verb.model, verb.protocol, str(verb.json), str(verb.runs_dir)) == ("swav", ("linear", "lowshot"), "x.json", "runs")
+        assert dict(split(settings)) == {"data.path": ["photos"], "views.global.scale": ["0.3", "1.0"]}
 
 
-@pytest.mark.parametrize("flag", ["--help", "-h"])
-@pytest.mark.parametrize("verb", manyviews.parser().verbs)
-def test_every_verb_explains_itself(verb: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ([verb, flag], [verb, "--runs-dir", "elsewhere", flag]):
-        assert ends_with(arguments) == 0
-        out, err = capsys.readouterr()
-        assert err == "" and out.startswith(f"usage: manyviews {verb} ")
-
-
-def test_help_and_lists_load_no_heavy_library() -> None:
-    heavy = {"torch", "ray", "mlflow", "timm", "pandas"}
-    code = f"""
-import contextlib, sys, manyviews
-for arguments in {[[], ["recipes"], *([verb, "--help"] for verb in manyviews.parser().verbs)]}:
-    with contextlib.suppress(SystemExit):
-        assert manyviews.main(arguments) == 0
-assert not (loaded := {heavy} & set(sys.modules)), loaded"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_a_search_space_may_be_given_in_parts() -> None:
+    verb, settings = read(manyviews.VERBS, ["tune", "swav", "--space", "a=log:1:2", "b", "--train.steps=5", "--space=c"]) or (None, [])
+    assert isinstance(verb, manyviews.Tune) and settings == ["--train.steps=5"]
+    assert verb.space == ["a=log:1:2", "b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -170,6 +162,20 @@ assert not (loaded := {heavy} & set(sys.modules)), loaded"""
         ([*SMALL, "--method.msak-ratio", "1"], "method.msak_ratio: no such key"),
         (["evaluate", "mine", "other"], "other: one word too many"),
         (["figure", "scors", "mine"], "figure=scors: unknown"),
+        (["figure", "scores", "mine"], "model=mine: neither a run in runs"),
+        (["evaluate", "mine"], "model=mine: neither a run in runs"),
+        (["evaluate", "models:/mine@best"], "model=models:/mine@best: there is no registry"),
+        (["embed", "mine", "--to", "x", "--data.path", "."], "model=mine: neither a run in runs"),
+        (["evaluate", "mine", "--evaluate.knnk", "3"], "evaluate.knnk: no such key; did you mean evaluate.knn_k"),
+        (["evaluate", "mine", "--protocol", "lin"], "protocol=lin: use one of 'knn', 'linear', 'lowshot'"),
+        (["views", "swav-smal"], "recipe=swav-smal: unknown"),
+        (["views", "swav", "--data.path=nowhere"], "data.path=nowhere: does not exist"),
+        (["doctor", "swav-smal"], "recipe=swav-smal: unknown"),
+        (["doctor", "--data.path", "nowhere"], "data.path=nowhere: does not exist"),
+        (["tune", "swav-small", "--trials", "few"], "trials=few: use None or INT"),
+        ([*SMALL, "--epochs", "3"], "epochs: no such key; did you mean train.epochs"),
+        (["embed", "mine"], "data.path: missing"),
+        (["pertrain", "swav"], "invalid choice: 'pertrain' is no verb; did you mean pretrain"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -189,86 +195,14 @@ def test_settings_are_those_that_the_classes_have() -> None:
     assert set(early.declared()) == {field.name for field in dataclasses.fields(config)} - {"recipe"}
 
 
-def test_help_of_a_recipe_lists_every_setting_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        manyviews.main(["pretrain", "swav-small", "--help"])
-    assert ended.value.code == 0
-    shown = capsys.readouterr().out
-    for flag in ("--method.num-prototypes", "--views.local.scale", "--optim.base-lr", "--train.deterministic", "--data.held-out"):
-        assert flag in shown
-    assert re.search(r"--method\.num-prototypes INT.*?\(default:\s+64\)", shown, re.DOTALL)
-
-
-@pytest.fixture(scope="module")
-def completion_script() -> str:
-    said = {shell: io.StringIO() for shell in ("bash", "zsh")}
-    for shell, out in said.items():
-        with contextlib.redirect_stdout(out):
-            assert manyviews.main(["completion", shell]) == 0
-    assert said["zsh"].getvalue().endswith(said["bash"].getvalue())
-    return said["bash"].getvalue()
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("manyviews pre", ["pretrain"]),
-        ("manyviews pretrain swav-sm", ["swav-small"]),
-        ("manyviews pretrain swav-small --method.temp", ["--method.temperature"]),
-        ("manyviews views byol --views.global.flip", ["--views.global.flip"]),
-        ("manyviews resume mi", ["mine"]),
-        ("manyviews embed --bf", ["--bf16"]),
-        ("manyviews figure sco", ["scores"]),
-        ("manyviews study byol", ["byol-target"]),
-        ("manyviews runs --method", []),
-    ],
-)
-def test_a_shell_completes_commands(line: str, expected: list[str], tmp_path: Path, completion_script: str) -> None:
-    (tmp_path / "runs" / "mine").mkdir(parents=True)
-    words = line.split()
-    ask = f"COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _manyviews manyviews {words[-1]}; printf '%s\\n' \"${{COMPREPLY[@]}}\""
-    done = subprocess.run(["bash", "-c", completion_script + ask], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == expected
-
-
-def config_classes() -> list[type]:
-    """Every dataclass of settings."""
-    from methods.parts.contract import registered
-    from methods.parts.views import CropGroup
-    from pipeline.config import RunConfig
-
-    parts = [field.default_factory for field in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(field.default_factory)]
-    return [*parts, CropGroup, *dict.fromkeys(entry.config for entry in registered().values())]
-
-
-def own_comments(kind: type) -> dict[str, str]:
-    """The comment beside each setting of a class, or in the lines above it; by the setting's name."""
-    lines = inspect.getsource(kind).splitlines()
-    found = {}
-    for node in ast.parse("\n".join(lines)).body[0].body:  # type: ignore[attr-defined]
-        if isinstance(node, ast.AnnAssign):
-            before = itertools.takewhile(lambda line: line.strip().startswith("#"), reversed(lines[: node.lineno - 1]))
-            above = " ".join(line.strip().lstrip("#: ") for line in reversed(list(before)))
-            beside = lines[node.end_lineno - 1].partition("  # ")[2]
-            assert not (above and beside), f"{kind.__name__}.{ast.unparse(node.target)}: one comment, beside the setting or above it"
-            found[ast.unparse(node.target)] = beside or above
-    return found
-
-
-def shown_help(kind: type, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
-    """The help of each setting of a class as a screen shows it, without its default; by the setting's name."""
-    with pytest.raises(SystemExit):
-        tyro.cli(kind, args=["--help"])
-    screen = "\n".join(line.strip("│╭╮╰╯─ ") for line in capsys.readouterr().out.splitlines())
-    shown = re.findall(r"(?m)^--([a-z0-9-]+)[^\n]*?(?:\n| {2,})(.*)\(default:", screen)
-    return {name.replace("-", "_"): text.strip() for name, text in shown}
-
-
-@pytest.mark.parametrize("kind", config_classes(), ids=lambda kind: kind.__name__)
-def test_the_help_of_a_setting_is_its_own_comment(kind: type, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "5000")
-    suppressed = {"first_epoch"}
-    assert shown_help(kind, capsys) == {name: text for name, text in own_comments(kind).items() if name not in suppressed}
+def test_settings_go_by_their_names_in_the_config() -> None:
+    config = load_recipe("moco-v3-small")
+    words = ["--train.no-deterministic", "--train.global_batch_size", "32", "--views.global.no-grayscale-first", "--views.global.flip=0"]
+    first_and_second = {f"views.{group}.{key}" for group in ("first", "second") for key in ("grayscale_first", "flip")}
+    assert keys(config, words) == {"train.deterministic", "train.global_batch_size"} | first_and_second
+    on = override(config, {"train.deterministic": True, "views.global.grayscale_first": True})
+    parsed = flatten(parse_settings(on, words, "manyviews"))
+    assert [parsed[key] for key in sorted(keys(config, words))] == [False, 32, 0.0, False, 0.0, False]
 
 
 def test_lists_for_machines(tmp_path: Path) -> None:

@@ -142,14 +142,18 @@ def pods(job: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def test_the_ray_job_runs_a_verb_of_ours_from_the_image(manifests: tuple[dict[str, Any], dict[str, Any]]) -> None:
     import manyviews
+    from pipeline.cli.verb import read
 
     _, job = manifests
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     program, script, *words = job["spec"]["entrypoint"].split()
     recipe = (ROOT / "deploy" / "Dockerfile").read_text()
     assert (program, script) == ("python", "/manyviews/manyviews.py") and "WORKDIR /manyviews" in recipe
-    options, settings = manyviews.parser().parse_known_args(words)
-    assert (options.verb, str(options.runs_dir), options.recipe) == ("pretrain", "/shared/runs", "swav")
+    asked = read(manyviews.VERBS, words)
+    assert asked is not None
+    verb, settings = asked
+    assert isinstance(verb, manyviews.Pretrain)
+    assert (str(verb.runs_dir), verb.recipe) == ("/shared/runs", "swav")
     assert {setting.split("=")[0] for setting in settings} == {"--data.path", "--train.workers"}
     environment = yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"]
     assert environment["MLFLOW_TRACKING_URI"].startswith("http")

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.export.model_code import when_run
+
 ROOT = Path(__file__).resolve().parents[1]
 RANK = {"methods": 0, "pipeline": 1, "tuning": 2, "manyviews": 3}  # a room imports from its own rank or below
 METHODS_MAY_IMPORT = {"torch", "timm", "methods"} | set(sys.stdlib_module_names)
@@ -97,14 +99,6 @@ def test_right_imports_pass(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------- levels inside pipeline/
 
 
-def when_run(tree: ast.AST) -> Iterator[ast.AST]:
-    """Every node but those under `if TYPE_CHECKING:`, which no run imports."""
-    for node in ast.iter_child_nodes(tree):
-        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
-            yield node
-            yield from when_run(node)
-
-
 def packages_used(root: Path) -> dict[str, set[str]]:
     """For each package of `pipeline/`, and each file beside them, the others that it imports, in functions too."""
     used: dict[str, set[str]] = {}
@@ -161,7 +155,7 @@ def test_every_package_says_what_it_holds() -> None:
 
 def test_the_front_door_opens_without_heavy_libraries() -> None:
     heavy = ("torch", "ray", "mlflow", "timm", "matplotlib", "sklearn", "pandas")
-    code = f"import sys, manyviews; manyviews.parser().format_help(); print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, manyviews; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -270,7 +264,7 @@ def verbs_named(text: str) -> set[str]:
 def known_verbs() -> set[str]:
     import manyviews
 
-    return set(manyviews.parser().verbs)
+    return set(manyviews.VERBS)
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "Makefile", "CHANGELOG.md", "docs/cluster.md", "deploy/rayjob.yaml"])

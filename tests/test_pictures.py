@@ -16,6 +16,7 @@ from pipeline.build import prepare
 from pipeline.config import RunConfig, override, to_yaml
 from pipeline.evaluate.final import Scores
 from pipeline.export import registry
+from pipeline.export.find import run_or_model
 from pipeline.figures import inversion_pictures, pictures
 from pipeline.figures.context import FigureContext
 from pipeline.recipes import load_recipe
@@ -67,7 +68,7 @@ def test_pictures_of_a_finished_run(runs: Path, name: str, tmp_path: Path, capsy
 
 @pytest.mark.parametrize("name", ["attention", "patch_pca"])
 def test_pictures_of_a_run_without_an_export(runs: Path, name: str, tmp_path: Path) -> None:
-    path = pictures.find(name).draw(FigureContext.of("msn", runs_dir=runs), tmp_path / "picture.png")
+    path = pictures.find(name).draw(FigureContext.of(run_or_model("msn", runs_dir=runs)), tmp_path / "picture.png")
     assert path.stat().st_size > 5000
 
 
@@ -75,7 +76,7 @@ def test_pictures_of_a_run_without_an_export(runs: Path, name: str, tmp_path: Pa
 def test_what_features_keep(runs: Path, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a ResNet and of a ViT, with a decoder that learns next to nothing."""
     monkeypatch.setattr(inversion_pictures, "STEPS", 3)
-    path = pictures.find("keeps").draw(FigureContext.of(run, runs_dir=runs), tmp_path / "keeps.png")
+    path = pictures.find("keeps").draw(FigureContext.of(run_or_model(run, runs_dir=runs)), tmp_path / "keeps.png")
     assert path.stat().st_size > 5000
 
 
@@ -94,7 +95,7 @@ def test_an_exported_backbone_has_features_but_no_clusters(runs: Path, tmp_path:
     outside = tmp_path / "model"
     (runs / "swav" / "model").rename(outside)
     try:
-        subject = FigureContext.of(str(outside), runs_dir=runs)
+        subject = FigureContext.of(run_or_model(str(outside), runs_dir=runs))
         subject.config = dataclasses.replace(subject.config, data=dataclasses.replace(subject.config.data, path=DATA))
         assert pictures.find("neighbours").draw(subject, tmp_path / "n.png").is_file()
         for name in ("clusters", "curves"):
@@ -121,7 +122,7 @@ def test_what_cannot_be_drawn_says_why(runs: Path, tmp_path: Path, capsys: pytes
 
 def test_a_finished_run_gets_what_it_has(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither what it has nothing for, nor what takes minutes."""
-    subject = FigureContext.of("swav", runs_dir=runs)
+    subject = FigureContext.of(run_or_model("swav", runs_dir=runs))
     monkeypatch.setitem(vars(subject), "scores", Scores((), "no labels", "none"))
     drawn = {path.stem for path in pictures.draw_for_run(subject, tmp_path)}
     assert (

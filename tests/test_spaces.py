@@ -105,6 +105,17 @@ def test_mistakes_are_one_sentence(word: str, words: str) -> None:
         parse_space([word], SWAV)
 
 
+def test_crops_go_by_global_and_local_whatever_a_recipe_names_them() -> None:
+    config = load_recipe("moco-v3-small")
+    stated, given = parse_space(["views.global.scale", "views.global.grayscale=choice:0,0.2"], config)
+    assert stated.choices == one("views.first.scale", config).choices
+    for knob in (stated, given):
+        flat = flatten(override(config, {knob.key: knob.choices[-1]}))
+        assert [flat[f"views.{group}.{knob.key.rsplit('.')[-1]}"] for group in ("first", "second")] == [knob.choices[-1]] * 2
+    with pytest.raises(ConfigError, match="given twice"):
+        parse_space(["views.global.scale", "views.second.scale"], config)
+
+
 def test_the_same_key_twice_and_none_at_all() -> None:
     with pytest.raises(ConfigError, match="given twice"):
         parse_space(["method.temperature", "method.temperature=log:0.1:1"], SWAV)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from tyro.conf import UseAppendAction
+
+from pipeline.cli.verb import Count, Recipe, RunsVerb, Share, Text, option
 from pipeline.run_folder import command
 
 EXAMPLES = """examples:
@@ -28,31 +31,39 @@ searched values by the recipe's rules. `manyviews resume SWEEP` goes on with an 
 """
 
 
-def add_options(add: argparse.ArgumentParser) -> None:
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions(RunsVerb):
     """The options of `tune`."""
-    add.add_argument("recipe", nargs="?", metavar="RECIPE", help="a starting point; its settings can be changed below")
-    add.add_argument("--space", nargs="+", action="extend", default=[], metavar="KEY=RANGE", help="what to search, see below")
-    add.add_argument("--trials", type=int, metavar="N", help="settings to try (default: 12; a grid: all)")
-    add.add_argument("--search", default="random", metavar="NAME", help="random, grid or optuna (default: random)")
-    add.add_argument("--scheduler", default="asha", metavar="NAME", help="asha, none or pbt (default: asha)")
-    words = "what ranks the trials: knn or linear on held-out training images, or without labels rankme (default: knn)"
-    add.add_argument("--score", default="knn", metavar="NAME", help=words)
-    add.add_argument("--seeds", type=int, default=1, metavar="N", help="trials of each setting, each with another seed (default: 1)")
-    add.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws: the same seed draws the same trials (default: 0)")
-    add.add_argument("--points", type=int, default=4, metavar="N", help="values of each range in a grid (default: 4)")
-    add.add_argument("--grace", type=int, metavar="STEPS", help="steps before asha cuts, or between pbt's exchanges (default: by rule)")
-    add.add_argument("--concurrent", type=int, metavar="N", help="trials at the same time (default: one for four cores, or as many as fit)")
-    add.add_argument("--gpus", type=float, metavar="SHARE", help="part of a GPU for each trial, e.g. 0.5 (default: 1 where there are GPUs)")
-    add.add_argument("--name", metavar="SWEEP", help="name of the sweep (default: tune, recipe, date and time)")
+
+    recipe: Recipe  # a starting point; its settings can be changed as below
+    #: what to search, as below
+    space_words: Annotated[UseAppendAction[tuple[tuple[str, ...], ...]], option("KEY=RANGE ...", name="space")] = ()
+    trials: Annotated[Count, option("N", "12; a grid: all")] = None  # settings to try
+    search: Annotated[str, option("NAME")] = "random"  # random, grid or optuna
+    scheduler: Annotated[str, option("NAME")] = "asha"  # asha, none or pbt
+    #: what ranks the trials: knn or linear on held-out training images, or without labels rankme
+    score: Annotated[str, option("NAME")] = "knn"
+    seeds: Annotated[int, option("N")] = 1  # trials of each setting, each with another seed
+    seed: Annotated[int, option("N")] = 0  # of the draws: the same seed draws the same trials
+    points: Annotated[int, option("N")] = 4  # values of each range in a grid
+    grace: Annotated[Count, option("STEPS", "by rule")] = None  # steps before asha cuts, or between pbt's exchanges
+    concurrent: Annotated[Count, option("N", "one for four cores, or as many as fit")] = None  # trials at the same time
+    gpus: Annotated[Share, option("SHARE", "1 where there are GPUs")] = None  # part of a GPU for each trial, e.g. 0.5
+    name: Annotated[Text, option("SWEEP", "tune, recipe, date and time")] = None  # name of the sweep
+
+    @property
+    def space(self) -> list[str]:
+        """What to search, of all `--space`."""
+        return [words for given in self.space_words for words in given]
 
 
 def tune(options: Any, settings: list[str], recipe: str, write: Callable[[Any, Any], None], console: Any) -> int:
     from pipeline.cli.overrides import configured
 
-    config = configured(recipe, settings)
+    config = configured(recipe, settings, "tune")
     from tuning import search
 
-    command = " ".join(["manyviews", *map(shlex.quote, getattr(options, "argv", sys.argv[1:]))])
+    command = shlex.join(["manyviews", *sys.argv[1:]])
     names = ("trials", "search", "scheduler", "score", "seeds", "seed", "grace", "points", "concurrent", "gpus")
     asked = search.Asked(tuple(options.space), **{name: getattr(options, name) for name in names}, command=command)
     made, code = search.tune(config, asked, runs_dir=_local(options), name=options.name, console=console)

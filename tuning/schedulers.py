@@ -11,6 +11,7 @@ from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
 from ray.tune.search import Searcher
 
 from methods.parts.errors import ConfigError
+from pipeline.shell import install
 from tuning.draws import as_value, explored
 from tuning.spaces import Knob
 
@@ -130,7 +131,8 @@ class Optuna:
         try:
             import optuna
         except ImportError:
-            raise ConfigError('--search optuna: Optuna is not installed; pip install -e ".[tuning]", or use --search random') from None
+            remedy = f"install it with `{install('tuning')}`, or use --search random"
+            raise ConfigError(f"--search optuna: Optuna is not installed; {remedy}") from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.optuna, self.knobs = optuna, knobs
         # other seed with each life, or the second would begin by trying what the first has tried

@@ -12,7 +12,7 @@ import yaml
 
 from methods.parts.errors import ConfigError, require, unknown_key
 from methods.parts.fields import SearchRange
-from pipeline.config import RunConfig, flatten
+from pipeline.config import RunConfig, flatten, keys_meant
 
 SYNTAX = "use KEY=log:0.05:0.5, linear:0:1, int:2:8 or choice:100,300"
 
@@ -109,16 +109,19 @@ def parse_space(words: Iterable[str], config: RunConfig) -> list[Knob]:
     Raises:
         ConfigError: a key that is unknown, given twice or without a range, or a range that does not fit the setting.
     """
-    known = flatten(config)
+    known, ranges = flatten(config), search_ranges(config)
     knobs: list[Knob] = []
     for word in words:
         key, given, text = word.removeprefix("--").partition("=")
         key = key.replace("-", "_")
-        if key not in known:
+        meant = keys_meant(config, key)
+        if meant[0] not in known:
             raise unknown_key(key, known)
-        if key in {knob.key for knob in knobs}:
+        if any(other in meant for knob in knobs for other in keys_meant(config, knob.key)):
             raise ConfigError(f"--space {key}: given twice; give one range")
-        knobs.append(_parsed(key, text, known[key]) if given else _stated(key, known[key], search_ranges(config)))
+        if meant[0] in ranges:
+            ranges[key] = ranges[meant[0]]
+        knobs.append(_parsed(key, text, known[meant[0]]) if given else _stated(key, known[meant[0]], ranges))
     if not knobs:
         raise ConfigError("--space: missing; name what to search, e.g. --space method.temperature=log:0.05:0.5")
     return knobs

@@ -1,4 +1,4 @@
-"""What the commands share: settings from the command line, tables and JSON.
+"""The command line: verbs and their options, settings over a recipe, early answers, completion, tables and JSON.
 
-Not here: the commands and their options (`manyviews.py`).
+Not here: the commands themselves (`manyviews.py`).
 """

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
 from collections.abc import Mapping
+
+from pipeline.cli import early
+from pipeline.cli.verb import Verb, show_help
 
 RUNS = "$(cd runs 2>/dev/null && ls)"  # looked up when a word is completed
 ZSH = "autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && bashcompinit\n"
@@ -19,21 +25,20 @@ complete -o default -F _manyviews manyviews
 """
 
 
-def script(shell: str, words: Mapping[str, list[str]]) -> str:
+def script(shell: str, verbs: Mapping[str, type[Verb]], names: Mapping[str, list[str]]) -> str:
     """Return the completion script of `bash` or `zsh`, where a file's name is completed if nothing else fits.
 
     Args:
-        words: for each verb what may follow it.
+        names: for the words of arguments in the help, such as RECIPE, what may stand there.
     """
-    cases = "\n".join(f'      {verb}) words="{" ".join(rest)}" ;;' for verb, rest in words.items())
-    return (ZSH if shell == "zsh" else "") + SCRIPT.format(verbs=" ".join(words), cases=cases)
-
-
-def settings() -> list[str]:
-    """Return every setting as an option; of the crops those of `global` and `local`, which all recipes know."""
-    from pipeline.cli.early import declared
-
-    groups = declared()
-    crops = groups.pop("views")
-    groups |= {"views.global": crops, "views.local": crops}
-    return [f"--{group}.{key}".replace("_", "-") for group, keys in groups.items() for key in keys]
+    names = {place: [RUNS] for place in ("RUN", "SWEEP", "RUN_OR_MODEL", "RUN_OR_SWEEP")} | {"bash,zsh": ["bash", "zsh"], **names}
+    cases = []
+    for verb, kind in verbs.items():
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown):
+            show_help(kind, verb)
+        places = re.findall(r"(?m)^[│ ] (?:-h, )?(--[\w.-]+|[\[{]?[A-Z_,a-z]+[\]}]?)", shown.getvalue())
+        words = [word for place in places for word in names.get(place.strip("{}[]"), [place] if place.startswith("--") else [])]
+        settings = [f"--{key}".replace("_", "-") for key in early.all_settings()] if kind.settings_help else []
+        cases.append(f'      {verb}) words="{" ".join(dict.fromkeys([*words, *settings]))}" ;;')
+    return (ZSH if shell == "zsh" else "") + SCRIPT.format(verbs=" ".join(verbs), cases="\n".join(cases))

@@ -18,14 +18,14 @@ def check(settings: list[tuple[str, list[str]]], recipe: str | None) -> None:
         settings: names, dotted, with their values.
         recipe: whose method's settings are proposed; None = those of all methods.
     """
-    known = declared()
+    known = {leaf for names in declared().values() for leaf in names} if settings else set()
     for given, values in settings:
         key = given.replace("-", "_")
         prefix, _, leaf = key.rpartition(".")
-        if not any(leaf.removeprefix("no_") in names for names in known.values()):
-            own = declared(recipe).get(prefix.partition(".")[0])
-            near = [f"{prefix}.{name}" for name in own] if own else [f"{group}.{name}" for group in known for name in known[group]]
-            raise unknown_key(key, near)
+        if leaf.removeprefix("no_") not in known:
+            own = declared(recipe)
+            group = prefix.partition(".")[0]
+            raise unknown_key(key, [f"{prefix}.{name}" for name in own[group]] if group in own else all_settings())
         if key in ("data.path", "evaluate.path") and values:
             require_exists(key, values[0])
 
@@ -38,22 +38,37 @@ def require_exists(key: str, path: str) -> None:
         raise ConfigError(nothing_at(path, key))
 
 
+def all_settings() -> list[str]:
+    """Return every setting by its dotted name; of the crops those of `global` and `local`, which all recipes know."""
+    groups = declared()
+    crops = groups.pop("views")
+    return [f"{group}.{name}" for group, names in (groups | {"views.global": crops, "views.local": crops}).items() for name in names]
+
+
 def declared(recipe: str | None = None) -> dict[str, list[str]]:
-    """The names of the settings of each group, read from the files that declare them; `method` has those of a recipe or of all."""
+    """Return the names of the settings of each group, read from the files that declare them, as importing those loads torch.
+
+    Args:
+        recipe: whose method's settings `method` has; None = those of all methods.
+    """
     from pipeline.recipes import entries
 
-    uses = "".join((ROOT / f"{entry.module.replace('.', '/')}.py").read_text() for entry in entries() if entry.name == recipe)
-    methods = [file for file in sorted((ROOT / "methods").glob("*.py")) if not uses or f"methods.{file.stem} " in uses]
-    found = {name.removesuffix("Config").lower(): names for name, names in _fields(ROOT / "pipeline" / "config.py").items()}
-    return {group: found[group] for group in GROUPS} | {
-        "backbone": _fields(ROOT / "methods" / "parts" / "backbones.py")["BackboneConfig"],
-        "views": _fields(ROOT / "methods" / "parts" / "views.py")["CropGroup"],
-        "method": list(dict.fromkeys(name for file in methods for names in _fields(file).values() for name in names)),
+    modules = {f"{entry.module.replace('.', '/')}.py" for entry in entries() if recipe in (None, entry.name)}
+    uses = "".join((ROOT / module).read_text() for module in modules)
+    methods = [file for file in sorted((ROOT / "methods").glob("*.py")) if f"methods.{file.stem} " in uses]
+    of_run = _settings(ROOT / "pipeline" / "config.py")
+    return {group: of_run[f"{group.title()}Config"] for group in GROUPS} | {
+        "backbone": _settings(ROOT / "methods" / "parts" / "backbones.py")["BackboneConfig"],
+        "views": _settings(ROOT / "methods" / "parts" / "views.py")["CropGroup"],
+        "method": list(dict.fromkeys(name for file in methods for names in _settings(file).values() for name in names)),
     }
 
 
-def _fields(file: Path) -> dict[str, list[str]]:
-    """The settings of each config class of a file."""
-    nodes = ast.parse(file.read_text()).body
-    classes = [node for node in nodes if isinstance(node, ast.ClassDef) and node.name.endswith(("Config", "CropGroup"))]
-    return {node.name: [ast.unparse(field.target) for field in node.body if isinstance(field, ast.AnnAssign)] for node in classes}
+def _settings(file: Path) -> dict[str, list[str]]:
+    """Return the settings that each config class of a file declares."""
+    classes = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)]
+    return {
+        node.name: [ast.unparse(field.target) for field in node.body if isinstance(field, ast.AnnAssign)]
+        for node in classes
+        if node.name.endswith(("Config", "CropGroup"))
+    }

@@ -1,4 +1,4 @@
-"""What the verbs print: tables of scores, the end of a run, and the same for machines."""
+"""Output of the verbs: tables of scores, the end of a run, lists of runs, and results as JSON."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from pipeline.run_folder import command
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def conclude(outcome: RunResult, options: Any) -> int:
-    """Say how a run ended and what can be done next."""
+    """Print how a run ended and what can be done next, and return the exit code."""
     screen, name, runs = console(), outcome.folder.name, options.runs_dir
     write_json(options, outcome.to_dict())
     if outcome.status == "interrupted":
@@ -49,11 +50,12 @@ def conclude(outcome: RunResult, options: Any) -> int:
 
 
 def browse(uri: str) -> str:
-    """How to look at a tracking store: the address of a server, or the command that shows a database."""
+    """Return how to look at a tracking store: the address of a server, or the command that shows a database."""
     return uri if uri.startswith("http") else f"{installed('mlflow')} ui --backend-store-uri {shlex.quote(uri)}"
 
 
 def show_scores(scores: Scores) -> None:
+    """Print the kNN accuracy beside its baselines."""
     from rich.table import Table
 
     screen = console()
@@ -74,6 +76,7 @@ def show_scores(scores: Scores) -> None:
 
 
 def show_probe(scores: ProbeScores) -> None:
+    """Print the accuracy of a linear or low-shot classifier beside that on the untrained backbone."""
     from rich.table import Table
 
     table = Table(title=None, show_edge=False, pad_edge=False)
@@ -89,13 +92,14 @@ def show_probe(scores: ProbeScores) -> None:
 
 
 def console() -> Any:
+    """Return the screen to print on."""
     from rich.console import Console
 
     return Console()
 
 
 def show_table(columns: list[str], rows: list[tuple[Any, ...]], *, heads: bool = True) -> None:
-    """Columns that fold where the screen is narrow."""
+    """Print a table whose columns fold where the screen is narrow."""
     from rich.table import Table
 
     table = Table(show_edge=False, pad_edge=False) if heads else Table.grid(padding=(0, 2))
@@ -106,8 +110,15 @@ def show_table(columns: list[str], rows: list[tuple[Any, ...]], *, heads: bool =
     console().print(table)
 
 
+def listing(title: str, rows: Iterable[tuple[str, str]]) -> str:
+    """Return names with what they are, one a line."""
+    rows = list(rows)
+    width = max(len(name) for name, _ in rows)
+    return f"{title}:\n" + "".join(f"  {name:{width}}  {words}\n" for name, words in rows)
+
+
 def show_run(state: dict[str, Any], options: Any) -> None:
-    """What `RunFolder.state` tells of one run, as far as a person wants to know; `--json` has all of it."""
+    """Print what `RunFolder.state` tells of one run, as far as people need it; `--json` has all of it."""
     who = f" (process {state.get('pid')} on {state.get('host')})" if state["status"] == "running" else ""
     rows = {
         "run": state["name"],
@@ -127,7 +138,7 @@ def show_run(state: dict[str, Any], options: Any) -> None:
 
 
 def show_runs(states: list[dict[str, Any]], sweeps: list[dict[str, Any]], options: Any) -> None:
-    """A line for each run, as `RunFolder.state` tells of it, and for each sweep."""
+    """Print a line for each run, as `RunFolder.state` tells of it, and for each sweep."""
     if states:
         show_table(
             ["run", "state", "step", "kNN held-out", "how to go on"],
@@ -150,7 +161,7 @@ def percent(fraction: float | None) -> str:
 
 
 def next_command(state: dict[str, Any], options: Any) -> str:
-    """What a user does next with a run; nothing while it runs."""
+    """Return the command to go on with a run; empty while it runs."""
     verb = {"finished": "evaluate", "interrupted": "resume", "failed": "resume", "created": "resume"}.get(state["status"])
     return command(verb, state["name"], runs_dir=options.runs_dir) if verb else ""
 
@@ -168,6 +179,7 @@ def _moment(seconds: float | None) -> str | None:
 
 
 def write_json(options: Any, value: Any) -> None:
+    """Write a result to the file of `--json`, if there is one."""
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(value, indent=2, default=str) + "\n")

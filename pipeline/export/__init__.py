@@ -2,3 +2,5 @@
 
 Not here: metrics and curves in MLflow (`pipeline.tracking`).
 """
+
+WEIGHTS, SPEC = "backbone.safetensors", "backbone.json"  # the two files of an export

@@ -30,19 +30,19 @@ def sources(*modules: str) -> dict[str, str]:
             continue
         found[name] = file.read_text()
         wanted.append(name.rpartition(".")[0])
-        for node in _run(ast.parse(found[name])):
+        for node in when_run(ast.parse(found[name])):
             if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in ("methods", "pipeline"):
                 wanted += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
     return found
 
 
-def _run(tree: ast.AST) -> Iterator[ast.AST]:
+def when_run(tree: ast.AST) -> Iterator[ast.AST]:
     """Yield every node below `tree`, except those under `if TYPE_CHECKING:`."""
     skipped = tree.body if isinstance(tree, ast.If) and ast.unparse(tree.test) == "TYPE_CHECKING" else []
     for node in ast.iter_child_nodes(tree):
         if node not in skipped:
             yield node
-            yield from _run(node)
+            yield from when_run(node)
 
 
 def _literal(text: str) -> str:

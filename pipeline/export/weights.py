@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from methods.parts.backbones import BackboneConfig, build_backbone
 from methods.parts.errors import ConfigError
+from pipeline.export import SPEC, WEIGHTS
 
 Triple = tuple[float, float, float]
-WEIGHTS, SPEC = "backbone.safetensors", "backbone.json"
 
 
 @dataclass(frozen=True, kw_only=True)

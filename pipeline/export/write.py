@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from methods.parts.backbones import BackboneConfig, num_features
-from pipeline.export.weights import SPEC, WEIGHTS, ExportSpec, Triple
+from pipeline.export import SPEC, WEIGHTS
+from pipeline.export.weights import ExportSpec, Triple
 from pipeline.run_folder import write_json
 from pipeline.storage.place import write_atomic
 

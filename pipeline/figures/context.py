@@ -24,11 +24,11 @@ from pipeline.evaluate.clusters import Clusters
 from pipeline.evaluate.features import calibrate_batchnorm
 from pipeline.evaluate.final import MEMORY_LIMIT, Scores, final_scores
 from pipeline.evaluate.online import Online
-from pipeline.export import registry
+from pipeline.export import SPEC, registry
 from pipeline.export.evaluation import config_of
-from pipeline.export.weights import SPEC
 from pipeline.figures.pictures import NothingToDraw
-from pipeline.run_folder import RunFolder, find_run
+from pipeline.run_folder import RunFolder
+from pipeline.shell import program
 
 MANY = 2**31  # images of a run whose tables by image are not read
 
@@ -50,18 +50,12 @@ class FigureContext:
     export: Path | None = None
 
     @classmethod
-    def of(cls, reference: str, *, runs_dir: Path, uri: str | None = None) -> FigureContext:
-        """Return the context of a run, finished or not, or of a model as `registry.resolve_model` finds it.
-
-        Raises:
-            ConfigError: neither a run nor a model.
-        """
+    def of(cls, found: RunFolder | Path) -> FigureContext:
+        """Return the context of a run or an export, as `pipeline.export.find.run_or_model` finds them."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if any((folder / "run.json").is_file() for folder in (runs_dir / reference, Path(reference))):
-            folder = find_run(reference, runs_dir)
-            return cls(from_yaml(folder.config_text()), device, folder)
-        export = registry.resolve_model(reference, runs_dir=runs_dir, uri=uri)
-        return cls(config_of(export), device, export=export)
+        if isinstance(found, RunFolder):
+            return cls(from_yaml(found.config_text()), device, found)
+        return cls(config_of(found), device, export=found)
 
     @property
     def name(self) -> str:
@@ -151,7 +145,8 @@ class FigureContext:
         chosen = np.sort(np.random.default_rng(seed).permutation(ids)[:most])
         found = evaluation_images(self.dataset, chosen, self.config.evaluation_size)
         if not len(found.images):
-            raise ConfigError(f"data.path={self.config.data.path}: none of {len(chosen)} images tried can be decoded; see manyviews doctor")
+            tried = f"none of {len(chosen)} images tried can be decoded"
+            raise ConfigError(f"data.path={self.config.data.path}: {tried}; see {program()} doctor")
         return found
 
 

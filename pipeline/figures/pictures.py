@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from methods.parts.errors import ConfigError
 from pipeline.discovery import Entry, discover, import_entry
+from pipeline.shell import program
 
 if TYPE_CHECKING:
     from pipeline.figures.context import FigureContext
@@ -56,7 +57,7 @@ def find(name: str) -> Picture:
     Raises:
         ConfigError: the name is unknown; the message gives the nearest names.
     """
-    import_entry(entries(), name, "figure", "manyviews figure --help")
+    import_entry(entries(), name, "figure", f"{program()} figure --help")
     return _pictures[name]
 
 

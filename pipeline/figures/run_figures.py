@@ -20,6 +20,7 @@ from pipeline.evaluate.clusters import Clusters
 from pipeline.evaluate.final import Scores
 from pipeline.figures import charts
 from pipeline.run_folder import RunFolder
+from pipeline.shell import program
 
 if TYPE_CHECKING:
     from pipeline.build import RunContext
@@ -43,7 +44,7 @@ def views_sheet(config: RunConfig, dataset: ImageDataset, path: Path, *, images:
         if len(chosen) == images:
             break
     if not chosen:
-        raise ConfigError(f"data.path={config.data.path}: none of {len(tried)} images tried can be decoded; see manyviews doctor")
+        raise ConfigError(f"data.path={config.data.path}: none of {len(tried)} images tried can be decoded; see {program()} doctor")
     heights, widths = (np.array([image.shape[axis] for image in originals]) for axis in (0, 1))
     tables = draw_views(config.train.seed, 0, np.array(chosen), heights, widths, config.views)
     crops = {name: torch.from_numpy(cut) for name, cut in cut_crops(originals, tables, config.views).items()}

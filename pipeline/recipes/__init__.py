@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.discovery import Entry, discover, import_entry
+from pipeline.shell import program
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -39,5 +40,5 @@ def load_recipe(name: str) -> RunConfig:
     Raises:
         ConfigError: no recipe of that name; the message gives the nearest.
     """
-    import_entry(entries(), name, "recipe", "manyviews recipes")
+    import_entry(entries(), name, "recipe", f"{program()} recipes")
     return replace(_functions[name](), recipe=name)

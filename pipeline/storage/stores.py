@@ -9,6 +9,8 @@ import contextlib
 import datetime
 import os
 import re
+import shlex
+import sys
 import tarfile
 from collections.abc import Iterator
 from functools import lru_cache
@@ -73,7 +75,8 @@ def _file_system(scheme: str, bucket: str, anonymous: bool, attempts: int, endpo
         try:
             from huggingface_hub import HfFileSystem
         except ImportError:
-            raise ConfigError('data.path=hf://...: needs huggingface_hub; pip install -e ".[hf]"') from None
+            remedy = shlex.join([sys.executable, "-m", "pip", "install", "huggingface_hub"])
+            raise ConfigError(f"data.path=hf://...: needs huggingface_hub; {remedy}") from None
         return fs.PyFileSystem(fs.FSSpecHandler(HfFileSystem()))
     if scheme == "gs":
         patience = datetime.timedelta(seconds=2 * attempts)  # Google's default is 15 minutes
