@@ -204,7 +204,7 @@ def test_the_address_of_a_dashboard_is_explained_and_a_row_of_the_doctors(monkey
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
     with pytest.raises(ConfigError, match=r"^RAY_ADDRESS=http.*ray job submit --working-dir \. --"):
         ray_data.start_ray()
-    check = find(report.diagnose(runs_dir=tmp_path), "Ray")
+    check = find(report.diagnose(runs_dir=tmp_path), "cluster")
     assert (check.ok, check.found) == ("fail", "RAY_ADDRESS=http://127.0.0.1:8265") and "ray job submit" in check.remedy
 
 
