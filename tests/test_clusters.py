@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import normalized_mutual_info_score
 from torch import nn
 
 from methods.parts.contract import RunFacts
 from methods.parts.norms import convert_sync_batchnorm
 from methods.swav import SwAV, SwAVConfig
-from pipeline.data.loader import EvaluationImages
-from pipeline.evaluate import online
+from pipeline.data.sources.base import open_source
 from pipeline.evaluate.clusters import Clusters, assign
 from pipeline.evaluate.online import Online
 from pipeline.figures import cluster_charts, style
@@ -177,25 +176,24 @@ def test_clusters_are_measured_where_knn_is_and_without_it(tmp_path: Path) -> No
         assert said.count("one cluster holds 4 of 4 images at step 4") == 1  # equal images; the patience is 3 steps
 
 
-def test_without_labels_some_training_images_are_clustered(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def read(dataset, ids, size):
-        asked.append(ids)
-        return EvaluationImages(torch.zeros(len(ids), size, size, 3, dtype=torch.uint8), torch.full((len(ids),), -1), torch.tensor(ids), [])
-
-    monkeypatch.setattr(online, "evaluation_images", read)
-    dataset = SimpleNamespace(
-        labels=np.full(50, -1), training_ids=lambda fraction: np.arange(50), held_out_ids=lambda fraction: np.empty(0, np.int64)
-    )
+def test_without_labels_some_training_images_are_clustered(tmp_path: Path) -> None:
+    for i in range(50):
+        Image.new("RGB", (8, 8), (5 * i, 0, 0)).save(tmp_path / f"{i:02}.png")
     run = config()
-    run = dataclasses.replace(run, evaluate=dataclasses.replace(run.evaluate, online_bank=20))
+    run = dataclasses.replace(
+        run, data=dataclasses.replace(run.data, path=str(tmp_path)), evaluate=dataclasses.replace(run.evaluate, online_bank=20)
+    )
+    dataset = open_source(run.data)
     measured = Online(run, dataset, torch.device("cpu"), torch.float32)
     assert not measured.has_knn
-    first, again = measured.clusters(Clustered()), measured.clusters(Clustered())
-    (ids,) = asked  # read once
-    assert len(set(ids)) == 20 and sorted(ids) == list(ids) and max(ids) < 50
-    assert len(first.assignments) == len(again.assignments) == 20
+    first = measured.clusters(Clustered())
+    for path in tmp_path.iterdir():
+        path.unlink()
+    again = measured.clusters(Clustered())  # the images were read once
+    shown = [int(image[0, 0, 0]) // 5 for image in first.images]
+    assert len(set(shown)) == 20 and set(shown) <= set(dataset.training_ids(run.data.held_out).tolist())
+    np.testing.assert_array_equal(first.assignments, again.assignments)
+    assert np.isfinite(first.scores).all() and (first.labels == -1).all()
 
 
 def test_empty_clusters_are_warned_of_once_where_there_are_images_enough() -> None:

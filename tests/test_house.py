@@ -269,8 +269,6 @@ def known_verbs() -> set[str]:
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "Makefile", "CHANGELOG.md", "docs/cluster.md", "deploy/rayjob.yaml"])
 def test_pages_name_verbs_that_exist(page: str) -> None:
-    if not (ROOT / page).exists():
-        pytest.skip(f"{page} is not written yet")
     assert verbs_named((ROOT / page).read_text()) - known_verbs() == set()
 
 

@@ -75,14 +75,6 @@ def test_a_worker_whose_attempt_was_given_up_exits(ray_local: None, tmp_path: Pa
         ray.get(task, timeout=30)
 
 
-class Failed(Exception):
-    """Like Ray Train's `WorkerGroupError`; one without failures of workers is like its `ControllerError`."""
-
-    def __init__(self, **failures: Exception) -> None:
-        super().__init__("Training failed")
-        self.worker_failures = {int(rank[1:]): failure for rank, failure in failures.items()}
-
-
 def died() -> Exception:
     from ray.exceptions import ActorDiedError
 
@@ -109,8 +101,12 @@ PEER_GONE = RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed 
     ],
 )
 def test_what_a_failure_means(failures: dict[str, Exception], kind: type[Exception], words: str) -> None:
+    from ray.train import ControllerError, WorkerGroupError
+
+    workers = {int(rank[1:]): failure for rank, failure in failures.items()}
+    error = WorkerGroupError("Training failed", workers) if workers else ControllerError(RuntimeError("no node"))
     with pytest.raises(kind, match=words):
-        raise failure_of(Failed(**failures))
+        raise failure_of(error)
 
 
 def test_a_worker_that_cannot_load_our_code_ends_the_run(ray_local: None, tmp_path: Path) -> None:

@@ -225,12 +225,19 @@ def test_a_request_lost_on_the_way_back_makes_no_second_run(tmp_path: Path, uri:
     again.close()
 
 
-def test_a_full_disk_does_not_stop_the_loop(tmp_path: Path) -> None:
-    tracker = start(tmp_path / "a", DEAD)
-    (tmp_path / "a" / "metrics.jsonl").unlink(missing_ok=True)
-    (tmp_path / "a" / "metrics.jsonl").mkdir()  # cannot be written, for whatever reason
+def test_a_full_disk_does_not_stop_the_loop_and_is_told(tmp_path: Path, uri: str) -> None:
+    points = tmp_path / "a" / "metrics.jsonl"
+    tracker = start(tmp_path / "a", uri)
     tracker.log(1, {"loss": 1.0})
-    tracker.close(timeout_s=5)
+    points.rename(tmp_path / "kept")
+    points.mkdir()  # cannot be written, for whatever reason
+    tracker.log(2, {"loss": 2.0})
+    assert tracker.problem == "metrics.jsonl cannot be written: Is a directory"
+    points.rmdir()
+    (tmp_path / "kept").rename(points)
+    tracker.log(3, {"loss": 3.0})
+    assert tracker.close() == 0
+    assert history(tmp_path / "a", uri, "loss") == [(1, 1.0), (3, 3.0)]
 
 
 def test_logging_waits_for_nobody(tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """Colour, blur and normalisation equal torchvision's float operations, sample by sample."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from torchvision.transforms.v2 import functional as F
 from methods.parts.views import CropGroup
 from pipeline.data.augment import ORDERS, augment_crops, augment_views, blur_radius
 from pipeline.data.crops import COLUMN, draw_views
+from pipeline.data.loader import Batch
 from pipeline.data.normalise import normalise
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -108,7 +108,7 @@ def test_views_are_view_major(channels_last: bool) -> None:
     sizes = np.full(5, 40)
     tables = draw_views(0, 0, np.arange(5), sizes, sizes, views)
     pixels = {name: torch.randint(0, 256, (5, g.count, g.size, g.size, 3), dtype=torch.uint8) for name, g in views.items()}
-    batch = SimpleNamespace(crops=pixels, tables=tables, ids=torch.arange(5), labels=torch.full((5,), -1))
+    batch = Batch(crops=pixels, tables=tables, ids=torch.arange(5), labels=torch.full((5,), -1), epoch=0, step=0, bad=[])
     before = {name: crop.clone() for name, crop in pixels.items()}
     finished = augment_views(batch, views, MEAN, STD, "cpu", channels_last=channels_last)
     assert [tuple(c.shape) for c in finished.crops] == [(5, 3, 24, 24)] * 2 + [(5, 3, 12, 12)] * 3
@@ -128,7 +128,7 @@ def test_groups_of_one_size_keep_their_own_settings() -> None:
     sizes = np.full(9, 40)
     tables = draw_views(0, 0, np.arange(9), sizes, sizes, views)
     pixels = {name: torch.randint(0, 256, (9, g.count, g.size, g.size, 3), dtype=torch.uint8) for name, g in views.items()}
-    batch = SimpleNamespace(crops=pixels, tables=tables, ids=torch.arange(9), labels=torch.full((9,), -1))
+    batch = Batch(crops=pixels, tables=tables, ids=torch.arange(9), labels=torch.full((9,), -1), epoch=0, step=0, bad=[])
     finished = augment_views(batch, views, MEAN, STD, "cpu")
     assert list(finished.stacks) == ["first", "small", "other"]
     for name, group in views.items():
@@ -143,7 +143,7 @@ def test_the_device_is_never_asked() -> None:
     sizes = np.full(20, 40)
     tables = draw_views(0, 0, np.arange(20), sizes, sizes, views)
     pixels = {name: torch.zeros((20, g.count, g.size, g.size, 3), dtype=torch.uint8) for name, g in views.items()}
-    batch = SimpleNamespace(crops=pixels, tables=tables, ids=torch.arange(20), labels=torch.full((20,), -1))
+    batch = Batch(crops=pixels, tables=tables, ids=torch.arange(20), labels=torch.full((20,), -1), epoch=0, step=0, bad=[])
     finished = augment_views(batch, views, MEAN, STD, "meta")
     assert [tuple(stack.shape) for stack in finished.stacks.values()] == [(40, 3, 24, 24), (20, 3, 12, 12)]
     assert all(stack.is_meta and stack.is_contiguous(memory_format=torch.channels_last) for stack in finished.stacks.values())
