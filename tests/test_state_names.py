@@ -16,6 +16,8 @@ NAMES = {
     "coke-small": (39, "c13fda3f09f4"),
     "deepcluster-v2-small": (11, "dd74d85d935b"),
     "dino-small": (36, "28a327d4d2d6"),
+    "dinov2-small": (53, "eeb6592a9833"),
+    "ibot-small": (53, "eeb6592a9833"),
     "mae-small": (19, "da9f12048120"),
     "moco-v1-small": (9, "e1b3a9c515c0"),
     "moco-v2-small": (13, "459c1120e1e2"),

@@ -23,14 +23,16 @@ from tests.parity.reference_cases import CASES, FOLDER, Case
 from tests.parity.test_barlow_twins import literal as barlow_twins_loss
 from tests.parity.test_byol import normalised
 from tests.parity.test_dino_steps import literal_scores
+from tests.parity.test_dinov2 import literal_koleo
+from tests.parity.test_ibot import literal_head
 from tests.parity.test_mae import literal_loss as mae_loss
-from tests.parity.test_msn import literal_encoder
+from tests.parity.test_msn import literal_encoder, literal_tokens
 from tests.parity.test_simclr import literal_anchor, unit
 from tests.parity.test_swav import literal_sinkhorn
 from tests.parity.test_vicreg import literal as vicreg_loss
 
 Weights = dict[str, Tensor]
-Batch = SimpleNamespace  # crops by group `(V, B, ...)`, ids `(B,)`, keep `(B, m)`
+Batch = SimpleNamespace  # crops by group `(V, B, ...)`, ids `(B,)`, keep `(B, m)`, masked `(V B, N)`
 Run = Generator["Tensor | float", Weights, None]  # gives the loss of a step, takes the weights after it
 
 # ---------------------------------------------------------------------------- networks
@@ -205,6 +207,34 @@ def dino(case: Case, w: Weights, batches: list[Batch]) -> Run:
         center = 0.9 * center + 0.1 * torch.cat(t).mean(0)
 
 
+def masked_prediction(case: Case, w: Weights, batches: list[Batch]) -> Run:
+    """iBOT, and DINOv2, whose second centre is the mean of masked patches only, and which has KoLeo."""
+    slow, c, c2, koleo = part_of(w, "teacher"), torch.zeros(7).double(), torch.zeros(5).double(), case is CASES["dinov2"]
+
+    def scores(w: Weights, name: str, x: Tensor) -> Tensor:
+        return torch.stack([literal_head(w, name, row) for row in x])
+
+    for step, batch in enumerate(batches):
+        crops, masked = batch.crops["global"].flatten(0, 1), batch.masked
+        seen, whole = literal_tokens(w, crops, masked=masked), literal_tokens(slow, crops)
+        cls = [*seen[:, 0].chunk(2), *literal_tokens(w, batch.crops["local"].flatten(0, 1))[:, 0].chunk(1)]
+        s = [scores(w, "head", x) / 0.1 for x in cls]
+        t = scores(slow, "head", whole[:, 0])
+        q = torch.softmax((t - c) / 0.05, dim=1).chunk(2)
+        pairs = [-(q[g] * torch.log_softmax(s[v], dim=1)).sum(1).mean() for g in range(2) for v in range(3) if v != g]
+        t_patch = scores(slow, "patch_head", whole[:, 1:].flatten(0, 1)).unflatten(0, (-1, 16))
+        patches = torch.zeros((), dtype=torch.float64)
+        for i in range(len(crops)):
+            for n in range(16):
+                if masked[i, n]:
+                    p = torch.log_softmax(literal_head(w, "patch_head", seen[i, 1 + n]) / 0.1, dim=0)
+                    patches = patches - (torch.softmax((t_patch[i, n] - c2) / 0.05, dim=0) * p).sum() / masked[i].sum()
+        loss = sum(pairs) / len(pairs) + 0.6 * patches / len(crops)
+        w = yield loss + 0.1 * sum(literal_koleo(x) for x in cls[:2]) if koleo else loss
+        slow = average(slow, {name: w[name].detach() for name in slow}, rising(0.8, step, case.steps))
+        c, c2 = 0.9 * c + 0.1 * t.mean(0), 0.9 * c2 + 0.1 * (t_patch[masked] if koleo else t_patch.flatten(0, 1)).mean(0)
+
+
 def msn(case: Case, w: Weights, batches: list[Batch]) -> Run:
     slow = part_of(w, "target")
     for step, batch in enumerate(batches):
@@ -259,6 +289,8 @@ EQUATIONS: dict[str, Callable[[Case, Weights, list[Batch]], Run]] = {
     "coke": coke,
     "deepcluster-v2": deepcluster,
     "dino": dino,
+    "dinov2": masked_prediction,
+    "ibot": masked_prediction,
     "mae": mae,
     "moco": moco,
     "moco-v3": moco_v3,
@@ -305,6 +337,11 @@ def drawn_inputs(name: str, draw: np.random.RandomState) -> dict[str, np.ndarray
     for group, (count, shape) in case.crops.items():
         noise = draw.normal(size=(case.steps, count, case.batch, *shape))
         inputs[f"crops.{group}"] = rows[shape][inputs["ids"]][:, None] + 0.5 * noise  # crops of one image resemble each other
+    if name in ("dinov2", "ibot"):  # two of the crops are masked
+        inputs["masked"] = np.zeros((case.steps, 2 * case.batch, 16), bool)
+        for mask in inputs["masked"]:
+            for row, count in zip(draw.permutation(len(mask))[:2], (4, 7), strict=True):
+                mask[row, draw.permutation(16)[:count]] = True
     if name in KEPT_PATCHES:
         kept = [[sorted(draw.permutation(16)[: KEPT_PATCHES[name]]) for _ in range(case.batch)] for _ in range(case.steps)]
         inputs["keep"] = np.array(kept)
@@ -321,6 +358,7 @@ def losses(name: str, values: Mapping[str, np.ndarray]) -> list[float]:
             crops={group: inputs[f"crops.{group}"][step] for group in case.crops},
             ids=inputs["ids"][step].long(),
             keep=inputs["keep"][step].long() if "keep" in inputs else None,
+            masked=inputs["masked"][step] != 0 if "masked" in inputs else None,
         )
         for step in range(case.steps)
     ]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from methods.parts.backbones import BackboneConfig, build_backbone
 from methods.parts.contract import Method, Progress, RunFacts, find
-from methods.parts.views import Views
+from methods.parts.patch_masks import masked_patches
+from methods.parts.views import ROLES_BY_NAME, Views
 from tests.parity.common import Same
 from tests.parity.dino_cases import Encoder
 
@@ -78,11 +79,17 @@ class Case:
         """The crops of a step from `crops.GROUP` `(steps, V, B, ...)` and `ids` `(steps, B)`."""
         stacks = {group: values[f"crops.{group}"][step].flatten(0, 1) for group in self.crops}
         ids = values["ids"][step].long()
-        return Views(stacks=stacks, counts={n: v for n, (v, _) in self.crops.items()}, image_ids=ids, labels=torch.full_like(ids, -1))
+        counts, roles = {n: v for n, (v, _) in self.crops.items()}, {n: ROLES_BY_NAME.get(n, "global") for n in self.crops}
+        return Views(stacks=stacks, counts=counts, image_ids=ids, labels=torch.full_like(ids, -1), roles=roles)
 
 
 HEADS = {"projector_hidden": 7, "projection_dim": 5}
 PREDICTOR = {**HEADS, "predictor_hidden": 16}
+MASKED = {  # iBOT's kind
+    "num_prototypes": 7, "num_patch_prototypes": 5, "shared_head": False, "projector_hidden": 9, "projection_dim": 4, "momentum": 0.8,
+    "teacher_temperature": 0.05, "warmup_teacher_temperature_epochs": 0, "freeze_prototypes_epochs": 0, "patch_weight": 0.6,
+}  # fmt: skip
+PATCHES = {"global": (2, (3, 16, 16)), "local": (1, (3, 8, 8))}
 PAIR = {"first": (1, (6,)), "second": (1, (6,))}
 
 CASES: dict[str, Case] = {
@@ -118,6 +125,8 @@ CASES: dict[str, Case] = {
         backbone=Encoder,
         batch=4,
     ),
+    "dinov2": Case(settings=MASKED, crops=PATCHES, backbone=vit(0.0625), batch=3, steps=4, lr=0.05),
+    "ibot": Case(settings=MASKED, crops=PATCHES, backbone=vit(0.0625), batch=2, steps=4, lr=0.05),
     "mae": Case(
         settings={"decoder_width": 8, "decoder_depth": 2, "decoder_heads": 2},
         crops={"global": (1, (3, 16, 16))},
@@ -166,6 +175,8 @@ def train(name: str, values: Mapping[str, Tensor]) -> list[float]:
             method.start_epoch(at)
         method.before_step(at)
         masks = [values["keep"][step].long()] if "keep" in values else None
+        if "masked" in values:
+            masks = masked_patches(values["masked"][step] != 0, 40, torch.device("cpu"))
         out = method(case.views(values, step), at, masks)
         optimizer.zero_grad()
         if out.loss is not None:

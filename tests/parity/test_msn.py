@@ -182,8 +182,10 @@ def gelu(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 
 
-def literal_encoder(w: dict[str, Tensor], images: Tensor, keep: Tensor | None, heads: int = 3) -> Tensor:
-    """Patches, positions, the kept patches only, blocks, norm, CLS, head; one image after the other up to the batch norms."""
+def literal_tokens(
+    w: dict[str, Tensor], images: Tensor, keep: Tensor | None = None, masked: Tensor | None = None, heads: int = 3
+) -> Tensor:
+    """Patches, the mask token for masked ones, positions, the kept patches only, blocks, norm; one image after the other: CLS first."""
     rows, p, side = [], 4, images.shape[-1] // 4
     table = w["backbone.pos_embed"][0]
     patch_table = table[1:]
@@ -193,6 +195,8 @@ def literal_encoder(w: dict[str, Tensor], images: Tensor, keep: Tensor | None, h
     for i, image in enumerate(images):
         patches = [image[:, a * p : a * p + p, b * p : b * p + p].flatten() for a in range(side) for b in range(side)]
         tokens = torch.stack(patches) @ w["backbone.patch_embed.proj.weight"].flatten(1).T + w["backbone.patch_embed.proj.bias"]
+        if masked is not None:
+            tokens = torch.where(masked[i][:, None], w["mask_token"], tokens)
         tokens = tokens + patch_table
         if keep is not None:
             tokens = tokens[keep[i]]
@@ -207,8 +211,13 @@ def literal_encoder(w: dict[str, Tensor], images: Tensor, keep: Tensor | None, h
             y = literal_layer_norm(x, w, f"{name}.norm2")
             y = gelu(y @ w[f"{name}.mlp.fc1.weight"].T + w[f"{name}.mlp.fc1.bias"])
             x = x + y @ w[f"{name}.mlp.fc2.weight"].T + w[f"{name}.mlp.fc2.bias"]
-        rows.append(literal_layer_norm(x, w, "backbone.norm")[0])
-    x = torch.stack(rows)
+        rows.append(literal_layer_norm(x, w, "backbone.norm"))
+    return torch.stack(rows)
+
+
+def literal_encoder(w: dict[str, Tensor], images: Tensor, keep: Tensor | None, heads: int = 3) -> Tensor:
+    """CLS of the kept patches, and the head."""
+    x = literal_tokens(w, images, keep, heads=heads)[:, 0]
     for linear, norm in (("0", "1"), ("3", "4")):
         x = x @ w[f"head.{linear}.weight"].T + w[f"head.{linear}.bias"]
         x = gelu(literal_norm(x, w[f"head.{norm}.weight"], w[f"head.{norm}.bias"]))
