@@ -12,7 +12,7 @@ from methods.parts.contract import find
 from methods.parts.errors import ConfigError
 from pipeline.config import DataConfig, RunConfig, TrainConfig
 from pipeline.data.image_dataset import ImageDataset
-from pipeline.data.loader import TrainLoader
+from pipeline.data.loader import Batch, TrainLoader
 from pipeline.data.sources.base import absolute_source, open_source
 from pipeline.data.sources.iterable import IterableDataset, Reader
 from pipeline.recipes import load_recipe
@@ -59,8 +59,17 @@ def stream(dataset: ImageDataset) -> TrainLoader:
     return TrainLoader(dataset, sampler, load_recipe("swav-small").views, 0, 7, execution_steps=4)
 
 
-def test_images_are_dealt_in_order_of_arrival(ray_local: None, file: Path) -> None:
-    found = list(stream(opened(file, "endless")).batches(tasks=2))
+@pytest.fixture(scope="module")
+def endless(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainLoader, list[Batch]]:
+    """A loader of images without an end, and its seven batches for one worker."""
+    path = tmp_path_factory.mktemp("endless") / "camera.py"
+    path.write_text(SOURCE)
+    source = stream(opened(path, "endless"))
+    return source, list(source.batches(tasks=2))
+
+
+def test_images_are_dealt_in_order_of_arrival(endless: tuple[TrainLoader, list[Batch]]) -> None:
+    _, found = endless
     assert [batch.step for batch in found] == list(range(7))
     assert [batch.epoch for batch in found] == [0, 0, 0, 1, 1, 1, 2]
     everything = np.concatenate([batch.ids.numpy() for batch in found])
@@ -71,9 +80,9 @@ def test_images_are_dealt_in_order_of_arrival(ray_local: None, file: Path) -> No
     assert (red == everything % 256).all(), "the pixels are those of the id"
 
 
-def test_two_workers_and_a_resumed_run_see_the_same(ray_local: None, file: Path) -> None:
-    source = stream(opened(file, "endless"))
-    whole, rest = (list(source.batches(start, tasks=2)) for start in (0, 4))
+def test_two_workers_and_a_resumed_run_see_the_same(endless: tuple[TrainLoader, list[Batch]]) -> None:
+    source, whole = endless
+    rest = list(source.batches(4, tasks=2))
     halves, _ = collect_ranks(source, 2)
     for step, batch in enumerate(whole):
         num_shards = batch.crops["local"].reshape(4, 4, *batch.crops["local"].shape[1:])

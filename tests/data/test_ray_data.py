@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Generator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +35,30 @@ def test_a_container_limits_memory_and_tasks(monkeypatch: pytest.MonkeyPatch) ->
     assert ray_data.default_tasks() == 7
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert ray_data.default_tasks() is None
+
+
+def test_ray_starts_once_and_tasks_find_the_package(ray_local: None) -> None:
+    import ray
+
+    before = ray.get_runtime_context().get_job_id()
+    ray_data.start_ray()
+    assert ray.get_runtime_context().get_job_id() == before
+
+    @ray.remote
+    def inside() -> tuple[str, str]:
+        import os
+
+        import pipeline.data.ray_data as there
+
+        return there.__file__, os.environ["OMP_NUM_THREADS"]
+
+    assert ray.get(inside.remote()) == (ray_data.__file__, "1")
+
+
+def test_tasks_do_not_load_timm() -> None:
+    """It would cost every worker seconds. In a process of its own: a used Ray worker may hold it for something else."""
+    code = "import pipeline.data.loader, sys; sys.exit('timm' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
 def test_values_are_ready_ahead_and_errors_arrive_behind_them() -> None:

@@ -338,6 +338,7 @@ def drawn_inputs(name: str, draw: np.random.RandomState) -> dict[str, np.ndarray
         noise = draw.normal(size=(case.steps, count, case.batch, *shape))
         inputs[f"crops.{group}"] = rows[shape][inputs["ids"]][:, None] + 0.5 * noise  # crops of one image resemble each other
     if name in ("dinov2", "ibot"):  # two of the crops are masked
+        inputs |= {key: np.round(4 * value) / 4 for key, value in inputs.items() if key.startswith("crops.")}
         inputs["masked"] = np.zeros((case.steps, 2 * case.batch, 16), bool)
         for mask in inputs["masked"]:
             for row, count in zip(draw.permutation(len(mask))[:2], (4, 7), strict=True):
@@ -381,6 +382,8 @@ def make(name: str) -> dict[str, np.ndarray]:
     """The arrays of one file: `start.PARAMETER`, `crops.GROUP` `(steps, V, B, ...)`, `ids` `(steps, B)`, masks, `losses` `(steps,)`."""
     draw = np.random.RandomState(sum(name.encode()))  # whose numbers stay the same in every version of NumPy
     values = {f"start.{key}": value.astype(np.float32) for key, value in drawn_start(name, draw).items()}
+    if name in ("dinov2", "ibot", "msn"):  # few digits take little room
+        values = {key: np.round(16 * value) / 16 for key, value in values.items()}
     values |= {key: value.astype(np.float32 if value.dtype == np.float64 else np.int16) for key, value in drawn_inputs(name, draw).items()}
     return values | {"losses": np.array(losses(name, values))}
 

@@ -125,8 +125,8 @@ CASES: dict[str, Case] = {
         backbone=Encoder,
         batch=4,
     ),
-    "dinov2": Case(settings=MASKED, crops=PATCHES, backbone=vit(0.0625), batch=3, steps=4, lr=0.05),
-    "ibot": Case(settings=MASKED, crops=PATCHES, backbone=vit(0.0625), batch=2, steps=4, lr=0.05),
+    "dinov2": Case(settings=MASKED, crops=PATCHES, backbone=vit(0.0625), batch=3, steps=3, lr=0.05),
+    "ibot": Case(settings=MASKED, crops=PATCHES, backbone=vit(0.0625), batch=2, steps=3, lr=0.05),
     "mae": Case(
         settings={"decoder_width": 8, "decoder_depth": 2, "decoder_heads": 2},
         crops={"global": (1, (3, 16, 16))},
