@@ -30,7 +30,6 @@ from itertools import pairwise
 from random import Random
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -78,7 +77,8 @@ class DINOv2(IBOT):
         c, images, draw = self.config, self.global_crops(views), Random(f"{draw_seed(progress.generator)} {rank()}")
         side, n = num_patches_of_side(self.backbone, images.shape[-1]), len(images)
         count, off = int(n * c.mask_probability), progress.step < self.mask_start
-        borders = np.linspace(round(c.mask_ratio - c.mask_spread, 9), round(c.mask_ratio + c.mask_spread, 9), count + 1).tolist()
+        low, high = round(c.mask_ratio - c.mask_spread, 9), round(c.mask_ratio + c.mask_spread, 9)
+        borders = [low + i * ((high - low) / count) for i in range(count)] + [high] if count else [high]
         targets = [int(side**2 * (a + (b - a) * draw.random())) for a, b in pairwise(borders)]
         masks = [0 if off else self.blocks(draw, side, target) for target in targets] + [0] * (n - count)
         draw.shuffle(masks)

@@ -35,9 +35,7 @@ class DataConfig:
     max_bad_fraction: float = fraction(0.01)  # stop when a larger fraction of the images cannot be decoded
     mean: Triple = (0.485, 0.456, 0.406)  # normalisation, in [0, 1]
     std: Triple = (0.229, 0.224, 0.225)
-    num_shards: int = at_least(
-        1, 8
-    )  # V: a global batch has equally many images of each shard; worker counts that divide V see the same batches
+    num_shards: int = at_least(1, 8)  # a global batch has equally many images of each; worker counts that divide it see the same batches
     images_per_task: int | None = at_least(1, None)  # images cut by one Ray Data task; None = 512 small or 128 large ones
     #: where colour, blur and normalisation are done: on the training device, or by the Ray Data tasks, which then send four times the bytes
     augment_on: Literal["device", "tasks"] = "device"

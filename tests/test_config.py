@@ -27,7 +27,7 @@ def test_every_recipe_survives_yaml(name: str) -> None:
 def test_every_recipe_resolves_for_an_imagenet_sized_source(name: str) -> None:
     config = load_recipe(name)
     numbers = resolve(config, 1_281_167)
-    assert numbers.facts.steps_per_epoch == 1_281_167 // config.train.global_batch_size
+    assert numbers.facts.steps_per_epoch == (config.train.steps_per_epoch or 1_281_167 // config.train.global_batch_size)
     assert numbers.window % numbers.chunk == 0
     assert numbers.chunk * config.data.num_shards == config.train.global_batch_size
 

@@ -81,7 +81,12 @@ def config_classes() -> list[type]:
 
 
 def own_comments(kind: type) -> dict[str, str]:
-    """The comment beside each setting of a class, or in the lines above it; by the setting's name."""
+    """The comment beside each setting of a class or of its bases, or in the lines above it; by the setting's name."""
+    bases = [base for base in reversed(kind.__mro__) if dataclasses.is_dataclass(base)]
+    return {name: text for base in bases for name, text in comments_of(base).items()}
+
+
+def comments_of(kind: type) -> dict[str, str]:
     lines = inspect.getsource(kind).splitlines()
     found = {}
     for node in ast.parse("\n".join(lines)).body[0].body:  # type: ignore[attr-defined]

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from random import Random
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,10 +49,11 @@ def random_mask(draw: Random, patches: int, target: float) -> int:
 
 
 def unpack(masks: Sequence[int], patches: int) -> Tensor:
-    """Bits as rows: `(n, N)` bool."""
+    """Return bits as rows: `(n, N)` bool."""
     size = (patches + 7) // 8
-    packed = np.frombuffer(b"".join(mask.to_bytes(size, "little") for mask in masks), np.uint8).reshape(len(masks), size)
-    return torch.from_numpy(np.unpackbits(packed, axis=1, count=patches, bitorder="little").astype(bool))
+    packed = torch.frombuffer(bytearray().join(mask.to_bytes(size, "little") for mask in masks), dtype=torch.uint8)
+    bits = packed.view(len(masks), size, 1) >> torch.arange(8, dtype=torch.uint8) & 1
+    return bits.flatten(1)[:, :patches].bool()
 
 
 def masked_patches(masked: Tensor, most: int, device: torch.device) -> list[Tensor]:
