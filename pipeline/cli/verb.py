@@ -168,7 +168,8 @@ def _parse(kind: type[Verb], name: str, words: list[str]) -> Verb:
     try:
         verb, unknown = parse(kind, words, prog=f"manyviews {name}")
     except ConfigError as error:
-        raise ConfigError(f"{error}; {see}") from None
+        order = " (it stands before the settings)" if kind.settings_help and str(error).endswith(": missing") else ""
+        raise ConfigError(f"{error}{order}; {see}") from None
     for word in unknown:
         if not word.startswith("-"):
             raise ConfigError(f"{word}: one word too many; {see}")
