@@ -14,6 +14,7 @@ from methods.parts.backbones import build_backbone
 from methods.parts.contract import Method, RunFacts, registered
 from methods.parts.errors import ConfigError
 from methods.parts.norms import has_batch_norm
+from methods.parts.vit import ViT
 from pipeline import checkpoint
 from pipeline.build import build_method
 from pipeline.config import RunConfig, from_yaml
@@ -30,6 +31,7 @@ from pipeline.figures.pictures import NothingToDraw
 from pipeline.run_folder import RunFolder
 from pipeline.shell import program
 
+MAP_SIZE = 224  # pixels; on smaller images a ViT has too few patches for a map that can be read
 MANY = 2**31  # images of a run whose tables by image are not read
 
 
@@ -132,18 +134,29 @@ class FigureContext:
         ids = self.dataset.training_ids(self.config.data.held_out)
         return self._images(ids, min(most, max(64, MEMORY_LIMIT // (self.config.evaluation_size**2 * 3))), seed)
 
-    def a_few_images(self, count: int = 8) -> tuple[Tensor, str]:
-        """Return held-out images of many classes, uint8 `(count, H, W, 3)`, and their description; training images if none are held out."""
+    @property
+    def map_size(self) -> int:
+        """The side, in pixels, at which maps of patches are drawn: the evaluation's, at least `MAP_SIZE`, in whole patches."""
+        size = max(MAP_SIZE, self.config.evaluation_size)
+        patch = self.backbone.patch_embed.patch_size[0] if isinstance(self.backbone, ViT) else 1
+        return -(-size // patch) * patch
+
+    def a_few_images(self, count: int = 8, size: int | None = None) -> tuple[Tensor, str]:
+        """Return held-out images of many classes, uint8 `(count, H, W, 3)`, and their description; training images if none are held out.
+
+        Args:
+            size: their side in pixels; None = the evaluation's.
+        """
         fraction = self.config.data.held_out
         ids, source = self.dataset.held_out_ids(fraction), "held-out images"
         if not len(ids):
             ids, source = self.dataset.training_ids(fraction), "training images"
-        found = self._images(ids, 64, 4)
+        found = self._images(ids, 64, 4, size)
         return found.images[torch.from_numpy(np.sort(spread_over_classes(found.labels.numpy(), count)))], source
 
-    def _images(self, ids: np.ndarray, most: int, seed: int) -> EvaluationImages:
+    def _images(self, ids: np.ndarray, most: int, seed: int, size: int | None = None) -> EvaluationImages:
         chosen = np.sort(np.random.default_rng(seed).permutation(ids)[:most])
-        found = evaluation_images(self.dataset, chosen, self.config.evaluation_size)
+        found = evaluation_images(self.dataset, chosen, size or self.config.evaluation_size)
         if not len(found.images):
             tried = f"none of {len(chosen)} images tried can be decoded"
             raise ConfigError(f"data.path={self.config.data.path}: {tried}; see {program()} doctor")

@@ -29,7 +29,7 @@ def attention(subject: FigureContext, path: Path) -> Path:
     vit, data = subject.backbone, subject.config.data
     if not isinstance(vit, ViT):
         raise NothingToDraw(f"model={subject.name}: a {type(vit).__name__} has no CLS token that looks at patches; give a ViT")
-    images, source = subject.a_few_images()
+    images, source = subject.a_few_images(size=subject.map_size)
     weights = extract(vit, images, mean=data.mean, std=data.std, device=subject.device, batch_size=8, forward=vit.cls_attention)
     grid = [side // patch for side, patch in zip(images.shape[1:3], vit.patch_embed.patch_size, strict=True)]
     return attention_charts.attention_maps(images.numpy(), weights.unflatten(-1, grid).numpy(), path, source=source)
