@@ -15,10 +15,10 @@ from pipeline.config import override
 from pipeline.evaluate.features import effective_rank
 from pipeline.recipes import load_recipe
 from pipeline.run_folder import RunFolder
-from tuning import draws, search, sweep
+from tuning import sampling, search, sweep
 from tuning.best import settings_line
 from tuning.search import Asked
-from tuning.spaces import parse_space
+from tuning.space import parse_space
 
 SWAV = override(load_recipe("swav-small"), {"data.path": "patches:per_photo=16", "train.global_batch_size": 32, "backbone.width": 0.125})
 SPACE = ("method.temperature=log:0.05:0.5", "method.num_prototypes=choice:16,32,64")
@@ -45,12 +45,12 @@ def trials(made: sweep.Sweep) -> list[dict]:
 
 def test_the_same_seed_draws_the_same_trials_whatever_else_is_searched() -> None:
     both, alone = parse_space(SPACE, SWAV), parse_space(SPACE[:1], SWAV)
-    first = [draws.random_values(both, 0, n) for n in range(20)]
-    assert first == [draws.random_values(both, 0, n) for n in range(20)]
-    assert [v["method.temperature"] for v in first] == [draws.random_values(alone, 0, n)["method.temperature"] for n in range(20)]
-    assert first != [draws.random_values(both, 1, n) for n in range(20)]
+    first = [sampling.random_values(both, 0, n) for n in range(20)]
+    assert first == [sampling.random_values(both, 0, n) for n in range(20)]
+    assert [v["method.temperature"] for v in first] == [sampling.random_values(alone, 0, n)["method.temperature"] for n in range(20)]
+    assert first != [sampling.random_values(both, 1, n) for n in range(20)]
     assert len({v["method.temperature"] for v in first}) == 20
-    many = np.log([draws.random_values(alone, 0, n)["method.temperature"] for n in range(400)])
+    many = np.log([sampling.random_values(alone, 0, n)["method.temperature"] for n in range(400)])
     assert abs(many.mean() - (np.log(0.05) + np.log(0.5)) / 2) < 0.1, "even on the log scale"
 
 
@@ -81,7 +81,7 @@ def test_pbt_moves_within_the_range() -> None:
     knobs = parse_space(["method.temperature=log:0.05:0.5", "method.epsilon=choice:0.02,0.03,0.05"], SWAV)
     random, values = np.random.default_rng(0), {"method.temperature": 0.05, "method.epsilon": 0.02}
     for _ in range(200):
-        before, values = values, draws.explored(knobs, values, random)
+        before, values = values, sampling.explored(knobs, values, random)
         assert 0.05 <= values["method.temperature"] <= 0.5 and values["method.epsilon"] in (0.02, 0.03, 0.05)
     assert values != before
 

@@ -1,4 +1,4 @@
 """Searches over any method's settings by Ray Tune.
 
-spaces.py what can be searched -> draws.py which values are tried -> search.py, running.py, ending.py a sweep from beginning to end.
-sweep.py its folder; trial.py what a trial does; schedulers.py who is next and who is cut; book.py states and MLflow."""
+space.py what can be searched -> sampling.py which values are tried -> search.py, tuner.py, finalize.py a sweep from beginning to end.
+sweep.py its folder; trainable.py what a trial does; schedulers.py who is next and who is cut; callback.py states and MLflow."""

@@ -152,7 +152,7 @@ def shown(reference: str, options: Any, write: Callable[[Any, Any], None], conso
     found = sweep.find(reference, Path(options.runs_dir))
     if found is None:
         return False
-    from tuning.screen import conclusion
+    from tuning.display import conclusion
 
     conclusion(console, found, None)
     write(options, summary(found))

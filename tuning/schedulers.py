@@ -11,8 +11,8 @@ from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
 from ray.tune.search import Searcher
 
 from methods.parts.errors import ConfigError
-from tuning.draws import as_value, explored
-from tuning.spaces import Knob
+from tuning.sampling import as_value, explored
+from tuning.space import Knob
 
 REDUCTION = 3  # of the trials at a rung, one in so many goes on
 Task = dict[str, Any]

@@ -21,11 +21,11 @@ from pipeline.resolve import resolve
 from pipeline.run_folder import command, hold
 from pipeline.tracking.run_tracker import Tracker
 from pipeline.train.launch import interruptible
-from tuning import draws
-from tuning.ending import champion, conclude, introduce
-from tuning.running import room, run_trials, stopping
-from tuning.spaces import Knob, parse_space
+from tuning import sampling
+from tuning.finalize import champion, conclude, introduce
+from tuning.space import Knob, parse_space
 from tuning.sweep import ENDED, LOSS_WORDS, SCORE_WORDS, Sweep, create, score_words, track_uri
+from tuning.tuner import room, run_trials, stopping
 
 SEARCHES, SCHEDULERS = ("random", "grid", "optuna"), ("asha", "none", "pbt")
 
@@ -60,8 +60,8 @@ def tune(config: RunConfig, asked: Asked, *, runs_dir: Path, name: str | None, c
     dataset = open_source(config.data)
     training = dataset.num_training(config.data.held_out)
     ids = None if training is None else len(dataset)
-    check = draws.checker(config, training, ids)
-    draws.check_corners(knobs, check)
+    check = sampling.checker(config, training, ids)
+    sampling.check_corners(knobs, check)
     settings = drawn(asked, knobs)
     count = (len(settings) or asked.trials or 12) * asked.seeds
     plan = planned(config, asked, training, ids)
@@ -76,7 +76,7 @@ def tune(config: RunConfig, asked: Asked, *, runs_dir: Path, name: str | None, c
             )
         if count < 2:
             raise ConfigError(f"--trials {count}: pbt needs a population; use 4 or more")
-        draws.fixed_shapes(knobs, config, training, ids)
+        sampling.fixed_shapes(knobs, config, training, ids)
     facts: dict[str, Any] = {
         "recipe": config.recipe,
         "method": find_method(config.method).name,
@@ -100,7 +100,7 @@ def tune(config: RunConfig, asked: Asked, *, runs_dir: Path, name: str | None, c
     }
     sweep = create(runs_dir, name, config, facts | room(config, asked.concurrent, asked.gpus, count))
     for number, values in enumerate(v for v in settings for _ in range(asked.seeds)):
-        sweep.add(number, values, config.train.seed + number % asked.seeds, draws.refusal(check, values))
+        sweep.add(number, values, config.train.seed + number % asked.seeds, sampling.refusal(check, values))
     return sweep, fit(sweep, console)
 
 
@@ -147,8 +147,8 @@ def check_words(asked: Asked) -> None:
 def drawn(asked: Asked, knobs: list[Knob]) -> list[dict[str, Any]]:
     """The settings that are known beforehand; none with Optuna."""
     if asked.search == "grid":
-        return draws.grid_values(knobs, asked.points)
-    return [draws.random_values(knobs, asked.seed, n) for n in range(asked.trials or 12)] if asked.search == "random" else []
+        return sampling.grid_values(knobs, asked.points)
+    return [sampling.random_values(knobs, asked.seed, n) for n in range(asked.trials or 12)] if asked.search == "random" else []
 
 
 def planned(config: RunConfig, asked: Asked, training: int | None, ids: int | None) -> dict[str, Any]:
@@ -216,8 +216,8 @@ def fit(sweep: Sweep, console: Console) -> int:
             ),
             tags={"recipe": facts["recipe"], "method": facts["method"], "kind": "sweep"},
         )
-        from tuning.book import Book, settle
-        from tuning.screen import SweepDisplay
+        from tuning.callback import Book, settle
+        from tuning.display import SweepDisplay
 
         settle(sweep)
         sweep.update(mlflow_run=parent.run_id(timeout=60.0))

@@ -12,7 +12,7 @@ from methods.parts.errors import require
 
 @dataclass(frozen=True)
 class SearchRange:
-    """A sensible range of a setting for a hyperparameter search; plain values, translated by `tuning/spaces.py`."""
+    """A sensible range of a setting for a hyperparameter search; plain values, translated by `tuning/space.py`."""
 
     low: float | None = None
     high: float | None = None

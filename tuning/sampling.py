@@ -13,7 +13,7 @@ from methods.parts.errors import ConfigError
 from pipeline.build import build_method
 from pipeline.config import RunConfig, override
 from pipeline.resolve import resolve
-from tuning.spaces import Knob
+from tuning.space import Knob
 
 Check = Callable[[Mapping[str, Any]], None]
 MOST_TRIED = 64  # combinations of other knobs in which a value is tried before it is refused

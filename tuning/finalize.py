@@ -72,7 +72,7 @@ def _run_id(folder: Path) -> str | None:
 
 
 def conclude(sweep: Sweep, console: Console, status: str, model: str | None, unsent: int) -> int:
-    from tuning.screen import conclusion
+    from tuning.display import conclusion
 
     if status != "interrupted":
         shutil.rmtree(sweep.path / "ray", ignore_errors=True)

@@ -8,7 +8,7 @@ import pytest
 from methods.parts.errors import ConfigError
 from pipeline.config import RunConfig, flatten, override
 from pipeline.recipes import load_recipe
-from tuning.spaces import Knob, parse_space, search_ranges
+from tuning.space import Knob, parse_space, search_ranges
 
 SWAV = load_recipe("swav-small")
 

@@ -16,8 +16,8 @@ from pipeline.data.loader import start_ray
 from pipeline.data.sources.base import open_source
 from pipeline.machine import available_cores
 from pipeline.metrics_log import read_points
-from tuning import draws
-from tuning.spaces import parse_space
+from tuning import sampling
+from tuning.space import parse_space
 from tuning.sweep import ENDED, Sweep
 
 LOCAL_SHARE = 0.25  # logical CPUs of a trial on one machine, whose cores its torch threads and the image tasks share by priority
@@ -82,7 +82,7 @@ def run_trials(sweep: Sweep, config: RunConfig, book: Any, stop: threading.Event
     from ray import tune as ray_tune
 
     from tuning import schedulers
-    from tuning.trial import InProcess, by_group
+    from tuning.trainable import InProcess, by_group
 
     for name in ("ray.tune", "ray.train", "ray.air", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -118,7 +118,7 @@ def run_trials(sweep: Sweep, config: RunConfig, book: Any, stop: threading.Event
         while optuna is not None and check is not None and not stop.is_set() and number < facts["trials"]:
             repeat = number % facts["seeds"]
             values = sweep.trial(number - 1).facts()["values"] if repeat else optuna.ask(number)
-            seed, error = config.train.seed + repeat, draws.refusal(check, values)
+            seed, error = config.train.seed + repeat, sampling.refusal(check, values)
             of = sweep.add(number, values, seed, error)
             if error is None:
                 return common | {"number": number, "values": values, "seed": seed}
@@ -157,10 +157,10 @@ def run_trials(sweep: Sweep, config: RunConfig, book: Any, stop: threading.Event
         tuner.fit()
 
 
-def checker_of(config: RunConfig) -> draws.Check:
+def checker_of(config: RunConfig) -> sampling.Check:
     dataset = open_source(config.data)
     training = dataset.num_training(config.data.held_out)
-    return draws.checker(config, training, None if training is None else len(dataset))
+    return sampling.checker(config, training, None if training is None else len(dataset))
 
 
 @contextlib.contextmanager

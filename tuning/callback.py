@@ -18,7 +18,7 @@ from methods.parts.contract import find
 from pipeline import checkpoint
 from pipeline.config import flatten, from_yaml
 from pipeline.tracking.run_tracker import EndStatus, Tracker, default_uri
-from tuning.screen import SweepDisplay
+from tuning.display import SweepDisplay
 from tuning.sweep import ENDED, Sweep, Trial
 
 CLOSING: dict[str, EndStatus] = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
