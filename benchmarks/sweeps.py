@@ -34,8 +34,8 @@ def main() -> None:
         from tuning.sampling import random_values
         from tuning.space import parse_space
 
-        knobs = parse_space(options.space, load_recipe(options.recipe))
-        values = [random_values(knobs, 0, n) for n in range(options.trials)]
+        params = parse_space(options.space, load_recipe(options.recipe))
+        values = [random_values(params, 0, n) for n in range(options.trials)]
 
         def single(number: int) -> float:
             return timed("pretrain", options.recipe, *settings_line(values[number]).split(), *common, "--track.no-register")

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = {"ray", "mlflow", "timm"}
-FOLDERS = ("methods", "pipeline", "benchmarks")  # tuning/ still has an inner name of Ray Tune's
+FOLDERS = ("methods", "pipeline", "tuning", "benchmarks")
 
 
 def private(name: str) -> bool:

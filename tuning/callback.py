@@ -1,14 +1,16 @@
-"""The sweep's books: `trial.json` and the MLflow run of every trial, kept by the driver, who sees every ending.
+"""What the driver writes down of a search: `trial.json` and the MLflow run of every trial.
 
-A trial that is cut is killed as soon as it has reported, so nothing that must happen at its end can be left to it.
+Ray Tune kills a trial that is cut as soon as it has reported, so nothing that must happen at its end is left to the trial.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import signal
+import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,128 +20,161 @@ from methods.parts.contract import find
 from pipeline import checkpoint
 from pipeline.config import flatten, from_yaml
 from pipeline.tracking.run_tracker import EndStatus, Tracker, default_uri
-from tuning.display import SweepDisplay
-from tuning.sweep import ENDED, Sweep, Trial
+from tuning.sweep import Sweep, Trial
 
 CLOSING: dict[str, EndStatus] = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 
 
-class Book(tune.Callback):
-    """Ray Tune tells it of every start, result and end of a trial."""
+class SweepCallback(tune.Callback):
+    """Ray Tune tells it of every start, result and end of a trial.
 
-    def __init__(self, sweep: Sweep, parent: Tracker, screen: SweepDisplay) -> None:
-        self.sweep, self.parent, self.screen = sweep, parent, screen
-        self.facts = sweep.facts()
-        self.trackers: dict[int, Tracker] = {}
-        self.before: dict[int, float] = {}  # training seconds of earlier lives
+    Args:
+        scheduler: an `ASHAScheduler`. Ray Tune's snapshots leave its rungs out, so they are kept as the state of the callback.
+    """
+
+    def __init__(self, path: Path, scheduler: Any = None) -> None:
+        self.path, self.scheduler = path, scheduler
+        self.trackers: dict[str, Tracker] = {}  # by the trial's name
+        self.interrupted: set[str] = set()  # trials that have left a whole checkpoint, because the search is to end
+
+    def setup(self, **info: Any) -> None:
+        """Open the sweep's own MLflow run: a new one, or the one it had."""
+        sweep = Sweep.read(self.path)
+        facts, config = sweep.facts, sweep.config()
+        keys = ("search", "scheduler", "score", "trials", "seeds", "seed", "total_steps", "workers")
+        self.parent = Tracker.open(
+            self.path,
+            uri=facts["track_uri"],
+            experiment=config.track.experiment,
+            name=sweep.name,
+            params=lambda: {f"space.{param.key}": param.text for param in sweep.params} | {key: facts[key] for key in keys},
+            tags={"recipe": facts["recipe"], "method": facts["method"], "kind": "sweep"},
+        )
+        sweep.update(mlflow_run=self.parent.run_id(timeout=60.0))
         self.closing = ThreadPoolExecutor(1)  # the server may be slow: the next trial does not wait
-        self.unsent: list[Any] = []
-
-    # ------------------------------------------------------------------ what Ray Tune calls
+        self.unsent: list[Future[int]] = []
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        number = trial.config["number"]
-        of = self.sweep.trial(number)
-        facts = of.facts()
-        self.before.setdefault(number, facts["seconds"])
-        changes = {"status": "running", "started": facts["started"] or time.time(), "values": trial.config["values"]}
-        of.update(**changes, **({"from": trial.config["from"]} if trial.config["from"] else {}))
-        if number not in self.trackers:
-            self.trackers[number] = self.open(of)
-        elif trial.config["from"]:  # MLflow's parameters cannot change
-            self.trackers[number].set_tags({"values": json.dumps(trial.config["values"]), "from": trial.config["from"]})
-        self.screen.update(of.facts())
+        ours, values = self._read(trial), trial.config["trial"]["values"]
+        if ours.has_ended:  # unknown to the snapshot that the search goes on from
+            return
+        self.interrupted.discard(str(trial))
+        if str(trial) not in self.trackers:
+            self.trackers[str(trial)] = self._open(ours)
+        elif json.dumps(ours.values) != json.dumps(values):  # PBT; MLflow's parameters cannot change
+            self.trackers[str(trial)].set_tags({"values": json.dumps(values)})
+        self.trackers[str(trial)].rewind(checkpoint.last_step(ours.run.checkpoints))  # a trial that goes on repeats what lies behind
+        ours.update(status="running", started=ours.started or time.time(), values=values)
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
-        number = trial.config["number"]
-        of = self.sweep.trial(number)
-        if result.get("state") == "failed":
-            of.update(error=result["error"])
-        else:
-            self.before[number] = self.before.get(number, 0.0) + result.get("seconds", 0.0)
-            new = {key: result[key] for key in ("step", "images", "score", "start_seconds") if key in result}
-            of.update(**new, seconds=round(self.before[number], 2))
-        self.trackers[number].wake()
-        self.screen.update(of.facts())
+        ours = self._read(trial)
+        if ours.has_ended:
+            return
+        if result["state"] == "interrupted":
+            self.interrupted.add(str(trial))
+        new: dict[str, Any] = {key: result[key] for key in ("step", "images", "score", "start_seconds", "error") if key in result}
+        if "took_over" in result:
+            copied = [*ours.copied_from, int(result["took_over"]["trial"].removeprefix("trial-"))]
+            exploits = [{"step": step} for step in (*ours.exploits, result["took_over"]["step"])]
+            new |= {"from": copied, "exploits": exploits}
+            self.trackers[str(trial)].set_tags({"from": copied})
+        ours.update(**new, seconds=round(ours.seconds + result.get("seconds", 0.0), 2))
+        self.trackers[str(trial)].wake()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        state = trial.last_result.get("state", "failed") if trial.last_result else "failed"
-        self.end(trial.config["number"], "stopped" if state == "running" else state)
+        state = (trial.last_result or {}).get("state", "failed")
+        self._end(str(trial), "stopped" if state == "running" else state)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         file = trial.error_file
         lines = Path(file).read_text().strip().splitlines() if file and Path(file).is_file() else []
         error = lines[-1][:500] if lines else "its process died"
-        self.sweep.trial(trial.config["number"]).update(error=error)
-        self.sweep.trial(trial.config["number"]).run.update(status="failed", message=error)
-        self.end(trial.config["number"], "failed")
+        ours = self._read(trial)
+        ours.update(error=error)
+        ours.run.update(status="failed", message=error)
+        self._end(str(trial), "failed")
 
-    def __reduce__(self) -> Any:
-        return object, ()  # Ray Tune pickles what it is given, for a `restore` of its own, which a sweep does without
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """End the search when all running trials have been interrupted: Ray Tune takes the signal as a wish to go on later."""
+        running = {str(trial) for trial in trials if trial.status == "RUNNING"}
+        if running <= self.interrupted and Sweep.read(self.path).stopping:
+            signal.raise_signal(signal.SIGUSR1)
 
-    # ------------------------------------------------------------------ MLflow
-
-    def open(self, of: Trial) -> Tracker:
-        """A trial's MLflow run below the sweep's: a new one, or the one it had."""
-        facts, config = of.facts(), from_yaml(of.run.config_text())
-        tracker = Tracker.open(
-            of.path,
-            uri=config.track.uri or default_uri(self.sweep.path.parent),
-            experiment=config.track.experiment,
-            name=f"{self.sweep.name}/{of.path.name}",
-            params=lambda: flatten(config) | {"method": find(config.method).name},
-            tags={
-                "mlflow.parentRunId": self.facts["mlflow_run"] or "",
-                "sweep": self.sweep.name,
-                "values": json.dumps(facts["values"]),
-                "recipe": config.recipe,
-                "method": find(config.method).name,
-            },
-        )
-        return tracker
-
-    def reopen(self, of: Trial) -> None:
-        """A half-done trial before it goes on: what lies behind its last checkpoint is forgotten."""
-        number = of.facts()["number"]
-        self.trackers[number] = self.open(of)
-        self.trackers[number].rewind(checkpoint.last_step(of.run.checkpoints))
-
-    def end(self, number: int, status: str) -> None:
-        """A trial has ended: write it down, tell MLflow, show it."""
-        of = self.sweep.trial(number)
-        of.update(status=status, ended=time.time())
-        if status == "stopped":
-            of.run.update(status="interrupted", message="cut by the search")
-        facts = of.facts()
-        tracker = self.trackers.pop(number, None)
-        if tracker is not None:
-            tracker.set_tags(
-                {"trial": status, "checkpoint": str(of.run.checkpoints)} | ({"error": facts["error"]} if facts["error"] else {})
-            )
-            self.unsent.append(self.closing.submit(tracker.close, CLOSING[status]))
-        trials = [t.facts() for t in self.sweep.trials()]
-        scores = [t["score"] for t in trials if t["status"] == "finished" and t["score"] is not None]
-        if scores:
-            self.parent.log(sum(t["status"] in ENDED for t in trials), {"best_score": max(scores)})
-        self.screen.ended(facts)
-
-    def close(self, status: str) -> int:
-        """End what is open; returns how many entries have not reached MLflow."""
-        for number in list(self.trackers):
-            self.end(number, "interrupted")
-        left = sum(future.result() for future in self.unsent)
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        """End what is open, and note how many entries have not reached MLflow."""
+        for name in list(self.trackers):
+            self._end(name, "interrupted")
+        unsent = sum(future.result() for future in self.unsent)
         self.closing.shutdown()
-        return left + self.parent.close(CLOSING[status])
+        sweep = Sweep.read(self.path)
+        sweep.update(unsent=unsent + self.parent.close(CLOSING[outcome(sweep)]))
+
+    # ------------------------------------------------------------------ what Ray Tune keeps for a resume
+
+    def get_state(self) -> dict[str, Any] | None:
+        if self.scheduler is None:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            self.scheduler.save(str(Path(folder, "scheduler")))
+            return {"scheduler": Path(folder, "scheduler").read_bytes()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "scheduler").write_bytes(state["scheduler"])
+            self.scheduler.restore(str(Path(folder, "scheduler")))
+
+    # ------------------------------------------------------------------ trials
+
+    def _read(self, trial: Any) -> Trial:
+        return Sweep.read(self.path).trial(str(trial))
+
+    def _open(self, trial: Trial) -> Tracker:
+        """Open a trial's MLflow run below the sweep's: a new one, or the one it had."""
+        sweep, config = Sweep.read(self.path), from_yaml(trial.run.config_text())
+        method = find(config.method).name
+        tags = {"mlflow.parentRunId": sweep.facts["mlflow_run"] or "", "sweep": sweep.name, "values": json.dumps(trial.values)}
+        return Tracker.open(
+            trial.folder,
+            uri=config.track.uri or default_uri(self.path.parent),
+            experiment=config.track.experiment,
+            name=f"{sweep.name}/{trial.folder.name}",
+            params=lambda: flatten(config) | {"method": method},
+            tags=tags | {"recipe": config.recipe, "method": method},
+        )
+
+    def _end(self, name: str, status: str) -> None:
+        sweep = Sweep.read(self.path)
+        trial = sweep.trial(name)
+        if trial.has_ended:
+            return
+        trial.update(status=status, ended=time.time())
+        if status == "stopped":
+            trial.run.update(status="interrupted", message="cut by the search")
+        tracker = self.trackers.pop(name, None)
+        if tracker is not None:
+            tags = {"trial": status, "checkpoint": str(trial.run.checkpoints)}
+            tracker.set_tags(tags | ({"error": trial.error} if trial.error else {}))
+            self.unsent.append(self.closing.submit(tracker.close, CLOSING[status]))
+        finished = [t.score for t in sweep.trials() if t.status == "finished" and t.score is not None]
+        if finished:
+            self.parent.log(sum(t.has_ended for t in sweep.trials()), {"best_score": max(finished)})
 
 
-def settle(sweep: Sweep) -> None:
-    """End the MLflow runs of trials that had ended when the driver was killed."""
-    for of in sweep.trials():
-        facts, file = of.facts(), of.path / "tracking.json"
-        if facts["status"] not in ENDED or not file.is_file():
-            continue
-        state = json.loads(file.read_text())
-        if state["ended"] is None or state["status"] is not None:
-            ended = {"status": CLOSING[facts["status"]], "ended": facts["ended"] or time.time(), "attached": False}
+def outcome(sweep: Sweep) -> str:
+    """Return how a search stands that runs no more: finished, interrupted or failed."""
+    trials = sweep.trials()
+    if len(trials) < sweep.facts["trials"] or not all(trial.has_ended for trial in trials):
+        return "interrupted"
+    return "finished" if any(trial.status == "finished" for trial in trials) else "failed"
+
+
+def close_orphans(sweep: Sweep) -> None:
+    """End the MLflow runs that a killed driver has left open; a trial that goes on opens its own again."""
+    states = {trial.folder: trial.status for trial in sweep.trials()} | {sweep.path: outcome(sweep)}
+    for folder, status in states.items():
+        file = folder / "tracking.json"
+        state = json.loads(file.read_text()) if file.is_file() else None
+        if state and (state["ended"] is None or state["status"] is not None):
+            ended = {"status": CLOSING.get(status, "KILLED"), "ended": state["ended"] or time.time(), "attached": False}
             with contextlib.suppress(Exception):  # a server that is down: `manyviews sync SWEEP/trial-000` later
-                Tracker(of.path, state | ended).push()
+                Tracker(folder, state | ended).push()

@@ -1,4 +1,4 @@
-"""A sweep's trials under Ray Tune: how many fit, which one is next, and how they are asked to stop."""
+"""A sweep's trials under Ray Tune: how many fit at the same time, and the `Tuner` that runs them or goes on with them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -13,28 +14,25 @@ from typing import Any
 from methods.parts.errors import ConfigError
 from pipeline.config import RunConfig
 from pipeline.data.loader import start_ray
-from pipeline.data.sources.base import open_source
 from pipeline.machine import available_cores
-from pipeline.metrics_log import read_points
-from tuning import sampling
 from tuning.space import parse_space
-from tuning.sweep import ENDED, Sweep
+from tuning.sweep import STOP, Sweep
 
 LOCAL_SHARE = 0.25  # logical CPUs of a trial on one machine, whose cores its torch threads and the image tasks share by priority
 SLOT = "trials"  # a resource of a local Ray
-QUIET = {
+ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that failed has no score
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours asks trials to end with whole checkpoints
-    "TUNE_GLOBAL_CHECKPOINT_S": "600",  # its snapshots are not what a sweep goes on from
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours asks trials to end with whole checkpoints first
+    "TUNE_GLOBAL_CHECKPOINT_S": "1",  # a killed search loses no more of its own state than that
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 
 
-def room(config: RunConfig, asked: int | None, gpus_asked: float | None, trials: int) -> dict[str, Any]:
-    """Start or join Ray and settle how many trials run at the same time, so that one whole CPU stays free for cutting images.
+def plan_resources(config: RunConfig, asked: int | None, gpus_asked: float | None, trials: int) -> dict[str, Any]:
+    """Start or join Ray, and choose how many trials run at the same time, so that one whole CPU stays free for cutting images.
 
     Returns:
         `concurrent`, `cluster`, and the resources of a trial, or of each of its workers, as `share`.
@@ -75,97 +73,93 @@ def room(config: RunConfig, asked: int | None, gpus_asked: float | None, trials:
     return {"concurrent": concurrent, "cluster": cluster, "share": share}
 
 
-def run_trials(sweep: Sweep, config: RunConfig, book: Any, stop: threading.Event) -> None:
-    """Ray Tune over all trials that have not ended."""
-    os.environ.update({key: value for key, value in QUIET.items() if key not in os.environ})
-    import ray
-    from ray import tune as ray_tune
+def run_trials(sweep: Sweep) -> None:
+    """Run every trial that has not ended.
 
-    from tuning import schedulers
-    from tuning.trainable import InProcess, by_group
+    Ray Tune goes on from its own snapshot. Where there is none, or the sweep lies elsewhere or has other resources than those in the
+    snapshot, it begins anew with the trials that have not ended, which go on from their own checkpoints.
+    """
+    os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
+    from ray.tune import Tuner
 
     for name in ("ray.tune", "ray.train", "ray.air", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    facts = sweep.facts()
-    knobs = parse_space([f"{key}={range_['text']}" for key, range_ in facts["space"].items()], config)
-    total = facts["total_steps"]
-    spare = ray.cluster_resources().get("CPU", 1) - facts["concurrent"] * facts["share"]["CPU"]
-    common = {"sweep": str(sweep.path), "concurrent": facts["concurrent"], "from": []}
-    common["tasks"] = None if facts["cluster"] else max(1, round(spare / facts["concurrent"]))
-
-    scheduler: Any = None
-    if facts["scheduler"] == "asha" and facts["rungs"]:
-        scheduler = schedulers.Halving(facts["rungs"][0], total)
-    elif facts["scheduler"] == "pbt":
-        scheduler = schedulers.Population(facts["rungs"][0], knobs, facts["seed"] + len(list(sweep.path.glob("ray/*"))))
-    waiting = []
-    for of in sweep.trials():
-        trial = of.facts()
-        if trial["status"] not in ENDED:
-            waiting.append(common | {key: trial[key] for key in ("number", "values", "seed")} | {"from": trial["from"] or []})
-            if (of.path / "tracking.json").is_file():
-                book.reopen(of)
-        scores = [(p["step"], p["metrics"]["score"]) for p in read_points(of.path) if "score" in p["metrics"]]
-        if isinstance(scheduler, schedulers.Halving) and scores:
-            scheduler.replay(trial["number"], scores)
-
-    optuna = schedulers.Optuna(knobs, facts["seed"], [t.facts() for t in sweep.trials()]) if facts["search"] == "optuna" else None
-    check = checker_of(config) if optuna else None
-
-    def more() -> Any:
-        """Optuna's next trial; a setting that cannot work is written down and another one asked for."""
-        number = len(sweep.trials())
-        while optuna is not None and check is not None and not stop.is_set() and number < facts["trials"]:
-            repeat = number % facts["seeds"]
-            values = sweep.trial(number - 1).facts()["values"] if repeat else optuna.ask(number)
-            seed, error = config.train.seed + repeat, sampling.refusal(check, values)
-            of = sweep.add(number, values, seed, error)
-            if error is None:
-                return common | {"number": number, "values": values, "seed": seed}
-            optuna.tell(number, {})
-            book.screen.ended(of.facts())
-            number += 1
-        return None
-
-    limited = facts["scheduler"] != "pbt"  # a population must all be there to be compared: resources limit it
-    group = bool(facts["workers"])
-    trainable: Any = ray_tune.with_resources(by_group, {"CPU": 0.01}) if group else ray_tune.with_resources(InProcess, facts["share"])
-    restarts = 0 if group else config.train.max_restarts  # a group starts its workers again by itself
-    storage = sweep.path / "ray"
-    tuner = ray_tune.Tuner(
-        trainable,
-        tune_config=ray_tune.TuneConfig(
-            scheduler=scheduler,
-            search_alg=schedulers.Queue(waiting, more, optuna.tell if optuna else lambda number, result: None, stop.is_set),
-            num_samples=max(1, len(waiting)) if optuna is None else facts["trials"],
-            max_concurrent_trials=facts["concurrent"] if limited else None,
-            reuse_actors=not group,
-            trial_name_creator=lambda trial: f"trial-{trial.config['number']:03d}",
-            trial_dirname_creator=lambda trial: f"trial-{trial.config['number']:03d}",
-        ),
-        run_config=ray_tune.RunConfig(
-            name=f"life-{len(list(storage.glob('life-*'))):03d}",
-            storage_path=str(storage),
-            callbacks=[book],
-            failure_config=ray_tune.FailureConfig(max_failures=restarts),
-            verbose=0,
-        ),
-    )
-    if not waiting and optuna is None:
-        return
+    state = sweep.path / "ray"
+    begun_as = {"folder": str(sweep.path), **{key: sweep.facts[key] for key in ("concurrent", "cluster", "share")}}
+    if sweep.facts.get("tuner") == begun_as and Tuner.can_restore(state) and any(state.glob("experiment_state-*.json")):
+        tuner = Tuner.restore(str(state), trainable=trainable_of(sweep), resume_unfinished=True)
+    else:
+        shutil.rmtree(state, ignore_errors=True)
+        waiting = [trial for trial in sweep.trials() if not trial.has_ended]
+        if not waiting and sweep.facts["search"] != "optuna":
+            return
+        tuner = new_tuner(sweep)
+        sweep.update(tuner=begun_as)
     with quiet():
         tuner.fit()
 
 
-def checker_of(config: RunConfig) -> sampling.Check:
-    dataset = open_source(config.data)
-    training = dataset.num_training(config.data.held_out)
-    return sampling.checker(config, training, None if training is None else len(dataset))
+def trainable_of(sweep: Sweep) -> Any:
+    """Return what Ray Tune starts for a trial, with its resources: a process for many trials, or a function with a group of workers."""
+    from ray import tune
+
+    from tuning.trainable import TrialProcess, train_group
+
+    if sweep.facts["workers"]:
+        return tune.with_resources(train_group, {"CPU": 0.01})
+    return tune.with_resources(TrialProcess, sweep.facts["share"])
+
+
+def new_tuner(sweep: Sweep) -> Any:
+    """Return a `Tuner` of the trials that have not ended."""
+    import ray
+    from ray import tune
+
+    from tuning.callback import SweepCallback
+    from tuning.schedulers import OptunaTrials, make_scheduler, task_of
+
+    facts, config = sweep.facts, sweep.config()
+    params = parse_space([f"{param.key}={param.text}" for param in sweep.params], config)
+    optuna, group = facts["search"] == "optuna", bool(facts["workers"])
+    spare = ray.cluster_resources().get("CPU", 1) - facts["concurrent"] * facts["share"]["CPU"]
+    common = {"sweep": str(sweep.path), "concurrent": facts["concurrent"]}
+    common["tasks"] = None if facts["cluster"] else max(1, round(spare / facts["concurrent"]))
+    waiting = [task_of(trial) for trial in sweep.trials() if not trial.has_ended]
+    scheduler = make_scheduler(sweep, params)
+    return tune.Tuner(
+        trainable_of(sweep),
+        param_space=common if optuna else common | {"trial": tune.grid_search(waiting)},
+        tune_config=tune.TuneConfig(
+            scheduler=scheduler,
+            search_alg=OptunaTrials(sweep, params) if optuna else None,
+            num_samples=facts["trials"] if optuna else 1,
+            # a population must all be there to be compared: only its resources limit how many run
+            max_concurrent_trials=None if facts["scheduler"] == "pbt" else facts["concurrent"],
+            reuse_actors=not group,
+            trial_name_creator=trial_name,
+            trial_dirname_creator=trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name="ray",
+            storage_path=str(sweep.path),
+            callbacks=[SweepCallback(sweep.path, scheduler if facts["scheduler"] == "asha" else None)],
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            # a group starts its workers again by itself
+            failure_config=tune.FailureConfig(max_failures=0 if group else config.train.max_restarts),
+            verbose=0,
+        ),
+    )
+
+
+def trial_name(trial: Any) -> str:
+    """Return the name by which Ray Tune knows a trial: that of its folder."""
+    name: str = trial.config["trial"]["name"]
+    return name
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Ray Tune's own words stay out of the user's screen."""
+    """Keep Ray Tune's messages off the user's screen."""
     logging.disable(logging.WARNING)
     try:
         yield
@@ -174,17 +168,17 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stopping(sweep: Sweep, stop: threading.Event) -> Iterator[None]:
-    """Pass the wish to stop on to all trials, wherever they run."""
+def passing_stop(sweep: Sweep, stop: threading.Event) -> Iterator[None]:
+    """Tell all trials, wherever they run, when `stop` is set."""
     over = threading.Event()
 
     def watch() -> None:
         while not over.is_set():
             if stop.wait(0.2):
-                (sweep.path / ".stop").touch()
+                (sweep.path / STOP).touch()
                 return
 
-    thread = threading.Thread(target=watch, name="stopping", daemon=True)
+    thread = threading.Thread(target=watch, name="stop", daemon=True)
     thread.start()
     try:
         yield
