@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ray import cloudpickle
+from ray.tune import Tuner
 from ray.tune.experiment import Trial as TuneTrial
 from rich.console import Console
 
@@ -26,8 +28,8 @@ from tuning.results import rank
 from tuning.schedulers import OptunaTrials, explore, make_scheduler, task_of
 from tuning.search import TuneArgs
 from tuning.space import parse_space
-from tuning.trainable import TrialProcess, followed
-from tuning.tuner import trial_name
+from tuning.trainable import TrialProcess, resolve_pointer
+from tuning.tuner import new_tuner, trial_name
 
 SWAV = override(load_recipe("swav-small"), {"data.path": "patches:per_photo=16", "train.global_batch_size": 32, "backbone.width": 0.125})
 SPACE = ("method.temperature=log:0.05:0.5", "method.num_prototypes=choice:16,32,64")
@@ -37,7 +39,7 @@ SPACE = ("method.temperature=log:0.05:0.5", "method.num_prototypes=choice:16,32,
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sweep is written down, but none is run."""
     monkeypatch.setattr(search, "fit", lambda made, console: 0)
-    monkeypatch.setattr(search, "plan_resources", lambda *asked: {"concurrent": 1, "cluster": False, "share": {"CPU": 0.25}})
+    monkeypatch.setattr(search, "plan_resources", lambda *asked: {"concurrent": 1, "cluster": False, "share": {"CPU": 0.25}, "tasks": 2})
 
 
 def begin(tmp_path: Path, *, config=SWAV, space=SPACE, name: str = "s", **asked) -> sweep.Sweep:
@@ -281,6 +283,15 @@ def test_pbt_moves_the_values_of_the_trial_that_is_copied() -> None:
 # ---------------------------------------------------------------------------- going on
 
 
+def test_a_search_is_saved_with_the_scheduler_whose_rungs_the_callback_keeps(tmp_path: Path) -> None:
+    made = begin(tmp_path, trials=2, space=SPACE[:1])
+    new_tuner(made)
+    saved = cloudpickle.loads((made.path / "ray" / "tuner.pkl").read_bytes())
+    (callback,) = saved["_run_config"].callbacks
+    assert isinstance(callback, SweepCallback) and callback.scheduler is saved["_tune_config"].scheduler is not None
+    assert Tuner.can_restore(made.path / "ray")
+
+
 def as_tune_has_it(made: sweep.Sweep, number: int) -> TuneTrial:
     config = {"sweep": str(made.path), "trial": task_of(made.trial(number))}
     return TuneTrial("none", config=config, stub=True, trial_name_creator=trial_name)
@@ -320,12 +331,12 @@ def test_only_another_trials_checkpoint_that_is_new_is_followed(tmp_path: Path) 
     (tmp_path / "trial-001").mkdir()
     folder = RunFolder(tmp_path / "trial-001")
     other = {"trial": "trial-000", "folder": str(tmp_path / "trial-000" / "checkpoints" / "step-00000008")}
-    assert followed(None, folder) is None
-    assert followed(other | {"trial": "trial-001"}, folder) is None, "its own last checkpoint is as new or newer"
-    assert followed(other, folder) == Place(other["folder"])
+    assert resolve_pointer(None, folder) is None
+    assert resolve_pointer(other | {"trial": "trial-001"}, folder) is None, "its own last checkpoint is as new or newer"
+    assert resolve_pointer(other, folder) == Place(other["folder"])
     folder.update(took_over=other["folder"])
-    assert followed(other, folder) is None, "it trained on from there before it was killed"
-    assert followed(other | {"folder": "later"}, folder) == Place("later")
+    assert resolve_pointer(other, folder) is None, "it trained on from there before it was killed"
+    assert resolve_pointer(other | {"folder": "later"}, folder) == Place("later")
 
 
 def test_what_is_left_to_do_tells_how_a_sweep_ended(tmp_path: Path) -> None:

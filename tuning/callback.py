@@ -95,7 +95,7 @@ class SweepCallback(tune.Callback):
         self._end(str(trial), "failed")
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """End the search when all running trials have been interrupted: Ray Tune takes the signal as a wish to go on later."""
+        """End the search when all running trials have been interrupted. On this signal Ray Tune saves its state and returns."""
         running = {str(trial) for trial in trials if trial.status == "RUNNING"}
         if running <= self.interrupted and Sweep.read(self.path).stopping:
             signal.raise_signal(signal.SIGUSR1)

@@ -256,7 +256,7 @@ def parallel(results: Results, path: Path) -> Path:
             for x, label in zip(scale.ticks(), scale.tick_labels(), strict=True):
                 halo = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}
                 note(axes, label, (i, scale.height(x)), "data", (5, 0), va="center", size=7.5, color=INK, bbox=halo, zorder=6)
-        figure.colorbar(colours, ax=axes, format=score_ticks(results), pad=0.01, aspect=40)
+        figure.colorbar(colours, ax=axes, format=score_ticks(results), pad=0.01, aspect=40, shrink=1 / 1.1)
     return path
 
 

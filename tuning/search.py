@@ -29,7 +29,7 @@ from tuning.display import SweepDisplay, conclude, introduce
 from tuning.results import Results
 from tuning.space import Param, parse_space
 from tuning.sweep import STOP, Sweep, create
-from tuning.tuner import passing_stop, plan_resources, run_trials
+from tuning.tuner import forward_stop, plan_resources, run_trials
 
 SEARCHES, SCHEDULERS = ("random", "grid", "optuna"), ("asha", "none", "pbt")
 ACCURACY = (
@@ -80,7 +80,7 @@ def tune(config: RunConfig, args: TuneArgs, *, runs_dir: Path, name: str | None,
     ids = None if training is None else len(dataset)
     check = sampling.checker(config, training, ids)
     sampling.check_corners(params, check)
-    settings = sample(args, params)
+    settings = known_settings(args, params)
     count = (len(settings) or args.trials or 12) * args.seeds
     schedule = plan_schedule(config, args, training, ids)
     if args.search == "optuna":
@@ -166,7 +166,7 @@ def check_args(args: TuneArgs) -> None:
         raise ConfigError(f"--seeds {args.seeds}: pbt changes a trial's values in mid-run, so none is repeated; use 1")
 
 
-def sample(args: TuneArgs, params: list[Param]) -> list[dict[str, Any]]:
+def known_settings(args: TuneArgs, params: list[Param]) -> list[dict[str, Any]]:
     """Return the settings that are known beforehand; none with Optuna."""
     if args.search == "grid":
         return sampling.grid_values(params, args.points)
@@ -251,7 +251,7 @@ def fit(sweep: Sweep, console: Console) -> int:
         status, model = "failed", None
         try:
             introduce(sweep, console)
-            with interruptible() as stop, passing_stop(sweep, stop), SweepDisplay(console, sweep):
+            with interruptible() as stop, forward_stop(sweep, stop), SweepDisplay(console, sweep):
                 run_trials(sweep)
             status = outcome(sweep)
             if status == "finished" and config.track.register:

@@ -83,7 +83,7 @@ class TrialSession:
         self.held = contextlib.ExitStack()
         self.held.enter_context(self.folder.working())
         config = write_config(sweep, trial, task["trial"]["values"])
-        other = followed(pointer, self.folder)
+        other = resolve_pointer(pointer, self.folder)
         fresh = other is None and checkpoint.pointed_to(self.folder.checkpoints) is None
         dataset: ImageDataset = cache.get(config.data) or open_source(config.data)
         self.ready: Prepared = prepare(config, given_weights(config, sweep.path.parent) if fresh else None, dataset)
@@ -158,11 +158,10 @@ class TrialSession:
             torch.cuda.empty_cache()
 
 
-def followed(pointer: Mapping[str, Any] | None, folder: RunFolder) -> Place | None:
-    """Return the checkpoint of another trial to go on from, or None.
+def resolve_pointer(pointer: Mapping[str, Any] | None, folder: RunFolder) -> Place | None:
+    """Return the checkpoint of another trial to go on from, or None = the trial's own `last`.
 
-    A pointer to the trial's own checkpoint says nothing new: `last` is as new or newer. One that was followed before the trial was killed
-    is not followed again.
+    A pointer to the trial's own checkpoint is ignored, because `last` is as new or newer; so is one that the trial has gone on from before.
     """
     if not pointer or not pointer["folder"] or pointer["trial"] == folder.name or pointer["folder"] == folder.state().get("took_over"):
         return None

@@ -35,7 +35,8 @@ def plan_resources(config: RunConfig, asked: int | None, gpus_asked: float | Non
     """Start or join Ray, and choose how many trials run at the same time, so that one whole CPU stays free for cutting images.
 
     Returns:
-        `concurrent`, `cluster`, and the resources of a trial, or of each of its workers, as `share`.
+        `concurrent`, `cluster`, the resources of a trial, or of each of its workers, as `share`, and `tasks`: how many tasks may cut images
+        for a trial at the same time; None = as many as the cluster has room for.
 
     Raises:
         ConfigError: so many do not fit.
@@ -70,7 +71,8 @@ def plan_resources(config: RunConfig, asked: int | None, gpus_asked: float | Non
         )
     if not workers and ray.cluster_resources().get(SLOT, 0) >= concurrent:  # limits a population, all of whose trials are there at once
         share[SLOT] = 1
-    return {"concurrent": concurrent, "cluster": cluster, "share": share}
+    spare = ray.cluster_resources().get("CPU", 1) - concurrent * share["CPU"]
+    return {"concurrent": concurrent, "cluster": cluster, "share": share, "tasks": None if cluster else max(1, round(spare / concurrent))}
 
 
 def run_trials(sweep: Sweep) -> None:
@@ -85,8 +87,8 @@ def run_trials(sweep: Sweep) -> None:
     for name in ("ray.tune", "ray.train", "ray.air", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     state = sweep.path / "ray"
-    begun_as = {"folder": str(sweep.path), **{key: sweep.facts[key] for key in ("concurrent", "cluster", "share")}}
-    if sweep.facts.get("tuner") == begun_as and Tuner.can_restore(state) and any(state.glob("experiment_state-*.json")):
+    placement = {"folder": str(sweep.path), **{key: sweep.facts[key] for key in ("concurrent", "cluster", "share", "tasks")}}
+    if sweep.facts.get("tuner") == placement and Tuner.can_restore(state) and any(state.glob("experiment_state-*.json")):
         tuner = Tuner.restore(str(state), trainable=trainable_of(sweep), resume_unfinished=True)
     else:
         shutil.rmtree(state, ignore_errors=True)
@@ -94,7 +96,7 @@ def run_trials(sweep: Sweep) -> None:
         if not waiting and sweep.facts["search"] != "optuna":
             return
         tuner = new_tuner(sweep)
-        sweep.update(tuner=begun_as)
+        sweep.update(tuner=placement)
     with quiet():
         tuner.fit()
 
@@ -112,7 +114,6 @@ def trainable_of(sweep: Sweep) -> Any:
 
 def new_tuner(sweep: Sweep) -> Any:
     """Return a `Tuner` of the trials that have not ended."""
-    import ray
     from ray import tune
 
     from tuning.callback import SweepCallback
@@ -121,9 +122,7 @@ def new_tuner(sweep: Sweep) -> Any:
     facts, config = sweep.facts, sweep.config()
     params = parse_space([f"{param.key}={param.text}" for param in sweep.params], config)
     optuna, group = facts["search"] == "optuna", bool(facts["workers"])
-    spare = ray.cluster_resources().get("CPU", 1) - facts["concurrent"] * facts["share"]["CPU"]
-    common = {"sweep": str(sweep.path), "concurrent": facts["concurrent"]}
-    common["tasks"] = None if facts["cluster"] else max(1, round(spare / facts["concurrent"]))
+    common = {"sweep": str(sweep.path), "concurrent": facts["concurrent"], "tasks": facts["tasks"]}
     waiting = [task_of(trial) for trial in sweep.trials() if not trial.has_ended]
     scheduler = make_scheduler(sweep, params)
     return tune.Tuner(
@@ -168,7 +167,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def passing_stop(sweep: Sweep, stop: threading.Event) -> Iterator[None]:
+def forward_stop(sweep: Sweep, stop: threading.Event) -> Iterator[None]:
     """Tell all trials, wherever they run, when `stop` is set."""
     over = threading.Event()
 
