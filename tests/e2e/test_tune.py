@@ -155,7 +155,7 @@ def test_ctrl_c_ends_with_whole_checkpoints_and_no_open_run(tmp_path: Path) -> N
     first = tmp_path / "stopped" / "trial-000"
     wait_for(first / "checkpoints" / "last.json", process, tmp_path / "log")
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=240) == 1, (tmp_path / "log").read_text()
+    assert process.wait(timeout=480) == 1, (tmp_path / "log").read_text()
     assert "go on with:" in (tmp_path / "log").read_text()
     assert [t["status"] for t in results(tmp_path / "stopped")] == ["interrupted", "waiting"]
     run, last = json.loads((first / "run.json").read_text()), json.loads((first / "checkpoints" / "last.json").read_text())
