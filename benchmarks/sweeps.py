@@ -31,11 +31,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         common = [f"--train.steps={options.steps}", f"--evaluate.knn-every={max(1, options.steps // 5)}", f"--runs-dir={folder}"]
         from pipeline.recipes import load_recipe
-        from tuning.draws import random_values
-        from tuning.spaces import parse_space
+        from tuning.sampling import random_values
+        from tuning.space import parse_space
 
-        knobs = parse_space(options.space, load_recipe(options.recipe))
-        values = [random_values(knobs, 0, n) for n in range(options.trials)]
+        params = parse_space(options.space, load_recipe(options.recipe))
+        values = [random_values(params, 0, n) for n in range(options.trials)]
 
         def single(number: int) -> float:
             return timed("pretrain", options.recipe, *settings_line(values[number]).split(), *common, "--track.no-register")

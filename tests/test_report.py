@@ -22,9 +22,10 @@ from pipeline.recipes import load_recipe
 from tests.sweeps import PROTOTYPES, TEMPERATURE, trial, write_sweep
 from tests.test_figures import near, read
 from tuning import best, importance, pictures, tables
-from tuning.axes import place
-from tuning.report import report, summary
-from tuning.results import read_sweep
+from tuning.axes import AxisScale
+from tuning.report import summary, write_report
+from tuning.results import Results
+from tuning.space import Param
 
 T, K = "method.temperature", "method.num_prototypes"
 
@@ -63,7 +64,7 @@ def asha(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(asha: Path) -> Path:
     (asha / "config.yaml").write_text(to_yaml(override(load_recipe("swav-small"), {"train.steps": 200, "data.path": "my photos"})))
-    return report(asha)
+    return write_report(asha)
 
 
 SEEDS = {0.1: [0.50, 0.52, 0.54], 0.2: [0.515, 0.525, 0.53], 0.4: [0.30, 0.31, 0.32]}
@@ -115,7 +116,7 @@ def test_trials_stand_in_order_and_a_score_at_a_rung_does_not_lead(page: Path) -
 
 def test_a_report_may_go_elsewhere(asha: Path, tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "one", [trial({T: 0.1}, {250: 0.5})])
-    made = report(folder, to=tmp_path / "elsewhere")
+    made = write_report(folder, to=tmp_path / "elsewhere")
     assert made == tmp_path / "elsewhere" / "report.html" and not (folder / "report").exists()
     # one trial, measured once: curves and parallel coordinates would be empty frames
     assert [file.name for file in made.parent.glob("*.png")] == ["response.png"]
@@ -126,58 +127,58 @@ def test_a_report_may_go_elsewhere(asha: Path, tmp_path: Path) -> None:
 
 
 def test_repeats_are_judged_by_their_mean_and_spread(tmp_path: Path) -> None:
-    sweep = read_sweep(with_seeds(tmp_path / "s"))
-    assert sweep.best.values == {T: 0.2}  # 52.33 % on average, though a single 54 % belongs to 0.1
-    assert sweep.best.mean == pytest.approx(1.57 / 3)
-    assert sweep.best.std == pytest.approx(statistics.stdev(SEEDS[0.2]))
+    found = Results.read(with_seeds(tmp_path / "s"))
+    assert found.best.values == {T: 0.2}  # 52.33 % on average, though a single 54 % belongs to 0.1
+    assert found.best.mean == pytest.approx(1.57 / 3)
+    assert found.best.std == pytest.approx(statistics.stdev(SEEDS[0.2]))
     pooled = math.sqrt(statistics.fmean([statistics.variance(s) for s in SEEDS.values()]))
-    assert sweep.seed_spread == pytest.approx(pooled)
-    assert sweep.best_trial.number == 5
-    assert "by 0.3 points: within the spread over seeds (standard deviation 1.4 points, pooled over 3" in sweep.verdict()
-    assert best.score_words(sweep) == "kNN accuracy 52.3 % ± 0.8 points (3 seeds) at step 250"
-    assert "52.3 % ± 0.8 points (n = 3)" in text_of(summary(sweep.folder))
+    assert found.seed_spread == pytest.approx(pooled)
+    assert found.best_trial.number == 5
+    assert "by 0.3 points: within the spread over seeds (standard deviation 1.4 points, pooled over 3" in found.verdict()
+    assert found.best_score() == "kNN accuracy 52.3 % ± 0.8 points (3 seeds) at step 250"
+    assert "52.3 % ± 0.8 points (n = 3)" in text_of(summary(found.sweep.path))
 
 
 def test_a_lead_beyond_the_spread_is_called_one(tmp_path: Path) -> None:
-    sweep = read_sweep(with_seeds(tmp_path / "s", {0.1: [0.50, 0.51, 0.52], 0.4: [0.30, 0.31, 0.32]}))
-    assert "by 20.0 points: more than the spread over seeds (standard deviation 1.0 points" in sweep.verdict()
+    found = Results.read(with_seeds(tmp_path / "s", {0.1: [0.50, 0.51, 0.52], 0.4: [0.30, 0.31, 0.32]}))
+    assert "by 20.0 points: more than the spread over seeds (standard deviation 1.0 points" in found.verdict()
 
 
 def test_a_setting_that_lost_seeds_to_the_scheduler_does_not_lead(tmp_path: Path) -> None:
     trials = [trial({T: 0.1}, {250: s}, seed=i) for i, s in enumerate([0.50, 0.51, 0.52])]
     trials += [trial({T: 0.2}, {250: 0.60}), trial({T: 0.2}, {50: 0.1}, "stopped", seed=1), trial({T: 0.2}, {50: 0.1}, "stopped", seed=2)]
-    sweep = read_sweep(write_sweep(tmp_path / "s", trials, seeds=3, scheduler="asha"))
-    assert sweep.best.values == {T: 0.1}
-    assert "A setting with fewer seeds scored 9.0 points more" in sweep.verdict()
+    found = Results.read(write_sweep(tmp_path / "s", trials, seeds=3, scheduler="asha"))
+    assert found.best.values == {T: 0.1}
+    assert "A setting with fewer seeds scored 9.0 points more" in found.verdict()
 
 
 def test_ties_go_to_the_first_and_are_told(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "s", [trial({T: t}, {250: s}) for t, s in [(0.3, 0.4), (0.2, 0.5), (0.1, 0.5)]])
-    sweep = read_sweep(folder)
-    assert sweep.best.values == {T: 0.2}
-    assert "2 settings share the best score; the one that ran first is shown." in tables.warnings(sweep)
-    assert [t.number for t in tables.ordered(sweep)] == [1, 2, 0]
+    found = Results.read(folder)
+    assert found.best.values == {T: 0.2}
+    assert "2 settings share the best score; the one that ran first is shown." in tables.warnings(found)
+    assert [t.number for t in tables.ordered(found)] == [1, 2, 0]
 
 
 def test_nan_is_no_score(tmp_path: Path) -> None:
     nan = float("nan")
-    sweep = read_sweep(write_sweep(tmp_path / "s", [trial({T: 0.3}, {125: nan, 250: nan}), trial({T: 0.2}, {125: nan, 250: 0.2})]))
-    assert sweep.best.values == {T: 0.2} and len(sweep.settings) == 1
-    assert sweep.trials[0].score is None and sweep.trials[1].curve == {250: 0.2}
-    assert [t.number for t in tables.ordered(sweep)] == [1, 0]
-    assert sweep.show(sweep.trials[0].score) == "no score"
+    found = Results.read(write_sweep(tmp_path / "s", [trial({T: 0.3}, {125: nan, 250: nan}), trial({T: 0.2}, {125: nan, 250: 0.2})]))
+    assert found.best.values == {T: 0.2} and len(found.settings) == 1
+    assert found.trials[0].score is None and found.trials[1].curve == {250: 0.2}
+    assert [t.number for t in tables.ordered(found)] == [1, 0]
+    assert found.show(found.trials[0].score) == "no score"
 
 
 def test_while_no_trial_has_finished_those_furthest_are_compared(tmp_path: Path) -> None:
     curves = [{25: 0.3, 50: 0.35}, {25: 0.2, 50: 0.25, 75: 0.3}, {25: 0.1, 50: 0.2, 75: 0.28}, {}]
     trials = [trial({T: 0.1 * (i + 1)}, curve, "interrupted" if curve else "waiting") for i, curve in enumerate(curves)]
     trials[1]["score"] = None  # killed before it was written down: the last measurement counts
-    sweep = read_sweep(write_sweep(tmp_path / "s", trials, status="interrupted"))
-    assert sweep.final_step == 75 and sweep.best.values == {T: 0.2} and sweep.best.mean == 0.3
-    assert len(sweep.settings) == 2 and sweep.common_step == 50
-    said = tables.warnings(sweep)
+    found = Results.read(write_sweep(tmp_path / "s", trials, status="interrupted"))
+    assert found.final_step == 75 and found.best.values == {T: 0.2} and found.best.mean == 0.3
+    assert len(found.settings) == 2 and found.common_step == 50
+    said = tables.warnings(found)
     assert "go on with: manyviews resume s" in said[0] and "best of the 2 that were measured at step 75 of 250" in said[1]
-    assert sweep.saved is None  # nothing was stopped for good
+    assert found.saved is None  # nothing was stopped for good
 
 
 def test_the_untrained_network_is_no_result(tmp_path: Path) -> None:
@@ -187,16 +188,16 @@ def test_the_untrained_network_is_no_result(tmp_path: Path) -> None:
         trial({T: 0.3}, {0: 0.2, 50: 0.3}, "stopped"),
     ]
     trials[1]["score"] = None
-    sweep = read_sweep(write_sweep(tmp_path / "s", trials, scheduler="asha", rungs=[50]))
-    assert sweep.common_step == 50 and [t.number for t in sweep.ranked] == [0, 2]
-    path = pictures.learning(sweep, tmp_path / "learning.png")
+    found = Results.read(write_sweep(tmp_path / "s", trials, scheduler="asha", rungs=[50]))
+    assert found.common_step == 50 and [t.number for t in found.ranked] == [0, 2]
+    path = pictures.learning(found, tmp_path / "learning.png")
     assert near(read(path), VERMILLION).any()
 
 
 def test_scores_without_percent(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "s", [trial({T: t}, {250: s}) for t, s in [(0.1, 0.412), (0.2, 0.4)]], score="rankme")
-    sweep = read_sweep(folder)
-    assert best.score_words(sweep) == "RankMe 0.412 at step 250" and "by 0.012." in sweep.verdict()
+    found = Results.read(folder)
+    assert found.best_score() == "RankMe 0.412 at step 250" and "by 0.012." in found.verdict()
 
 
 # ---------------------------------------------------------------------------- a recipe that runs
@@ -212,7 +213,7 @@ def test_the_command_and_the_recipe_give_the_best_config(tmp_path: Path, monkeyp
         tmp_path / "s", [trial({T: 0.1683, K: 64}, {250: 0.5}), trial({T: 0.3, K: 32}, {250: 0.4})], TEMPERATURE | PROTOTYPES
     )
     (folder / "config.yaml").write_text(to_yaml(base))
-    run = best.write_best(read_sweep(folder), tmp_path / "out")
+    run = best.write_best(Results.read(folder), tmp_path / "out")
     wanted = override(base, {T: 0.1683, K: 64, "track.uri": None})
 
     program, verb, recipe, *settings = shlex.split(run.command)
@@ -235,7 +236,7 @@ def test_the_command_and_the_recipe_give_the_best_config(tmp_path: Path, monkeyp
 
 
 def test_without_the_sweeps_settings_the_searched_values_remain(tmp_path: Path) -> None:
-    run = best.best_recipe(read_sweep(write_sweep(tmp_path / "s", [trial({T: 0.1}, {250: 0.5})])))
+    run = best.best_recipe(Results.read(write_sweep(tmp_path / "s", [trial({T: 0.1}, {250: 0.5})])))
     assert run.command == "manyviews pretrain swav-small --method.temperature 0.1" and run.yaml is None
     assert "config.yaml is missing" in run.trouble
 
@@ -246,24 +247,22 @@ def test_without_the_sweeps_settings_the_searched_values_remain(tmp_path: Path) 
 def test_response_fills_finished_trials_only(asha: Path, tmp_path: Path) -> None:
     from skimage.measure import label
 
-    sweep = read_sweep(asha)
-    picture = read(pictures.response(sweep, tmp_path / "response.png"))
+    found = Results.read(asha)
+    picture = read(pictures.response(found, tmp_path / "response.png"))
     assert label(near(picture, BLUE, 40)).max() == 2 * 2 + 1  # two trials on two knobs, and the legend's
-    at = read(pictures.response_at(sweep, 50, tmp_path / "at.png"))
+    at = read(pictures.response_at(found, 50, tmp_path / "at.png"))
     spots = label(near(at, BLUE, 40))
     assert np.sum(np.bincount(spots.ravel())[1:] > 20) == 2 * 5 + 1  # all five that did not fail
 
 
-def test_places_of_values() -> None:
-    from tuning.results import Knob
-
-    log = place(Knob(name=T, label="t", scale="log", low=0.01, high=1.0), [])
+def test_scales_of_axes() -> None:
+    log = AxisScale.of(Param(T, "log", 0.01, 1.0), "t", [])
     assert log.height(0.1) == pytest.approx(0.5) and log.ticks() == pytest.approx([0.01, 0.03, 0.1, 0.3, 1.0])
-    choice = place(Knob(name="b", label="b", scale="choice", choices=("x", True, None)), [])
-    assert [choice(v) for v in ("x", True, None)] == [0, 1, 2] and choice.tick_words() == ["x", "True", "None"]
-    whole = place(Knob(name="n", label="n", scale="int", low=0, high=3), [])
+    choice = AxisScale.of(Param("b", "choice", choices=("x", True, None)), "b", [])
+    assert [choice(v) for v in ("x", True, None)] == [0, 1, 2] and choice.tick_labels() == ["x", "True", "None"]
+    whole = AxisScale.of(Param("n", "int", 0, 3), "n", [])
     assert whole.ticks() == [0, 1, 2, 3]
-    single = place(Knob(name="n", label="n", scale="linear", low=2, high=2), [])
+    single = AxisScale("n", (), 2, 2)
     assert single.height(2) == 0.5 and single.ticks() == [2]
 
 
@@ -274,13 +273,13 @@ def test_correlations_compare_trials_at_one_step(tmp_path: Path) -> None:
         values = {T: 0.05 * (i + 1), K: 128 - i, "backbone.name": "ab"[i % 2]}
         curve = {50: 0.1 + 0.01 * i} | ({250: 0.9 - 0.1 * i} if i < 2 else {})
         trials.append(trial(values, curve, "finished" if i < 2 else "stopped"))
-    found = importance.correlations(read_sweep(write_sweep(tmp_path / "s", trials, space)))
+    found = importance.correlations(Results.read(write_sweep(tmp_path / "s", trials, space)))
     assert found is not None and (found.step, found.count) == (50, 8)
     assert found.rho == {T: pytest.approx(1.0), K: pytest.approx(-1.0), "backbone.name": None}
     assert found.words(T) == "higher values scored better" and found.words(K) == "lower values scored better"
     assert found.chance == pytest.approx(1.96 / math.sqrt(7))
     few = write_sweep(tmp_path / "few", trials[:2], space)
-    assert importance.correlations(read_sweep(few)) is None
+    assert importance.correlations(Results.read(few)) is None
 
 
 # ---------------------------------------------------------------------------- refusals and damage
@@ -288,10 +287,10 @@ def test_correlations_compare_trials_at_one_step(tmp_path: Path) -> None:
 
 def test_what_is_no_sweep_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is no sweep: it holds no sweep\.json; give the folder that `manyviews tune` made"):
-        report(tmp_path)
+        write_report(tmp_path)
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(ConfigError, match="is a single run, not a sweep"):
-        report(tmp_path)
+        write_report(tmp_path)
     (tmp_path / "sweep.json").write_text("{")
     with pytest.raises(ConfigError, match=r"sweep\.json cannot be read"):
         summary(tmp_path)
@@ -301,11 +300,11 @@ def test_a_sweep_without_a_score_is_refused_with_its_first_error(tmp_path: Path)
     failed = trial({T: 0.1}, {50: 0.3}, "failed", error="out of memory")
     folder = write_sweep(tmp_path / "s", [trial({T: 0.2}, {}, "waiting"), failed])
     with pytest.raises(ConfigError, match=r"no trial has a score yet, 1 waiting, 1 failed \(the first error: out of memory\).*resume s"):
-        report(folder)
+        write_report(folder)
     with pytest.raises(ConfigError, match="mend the cause"):
-        report(write_sweep(tmp_path / "all", [failed]))
+        write_report(write_sweep(tmp_path / "all", [failed]))
     with pytest.raises(ConfigError, match="none started"):
-        report(write_sweep(tmp_path / "none", []))
+        write_report(write_sweep(tmp_path / "none", []))
     assert not (folder / "report").exists()
 
 
@@ -315,9 +314,9 @@ def test_damaged_and_missing_trial_files_do_not_stop_the_reader(tmp_path: Path) 
     (folder / "trial-002" / "trial.json").unlink()
     with open(folder / "trial-000" / "metrics.jsonl", "a") as file:
         file.write('{"step": 300, "metr')
-    sweep = read_sweep(folder)
-    assert [t.status for t in sweep.trials] == ["finished", "failed", "waiting"]
-    assert sweep.best.values == {T: 0.1} and "trial.json cannot be read" in text_of(summary(folder))
+    found = Results.read(folder)
+    assert [t.status for t in found.trials] == ["finished", "failed", "waiting"]
+    assert found.best.values == {T: 0.1} and "trial.json cannot be read" in text_of(summary(folder))
 
 
 def test_what_runs_without_a_process_at_work_was_interrupted(tmp_path: Path) -> None:
@@ -325,12 +324,12 @@ def test_what_runs_without_a_process_at_work_was_interrupted(tmp_path: Path) -> 
 
     trials = [trial({T: 0.1}, {250: 0.5}), trial({T: 0.2}, {50: 0.3}, "running")]
     folder = write_sweep(tmp_path / "s", trials, status="running", ended=None)
-    assert [t.status for t in read_sweep(folder).trials] == ["finished", "interrupted"]
-    assert "The search is interrupted" in tables.warnings(read_sweep(folder))[0]
+    assert [t.status for t in Results.read(folder).trials] == ["finished", "interrupted"]
+    assert "The search is interrupted" in tables.warnings(Results.read(folder))[0]
     (folder / "run.json").write_text("{}")
     with RunFolder(folder).working():
-        assert [t.status for t in read_sweep(folder).trials] == ["finished", "running"]
-        assert "The search is running: these are the figures so far." in tables.warnings(read_sweep(folder))
+        assert [t.status for t in Results.read(folder).trials] == ["finished", "running"]
+        assert "The search is running: these are the figures so far." in tables.warnings(Results.read(folder))
 
 
 def test_the_summary_ranks_and_says_how_to_run_the_best(asha: Path, page: Path) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from ray import cloudpickle
+from ray.tune import Tuner
+from ray.tune.experiment import Trial as TuneTrial
 from rich.console import Console
 
 from methods.parts.errors import ConfigError
@@ -15,10 +19,17 @@ from pipeline.config import override
 from pipeline.evaluate.features import effective_rank
 from pipeline.recipes import load_recipe
 from pipeline.run_folder import RunFolder
-from tuning import draws, search, sweep
+from pipeline.storage.place import Place
+from tests.sweeps import trial, write_sweep
+from tuning import sampling, search, sweep
 from tuning.best import settings_line
-from tuning.search import Asked
-from tuning.spaces import parse_space
+from tuning.callback import SweepCallback, outcome
+from tuning.results import rank
+from tuning.schedulers import OptunaTrials, explore, make_scheduler, task_of
+from tuning.search import TuneArgs
+from tuning.space import parse_space
+from tuning.trainable import TrialProcess, resolve_pointer
+from tuning.tuner import new_tuner, trial_name
 
 SWAV = override(load_recipe("swav-small"), {"data.path": "patches:per_photo=16", "train.global_batch_size": 32, "backbone.width": 0.125})
 SPACE = ("method.temperature=log:0.05:0.5", "method.num_prototypes=choice:16,32,64")
@@ -28,11 +39,11 @@ SPACE = ("method.temperature=log:0.05:0.5", "method.num_prototypes=choice:16,32,
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sweep is written down, but none is run."""
     monkeypatch.setattr(search, "fit", lambda made, console: 0)
-    monkeypatch.setattr(search, "room", lambda *asked: {"concurrent": 1, "cluster": False, "share": {"CPU": 0.25}})
+    monkeypatch.setattr(search, "plan_resources", lambda *asked: {"concurrent": 1, "cluster": False, "share": {"CPU": 0.25}, "tasks": 2})
 
 
 def begin(tmp_path: Path, *, config=SWAV, space=SPACE, name: str = "s", **asked) -> sweep.Sweep:
-    made, _ = search.tune(config, Asked(tuple(space), **asked), runs_dir=tmp_path, name=name, console=Console(quiet=True))
+    made, _ = search.tune(config, TuneArgs(tuple(space), **asked), runs_dir=tmp_path, name=name, console=Console(quiet=True))
     return made
 
 
@@ -45,29 +56,29 @@ def trials(made: sweep.Sweep) -> list[dict]:
 
 def test_the_same_seed_draws_the_same_trials_whatever_else_is_searched() -> None:
     both, alone = parse_space(SPACE, SWAV), parse_space(SPACE[:1], SWAV)
-    first = [draws.random_values(both, 0, n) for n in range(20)]
-    assert first == [draws.random_values(both, 0, n) for n in range(20)]
-    assert [v["method.temperature"] for v in first] == [draws.random_values(alone, 0, n)["method.temperature"] for n in range(20)]
-    assert first != [draws.random_values(both, 1, n) for n in range(20)]
+    first = [sampling.random_values(both, 0, n) for n in range(20)]
+    assert first == [sampling.random_values(both, 0, n) for n in range(20)]
+    assert [v["method.temperature"] for v in first] == [sampling.random_values(alone, 0, n)["method.temperature"] for n in range(20)]
+    assert first != [sampling.random_values(both, 1, n) for n in range(20)]
     assert len({v["method.temperature"] for v in first}) == 20
-    many = np.log([draws.random_values(alone, 0, n)["method.temperature"] for n in range(400)])
+    many = np.log([sampling.random_values(alone, 0, n)["method.temperature"] for n in range(400)])
     assert abs(many.mean() - (np.log(0.05) + np.log(0.5)) / 2) < 0.1, "even on the log scale"
 
 
 def test_a_sweep_is_written_down_before_anything_runs(tmp_path: Path) -> None:
     made = begin(tmp_path, trials=3, seeds=2, seed=5)
-    facts, found = made.facts(), trials(made)
+    facts, found = made.facts, trials(made)
     assert (facts["kind"], facts["trials"], facts["seeds"], facts["score"], facts["mode"]) == ("sweep", 6, 2, "knn", "max")
     assert facts["space"]["method.temperature"]["text"] == "log:0.05:0.5"
     assert [t["number"] for t in found] == list(range(6))
     assert [t["seed"] for t in found] == [0, 1] * 3, "each setting with the same seeds: compared in pairs"
     assert found[0]["values"] == found[1]["values"] != found[2]["values"]
     assert found == trials(begin(tmp_path, trials=3, seeds=2, seed=5, name="again")) or all(
-        a["values"] == b["values"] for a, b in zip(found, trials(sweep.Sweep(tmp_path / "again")), strict=True)
+        a["values"] == b["values"] for a, b in zip(found, trials(sweep.Sweep.read(tmp_path / "again")), strict=True)
     )
-    config = (made.trial(3).path / "config.yaml").read_text()
+    config = (made.trial(3).folder / "config.yaml").read_text()
     assert "seed: 1" in config and "score: knn" in config and "register: false" in config
-    assert RunFolder(made.trial(3).path).state()["status"] == "created"
+    assert RunFolder(made.trial(3).folder).state()["status"] == "created"
 
 
 def test_a_grid_is_every_combination(tmp_path: Path) -> None:
@@ -78,10 +89,10 @@ def test_a_grid_is_every_combination(tmp_path: Path) -> None:
 
 
 def test_pbt_moves_within_the_range() -> None:
-    knobs = parse_space(["method.temperature=log:0.05:0.5", "method.epsilon=choice:0.02,0.03,0.05"], SWAV)
+    params = parse_space(["method.temperature=log:0.05:0.5", "method.epsilon=choice:0.02,0.03,0.05"], SWAV)
     random, values = np.random.default_rng(0), {"method.temperature": 0.05, "method.epsilon": 0.02}
     for _ in range(200):
-        before, values = values, draws.explored(knobs, values, random)
+        before, values = values, sampling.perturb(params, random, values)
         assert 0.05 <= values["method.temperature"] <= 0.5 and values["method.epsilon"] in (0.02, 0.03, 0.05)
     assert values != before
 
@@ -106,6 +117,7 @@ def test_pbt_moves_within_the_range() -> None:
         ({"space": ("train.global_batch_size=choice:32,4096",)}, "larger than the .* training images"),
         ({"scheduler": "pbt"}, "method.num_prototypes: cannot change in mid-run"),
         ({"scheduler": "pbt", "seeds": 2, "space": SPACE[:1]}, "none is repeated"),
+        ({"scheduler": "pbt", "search": "optuna", "space": SPACE[:1]}, "Optuna is not installed|pbt chooses new values itself"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path: Path, asked: dict, words: str) -> None:
@@ -134,7 +146,7 @@ def test_no_labels_no_knn(tmp_path: Path) -> None:
     config = override(SWAV, {"data.held_out": 0.0})
     with pytest.raises(ConfigError, match="use --score rankme"):
         begin(tmp_path, config=config)
-    assert "rank" in begin(tmp_path, config=config, score="rankme").facts()["score_words"]
+    assert "rank" in begin(tmp_path, config=config, score="rankme").facts["score_words"]
 
 
 def test_a_used_name(tmp_path: Path) -> None:
@@ -149,39 +161,43 @@ def test_a_used_name(tmp_path: Path) -> None:
 
 
 def test_rungs_come_after_the_warm_up_and_the_queue_and_leave_room() -> None:
-    from tuning.schedulers import rungs
+    from tuning.schedulers import asha_rungs
 
-    assert rungs(50, 250) == [50, 150] and rungs(250, 250) == []
+    assert asha_rungs(50, 250) == [50, 150] and asha_rungs(250, 250) == []
     config = override(SWAV, {"train.steps": 900, "evaluate.knn_every": 10})
 
     def first(**changes) -> int:
-        return search.planned(override(config, changes), Asked(scheduler="asha"), 288, 320)["rungs"][0]
+        return search.plan_schedule(override(config, changes), TuneArgs(scheduler="asha"), 288, 320)["rungs"][0]
 
     assert first() == 100, "a ninth: two more rungs fit"
     assert first(**{"optim.warmup_epochs": 20}) == 180, "9 steps an epoch"
     assert first(**{"method.queue_length": 320, "method.queue_start_epoch": 30}) == 280, "270 until it fills, 10 until it is full"
-    assert search.planned(config, Asked(grace=33), 288, 320)["rungs"] == [40, 120, 360]
-    assert search.planned(config, Asked(scheduler="pbt", grace=300), 288, 320)["rungs"] == [300, 600]
+    assert search.plan_schedule(config, TuneArgs(grace=33), 288, 320)["rungs"] == [40, 120, 360]
+    assert search.plan_schedule(config, TuneArgs(scheduler="pbt", grace=300), 288, 320)["rungs"] == [300, 600]
 
 
-def test_asha_goes_on_where_an_earlier_process_stopped() -> None:
-    from types import SimpleNamespace
+def test_asha_keeps_its_rungs_over_a_resume(tmp_path: Path) -> None:
+    """Ray Tune's snapshot leaves the scheduler out; the state of the callback holds it."""
+    facts = {"scheduler": "asha", "rungs": [10], "total_steps": 30}
 
-    from tuning.schedulers import Halving
+    def asha() -> Any:
+        return make_scheduler(sweep.Sweep(tmp_path, facts), [])
 
-    made = Halving(10, 90)
-    for number, score in enumerate([0.5, 0.6, 0.7]):
-        made.replay(number, [(10, score)])
+    def decisions(scheduler: Any, scores: dict[int, float]) -> list[str]:
+        found = []
+        for number, score in scores.items():
+            trial = TuneTrial("none", config={}, trial_id=str(number), stub=True)
+            scheduler.on_trial_add(None, trial)
+            found.append(scheduler.on_trial_result(None, trial, {"step": 10, "score": score}))
+        return found
 
-    def asked(number: int, step: int, score: float) -> str:
-        trial = SimpleNamespace(config={"number": number})
-        made.on_trial_add(None, trial)
-        return made.on_trial_result(None, trial, {"step": step, "score": score})
-
-    assert asked(3, 10, 0.55) == "STOP"
-    assert asked(4, 10, 0.9) == "CONTINUE"
-    assert asked(1, 10, 0.1) == "CONTINUE", "its rung was decided in the first life"
-    assert asked(5, 10, 0.65) == "STOP", "between the second and the third of five: not in the best third"
+    first = SweepCallback(tmp_path, asha())
+    assert decisions(first.scheduler, {0: 0.5, 1: 0.6, 2: 0.7}) == ["CONTINUE"] * 3
+    second = SweepCallback(tmp_path, asha())
+    second.set_state(first.get_state())
+    asked = {3: 0.55, 4: 0.9, 1: 0.1, 5: 0.65}  # trial 1 was decided before
+    assert decisions(second.scheduler, asked) == ["STOP", "CONTINUE", "CONTINUE", "STOP"]
+    assert decisions(asha(), {3: 0.55}) == ["CONTINUE"], "without the state any score would do"
 
 
 def test_rankme_is_the_number_of_directions_in_use() -> None:
@@ -193,14 +209,18 @@ def test_rankme_is_the_number_of_directions_in_use() -> None:
     assert effective_rank(rows[:10]) <= 10.01
 
 
-def test_ranking_keeps_cut_trials_behind_finished_ones() -> None:
-    def trial(number, status, score, step, temperature=0.1):
-        values = {"method.temperature": temperature}
-        return {"number": number, "status": status, "score": score, "step": step, "values": values, "seed": 0, "error": None}
-
-    found = [trial(0, "stopped", 0.9, 50), trial(1, "finished", 0.5, 90), trial(2, "finished", 0.7, 90, 0.2), trial(3, "failed", None, 0)]
-    found += [trial(4, "finished", 0.9, 90), trial(5, "finished", float("nan"), 90, 0.3)]
-    assert [t["number"] for t in sweep.ranked(found)][:3] == [4, 2, 1]
+def test_ranking_keeps_cut_trials_behind_finished_ones(tmp_path: Path) -> None:
+    nan = float("nan")
+    scores = [
+        ("stopped", {50: 0.9}),
+        ("finished", {90: 0.5}),
+        ("finished", {90: 0.7}),
+        ("failed", {}),
+        ("finished", {90: 0.9}),
+        ("finished", {90: nan}),
+    ]
+    found = [trial({"method.temperature": 0.1 * i}, curve, status) for i, (status, curve) in enumerate(scores)]
+    assert [t.number for t in rank(sweep.Sweep.read(write_sweep(tmp_path / "s", found)).trials())] == [4, 2, 1, 5, 0, 3]
 
 
 def test_the_best_setting_as_a_command_line() -> None:
@@ -213,26 +233,118 @@ def test_the_best_setting_as_a_command_line() -> None:
     assert config.method.hard_codes and dataclasses.is_dataclass(config)
 
 
-def test_optuna_is_told_how_trials_end_and_goes_on_from_what_is_known() -> None:
+def test_optuna_suggests_trials_and_is_told_how_they_end(tmp_path: Path) -> None:
     pytest.importorskip("optuna", reason="an extra: pip install -e '.[tuning]'")
-    from tuning.schedulers import Optuna
+    space = [*SPACE[:1], "method.num_prototypes=log:16:256", "views.local.scale=choice:[0.1,0.3],[0.2,0.5]"]
 
-    knobs = parse_space([*SPACE[:1], "method.num_prototypes=log:16:256", "views.local.scale=choice:[0.1,0.3],[0.2,0.5]"], SWAV)
+    def suggested(made: sweep.Sweep, searcher: OptunaTrials) -> list[dict]:
+        while (config := searcher.suggest(f"id{len(searcher.names)}")) != searcher.FINISHED:
+            name = config["trial"]["name"]
+            state = ["finished", "running", "failed"][int(name[6:]) // 2 % 3]
+            score = {} if state == "failed" else {"score": config["trial"]["values"]["method.temperature"]}
+            searcher.on_trial_complete(f"id{len(searcher.names) - 1}", {"state": state, "step": 50} | score)
+            made.trial(name).update(status={"running": "stopped"}.get(state, state), step=50, **score)
+        return [t["values"] for t in trials(made)]
 
-    def asked(known: list[dict], count: int) -> tuple[list[dict], list[str]]:
-        made, found = Optuna(knobs, 0, known), []
-        for number in range(len(known), count):
-            found.append(made.ask(number))
-            state = ["finished", "running", "failed"][number % 3]
-            made.tell(number, {"state": state} | ({} if state == "failed" else {"score": found[-1]["method.temperature"], "step": 50}))
-        return found, [trial.state.name for trial in made.study.trials]
+    made = begin(tmp_path, space=space, search="optuna", trials=6, seeds=2, name="first")
+    params = parse_space(space, SWAV)
+    first = suggested(made, OptunaTrials(made, params))
+    again = begin(tmp_path, space=space, search="optuna", trials=6, seeds=2, name="again")
+    assert suggested(again, OptunaTrials(again, params)) == first, "the same seed, the same trials"
+    assert len(first) == 12 and first[0] == first[1] != first[2] and [t["seed"] for t in trials(made)] == [0, 1] * 6
+    assert all(16 <= v["method.num_prototypes"] <= 256 and v["views.local.scale"] in ([0.1, 0.3], [0.2, 0.5]) for v in first)
 
-    first, states = asked([], 6)
-    assert asked([], 6)[0] == first, "the same seed, the same trials"
-    assert states == ["COMPLETE", "PRUNED", "FAIL"] * 2
-    assert all(16 <= v["method.num_prototypes"] <= 256 and v["views.local.scale"] in ((0.1, 0.3), (0.2, 0.5)) for v in first)
-    known = [
-        {"values": v | {"views.local.scale": list(v["views.local.scale"])}, "score": 0.5, "step": 9, "status": "stopped"} for v in first
-    ]
-    again, states = asked(known, 8)
-    assert states == ["PRUNED"] * 6 + ["COMPLETE", "PRUNED"] and not any(v in first for v in again)
+    made.update(trials=14)
+    on = OptunaTrials(sweep.Sweep.read(made.path), params)  # as after a search whose state at Ray Tune is lost
+    assert suggested(made, on)[12] not in first and len(trials(made)) == 14
+
+
+def test_a_setting_of_optuna_that_cannot_work_is_a_failed_trial(tmp_path: Path) -> None:
+    pytest.importorskip("optuna", reason="an extra: pip install -e '.[tuning]'")
+    space = ("method.queue_length=choice:48,64", "train.global_batch_size=choice:32,48")
+    made = begin(tmp_path, space=space, search="optuna", trials=8, config=override(SWAV, {"data.num_shards": 4}))
+    searcher = OptunaTrials(made, parse_space(space, SWAV))
+    given = []
+    while (config := searcher.suggest(str(len(given)))) != searcher.FINISHED:
+        given.append(config["trial"]["values"])
+    assert given and all(v["method.queue_length"] % v["train.global_batch_size"] == 0 for v in given)
+    assert {t["status"] for t in trials(made)} == {"waiting", "failed"} and len(trials(made)) == 8
+    assert [t["values"] for t in trials(made) if t["status"] == "waiting"] == given
+
+
+def test_pbt_moves_the_values_of_the_trial_that_is_copied() -> None:
+    params = parse_space(SPACE[:1], SWAV)
+    config = {"sweep": "s", "trial": {"name": "trial-001", "values": {"method.temperature": 0.1}}}
+    new = explore(params, np.random.default_rng(0), config)
+    assert new["sweep"] == "s" and new["trial"]["values"] != config["trial"]["values"]
+    assert config["trial"]["values"] == {"method.temperature": 0.1}, "the other trial keeps its own"
+
+
+# ---------------------------------------------------------------------------- going on
+
+
+def test_a_search_is_saved_with_the_scheduler_whose_rungs_the_callback_keeps(tmp_path: Path) -> None:
+    made = begin(tmp_path, trials=2, space=SPACE[:1])
+    new_tuner(made)
+    saved = cloudpickle.loads((made.path / "ray" / "tuner.pkl").read_bytes())
+    (callback,) = saved["_run_config"].callbacks
+    assert isinstance(callback, SweepCallback) and callback.scheduler is saved["_tune_config"].scheduler is not None
+    assert Tuner.can_restore(made.path / "ray")
+
+
+def as_tune_has_it(made: sweep.Sweep, number: int) -> TuneTrial:
+    config = {"sweep": str(made.path), "trial": task_of(made.trial(number))}
+    return TuneTrial("none", config=config, stub=True, trial_name_creator=trial_name)
+
+
+def test_a_trial_that_ended_after_ray_tunes_snapshot_is_kept_as_it_was(tmp_path: Path) -> None:
+    made = begin(tmp_path, trials=2, space=SPACE[:1])
+    made.trial(0).update(status="finished", score=0.5, step=250, ended=3.0)
+    before, again = made.trial(0).facts(), as_tune_has_it(made, 0)
+
+    class Process(TrialProcess):
+        trial_name = "trial-000"
+
+    result = Process(again.config).step()
+    assert result == {"state": "finished", "step": 250, "score": 0.5, "error": None, "done": True}
+    callback = SweepCallback(made.path)
+    callback.on_trial_start(0, [again], again)
+    callback.on_trial_result(0, [again], again, result)
+    again.update_last_result(result)
+    callback.on_trial_complete(0, [again], again)
+    assert made.trial(0).facts() == before
+
+
+def test_a_trial_waits_for_the_driver_when_the_search_is_to_end(tmp_path: Path) -> None:
+    made = begin(tmp_path, trials=2, space=SPACE[:1])
+    (made.path / sweep.STOP).touch()
+
+    class Process(TrialProcess):
+        trial_name = "trial-001"
+
+    result = Process(as_tune_has_it(made, 1).config).step()
+    assert result == {"state": "interrupted"}, "not done: Ray Tune would not run it again after a resume"
+    assert not list((made.trial(1).folder / "checkpoints").glob("*"))
+
+
+def test_only_another_trials_checkpoint_that_is_new_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "trial-001").mkdir()
+    folder = RunFolder(tmp_path / "trial-001")
+    other = {"trial": "trial-000", "folder": str(tmp_path / "trial-000" / "checkpoints" / "step-00000008")}
+    assert resolve_pointer(None, folder) is None
+    assert resolve_pointer(other | {"trial": "trial-001"}, folder) is None, "its own last checkpoint is as new or newer"
+    assert resolve_pointer(other, folder) == Place(other["folder"])
+    folder.update(took_over=other["folder"])
+    assert resolve_pointer(other, folder) is None, "it trained on from there before it was killed"
+    assert resolve_pointer(other | {"folder": "later"}, folder) == Place("later")
+
+
+def test_what_is_left_to_do_tells_how_a_sweep_ended(tmp_path: Path) -> None:
+    def ended(*statuses: str, count: int | None = None) -> str:
+        folder = tmp_path / "-".join([*statuses, str(count)])
+        trials = [trial({}, {250: 0.5} if status == "finished" else {}, status) for status in statuses]
+        return outcome(sweep.Sweep.read(write_sweep(folder, trials, trials=count or len(trials))))
+
+    assert ended("finished", "stopped", "failed") == "finished"
+    assert ended("finished", "waiting") == ended("interrupted", "failed") == ended("finished", count=2) == "interrupted"
+    assert ended("failed", "failed") == "failed"

@@ -18,7 +18,7 @@ from pipeline.resolve import resolve
 from pipeline.run_folder import RunFolder, write_json
 from tests.test_figures import metrics
 from tuning import studies
-from tuning.studies import BYOL, STUDIES, Results, Study
+from tuning.studies import BYOL, STUDIES, Study, StudyResults
 
 
 @pytest.mark.parametrize("planned", STUDIES.values(), ids=STUDIES)
@@ -39,8 +39,8 @@ def test_claims_are_about_arms_and_figures_that_exist() -> None:
             assert {claim.higher, claim.lower} <= arms and claim.figure in figures
 
 
-def results(higher: list[float], lower: list[float]) -> Results:
-    return Results(BYOL, {"fixed-target": {"linear": higher}, "random": {"linear": lower}})
+def results(higher: list[float], lower: list[float]) -> StudyResults:
+    return StudyResults(BYOL, {"fixed-target": {"linear": higher}, "random": {"linear": lower}})
 
 
 def test_a_claim_holds_only_beyond_the_spread() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from methods.parts.errors import ConfigError
 from pipeline.shell import program
-from tuning.results import Sweep
+from tuning.results import Results
 
 # where a sweep was tracked and what it was called is no part of what it found
 LEFT_OUT = ("recipe", "track.")
@@ -28,14 +28,15 @@ class Best:
     trouble: str = ""  # why not
 
 
-def best_recipe(sweep: Sweep) -> Best:
-    """The best setting of a sweep, with the settings that the sweep itself was given."""
-    from pipeline.config import flatten, from_yaml, override, to_yaml
+def best_recipe(results: Results) -> Best:
+    """Return the best setting of a sweep, with the settings that the sweep itself was given."""
+    from pipeline.config import flatten, override, to_yaml
     from pipeline.recipes import load_recipe
 
-    changes, text, trouble = dict(sweep.best.values), None, ""
+    sweep = results.sweep
+    changes, text, trouble = dict(results.best.values), None, ""
     try:
-        config = override(from_yaml((sweep.folder / "config.yaml").read_text()), sweep.best.values)
+        config = override(sweep.config(), results.best.values)
         text = to_yaml(config)
         start, wanted = flatten(load_recipe(sweep.facts["recipe"])), flatten(config)
         given = {k: v for k, v in wanted.items() if not k.startswith(LEFT_OUT) and (k not in start or start[k] != v)}
@@ -46,7 +47,7 @@ def best_recipe(sweep: Sweep) -> Best:
         trouble = f"this version reads the sweep's settings differently, so only the searched values are here ({error})"
     recipe = str(sweep.facts.get("recipe") or "RECIPE")
     command = f"{program()} pretrain {shlex.quote(recipe)} {settings_line(changes)}"
-    return Best(command, _source(sweep, recipe, changes), text, trouble)
+    return Best(command, _source(results, recipe, changes), text, trouble)
 
 
 def settings_line(values: Mapping[str, Any]) -> str:
@@ -64,10 +65,10 @@ def option(key: str, value: Any) -> list[str]:
     return [f"--{key}", *map(str, values)]
 
 
-def _source(sweep: Sweep, recipe: str, changes: dict[str, Any]) -> str:
+def _source(results: Results, recipe: str, changes: dict[str, Any]) -> str:
     """A file for `pipeline/recipes/`."""
     settings = "".join(f"        {_quoted(key)}: {_quoted(value)},\n" for key, value in changes.items())
-    name = re.sub(r"[^\w.-]", "-", sweep.name)
+    name = re.sub(r"[^\w.-]", "-", results.sweep.name)
     return f'''"""What the sweep {name} found best.
 
 As a file of pipeline/recipes/ it gives: manyviews pretrain {recipe}-tuned
@@ -81,7 +82,7 @@ from pipeline.recipes import load_recipe, recipe
 
 @recipe("{recipe}-tuned")
 def tuned() -> RunConfig:
-    """The best of {len(sweep.trials)} trials: {score_words(sweep)}."""
+    """The best of {len(results.trials)} trials: {results.best_score()}."""
     settings = {{
 {settings}    }}
     return override(load_recipe("{recipe}"), settings)
@@ -93,18 +94,11 @@ def _quoted(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
-def score_words(sweep: Sweep) -> str:
-    """The best setting's score with its spread, e.g. `kNN accuracy 61.2 % ± 0.8 points (3 seeds) at step 250`."""
-    best = sweep.best
-    spread = "" if best.std is None else f" ± {sweep.gap(best.std)} ({len(best.scores)} seeds)"
-    return f"{sweep.score_name} {sweep.show(best.mean)}{spread} at step {sweep.final_step:,}"
-
-
-def write_best(sweep: Sweep, folder: Path) -> Best:
+def write_best(results: Results, folder: Path) -> Best:
     """Write `best_recipe.py` and `best.yaml` into `folder`."""
     from pipeline.storage.place import write_atomic
 
-    best = best_recipe(sweep)
+    best = best_recipe(results)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "best_recipe.py", best.recipe.encode())
     if best.yaml is not None:

@@ -1,4 +1,4 @@
-"""The verbs `tune`, `report` and `study`: their options and help, without anything heavy until they run."""
+"""The verbs `tune`, `report` and `study`: their options and help. Heavy modules are loaded when a verb runs."""
 
 from __future__ import annotations
 
@@ -65,39 +65,39 @@ def tune(options: Any, settings: list[str], recipe: str, write: Callable[[Any, A
 
     command = shlex.join(["manyviews", *sys.argv[1:]])
     names = ("trials", "search", "scheduler", "score", "seeds", "seed", "grace", "points", "concurrent", "gpus")
-    asked = search.Asked(tuple(options.space), **{name: getattr(options, name) for name in names}, command=command)
-    made, code = search.tune(config, asked, runs_dir=_local(options), name=options.name, console=console)
-    write(options, summary(made))
+    args = search.TuneArgs(tuple(options.space), **{name: getattr(options, name) for name in names}, command=command)
+    made, code = search.tune(config, args, runs_dir=_local(options), name=options.name, console=console)
+    write(options, as_dict(made))
     return code
 
 
 def resume(reference: str, options: Any, write: Callable[[Any, Any], None], console: Any) -> int | None:
     """Go on with a sweep of that name; None if there is none."""
-    from tuning import sweep
+    from tuning.sweep import find
 
-    found = sweep.find(reference, Path(options.runs_dir))
+    found = find(reference, Path(options.runs_dir))
     if found is None:
         return None
     from tuning import search
 
     code = search.resume(found, console)
-    write(options, summary(found))
+    write(options, as_dict(found))
     return code
 
 
 def report(options: Any, write: Callable[[Any, Any], None], console: Any) -> int:
     from methods.parts.errors import ConfigError
-    from tuning import report as of_sweeps
-    from tuning import sweep
+    from tuning.report import summary, write_report
+    from tuning.sweep import find
 
-    found = sweep.find(options.sweep, Path(options.runs_dir))
+    found = find(options.sweep, Path(options.runs_dir))
     if found is None:
         listing = command("runs", runs_dir=options.runs_dir)
         raise ConfigError(f"sweep={options.sweep}: no such sweep in {options.runs_dir}; `{listing}` lists what there is")
-    page = of_sweeps.report(found.path, to=options.to)
-    console.print(of_sweeps.summary(found.path))
+    page = write_report(found.path, to=options.to)
+    console.print(summary(found.path))
     console.print(f"report    {page}", highlight=False, soft_wrap=True)
-    write(options, summary(found) | {"report": str(page)})
+    write(options, as_dict(found) | {"report": str(page)})
     return 0
 
 
@@ -131,42 +131,41 @@ def studies() -> list[str]:
     return list(STUDIES)
 
 
-def summary(made: Any) -> dict[str, Any]:
-    """A sweep for `--json`."""
-    facts: dict[str, Any] = made.facts()
-    return facts | {"folder": str(made.path), "results": [trial.facts() for trial in made.trials()]}
+def as_dict(sweep: Any) -> dict[str, Any]:
+    """Return a sweep and its trials, as they are now, for `--json`."""
+    from tuning.sweep import Sweep
+
+    now = Sweep.read(sweep.path)
+    return now.facts | {"folder": str(now.path), "results": [trial.facts() for trial in now.trials()]}
 
 
 def listed(runs_dir: Path) -> list[dict[str, Any]]:
-    """Every sweep in the words of `runs`."""
+    """Return every sweep as `runs` shows it."""
     from methods.parts.errors import ConfigError
-    from tuning.results import read_sweep
-    from tuning.sweep import ENDED, show_score, sweeps
+    from tuning.results import Results
+    from tuning.sweep import show_score, sweeps
 
     rows = []
-    for found in sweeps(runs_dir):
-        facts, trials = found.facts(), [trial.facts() for trial in found.trials()]
+    for sweep in sweeps(runs_dir):
         best = None
         with contextlib.suppress(ConfigError):  # no trial has a score yet
-            best = read_sweep(found.path).best.mean
-        ended = sum(trial["status"] in ENDED for trial in trials)
-        rows.append(
-            facts | {"ended_trials": ended, "best_score": best, "best_words": show_score(best, facts["score"]), "folder": str(found.path)}
-        )
+            best = Results.read(sweep.path).best.mean
+        row = {"ended_trials": sum(trial.has_ended for trial in sweep.trials()), "best_score": best, "folder": str(sweep.path)}
+        rows.append(sweep.facts | row | {"best_words": show_score(best, sweep.facts["score"])})
     return rows
 
 
 def shown(reference: str, options: Any, write: Callable[[Any, Any], None], console: Any) -> bool:
     """Print the ranking of a sweep of that name; False if there is none."""
-    from tuning import sweep
+    from tuning.sweep import find
 
-    found = sweep.find(reference, Path(options.runs_dir))
+    found = find(reference, Path(options.runs_dir))
     if found is None:
         return False
-    from tuning.screen import conclusion
+    from tuning.display import conclude
 
-    conclusion(console, found, None)
-    write(options, summary(found))
+    conclude(console, found)
+    write(options, as_dict(found))
     return True
 
 

@@ -1,30 +1,30 @@
-"""Which knob the score follows: rank correlations over trials measured at the same step, with what chance alone would give."""
+"""Which setting the score follows: rank correlations over trials measured at the same step, with what chance alone would give."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from tuning.results import Sweep
+from tuning.results import Results
 
 FEWEST = 6  # points; below, even a perfect order says little
 
 
 @dataclass(frozen=True)
 class Correlations:
-    """Spearman's rank correlation of each knob with the score."""
+    """Spearman's rank correlation of each searched setting with the score."""
 
     step: int
     count: int  # points: trials of one step
-    rho: dict[str, float | None]  # by knob; None: choices without an order, or one value only
+    rho: dict[str, float | None]  # by key; None: choices without an order, or one value only
 
     @property
     def chance(self) -> float:
-        """An unrelated knob stays below it in 95 of 100 sweeps (normal approximation)."""
+        """An unrelated setting stays below it in 95 of 100 sweeps (normal approximation)."""
         return 1.96 / math.sqrt(self.count - 1)
 
-    def words(self, name: str) -> str:
-        rho = self.rho[name]
+    def words(self, key: str) -> str:
+        rho = self.rho[key]
         if rho is None:
             return "no order to follow: see its response curve"
         if abs(rho) < self.chance:
@@ -32,18 +32,16 @@ class Correlations:
         return "higher values scored better" if rho > 0 else "lower values scored better"
 
 
-def correlations(sweep: Sweep) -> Correlations | None:
-    """Over the finished trials if none ended early, else over all trials at their last common step; None with too few."""
-    if all(t in sweep.finals for t in sweep.ranked):
-        step, points = sweep.final_step, [(t.values, t.score or 0.0) for t in sweep.finals]
-    elif sweep.common_step is not None:
-        step = sweep.common_step
-        points = [(values, score) for values, scores in sweep.scores_at(step) for score in scores]
-    else:
+def correlations(results: Results) -> Correlations | None:
+    """Return them over the finished trials if none ended early, else over all trials at their last common step; None with too few."""
+    step = results.common_step if results.cut else results.final_step
+    if step is None:
         return None
+    settings = results.settings_at(step) if results.cut else results.settings
+    points = [(setting.values, score) for setting in settings for score in setting.scores]
     if len(points) < FEWEST:
         return None
-    rho = {k.name: _spearman([v.get(k.name) for v, _ in points], [s for _, s in points]) for k in sweep.knobs}
+    rho = {p.key: _spearman([values.get(p.key) for values, _ in points], [score for _, score in points]) for p in results.sweep.params}
     return Correlations(step, len(points), rho)
 
 

@@ -1,177 +1,173 @@
-"""Who is tried next, who is cut, and who takes over another's state: Ray Tune's schedulers, fed from the sweep's folder."""
+"""Ray Tune's schedulers and searchers, set up for a sweep."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from types import SimpleNamespace
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
+from ray import tune
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
 from ray.tune.search import Searcher
 
 from methods.parts.errors import ConfigError
 from pipeline.shell import install
-from tuning.draws import as_value, explored
-from tuning.spaces import Knob
+from tuning.sampling import Check, perturb, refusal, setting_checker
+from tuning.space import Param, as_value
+from tuning.sweep import Sweep, Trial
 
-REDUCTION = 3  # of the trials at a rung, one in so many goes on
-Task = dict[str, Any]
+REDUCTION = 3  # ASHA lets one trial in three go on from a rung
 
 
-def rungs(grace: int, total: int, reduction: int = REDUCTION) -> list[int]:
-    """Steps at which ASHA decides: the grace period, and each time `reduction` times as many, before the end."""
-    found = []
+def asha_rungs(grace: int, total: int) -> list[int]:
+    """Return the steps before the end at which ASHA decides."""
+    rungs = []
     while grace < total:
-        found.append(grace)
-        grace *= reduction
-    return found
+        rungs.append(grace)
+        grace *= REDUCTION
+    return rungs
 
 
-class Halving(ASHAScheduler):
-    """ASHA (Li et al. 2018, arXiv:1810.05934) that knows trials by their number, so that a sweep can go on in a new process."""
-
-    def __init__(self, grace: int, total: int) -> None:
-        # one more than the last step: a trial that reaches its end finishes, it is not cut
-        super().__init__("step", "score", "max", max_t=total + 1, grace_period=grace, reduction_factor=REDUCTION)
-
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        super().on_trial_add(tune_controller, _by_number(trial))
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        return str(super().on_trial_result(tune_controller, _by_number(trial), result))
-
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        super().on_trial_complete(tune_controller, _by_number(trial), result)
-
-    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        super().on_trial_remove(tune_controller, _by_number(trial))
-
-    def replay(self, number: int, scores: Sequence[tuple[int, float]]) -> None:
-        """What an earlier process saw of a trial: (step, score) in order."""
-        trial = SimpleNamespace(config={"number": number})
-        self.on_trial_add(None, trial)
-        for step, score in scores:
-            self.on_trial_result(None, trial, {"step": step, "score": score})
-
-
-def _by_number(trial: Any) -> Any:
-    return SimpleNamespace(trial_id=trial.config["number"])
-
-
-class Population(PopulationBasedTraining):
-    """PBT (Jaderberg et al. 2017, arXiv:1711.09846): a trial in the lowest quarter goes on from one in the highest, with other values."""
-
-    def __init__(self, every: int, knobs: Sequence[Knob], seed: int) -> None:
-        # all wait for each other at every exchange: who takes over from whom does not depend on whose machine is faster
-        super().__init__(
-            "step", "score", "max", perturbation_interval=every, custom_explore_fn=lambda config: config, log_config=False, synch=True
+def make_scheduler(sweep: Sweep, params: Sequence[Param]) -> Any:
+    """Return the scheduler of a sweep; None = every trial runs to its end."""
+    if sweep.scheduler == "asha" and sweep.rungs:
+        # ASHA (Li et al. 2018, arXiv:1810.05934); one step past the end, because a trial that gets there finishes and is not cut
+        end = sweep.total_steps + 1
+        return ASHAScheduler("step", "score", "max", max_t=end, grace_period=sweep.rungs[0], reduction_factor=REDUCTION)
+    if sweep.scheduler == "pbt":
+        # PBT (Jaderberg et al. 2017, arXiv:1711.09846): a trial in the lowest quarter goes on from one in the highest, with other values;
+        # all wait for each other at every exchange, so that the faster machine does not decide who takes over from whom
+        return PopulationBasedTraining(
+            "step",
+            "score",
+            "max",
+            perturbation_interval=sweep.rungs[0],
+            custom_explore_fn=partial(explore, params, np.random.default_rng(sweep.facts["seed"])),
+            require_attrs=False,  # a trial that failed has no score
+            log_config=False,
+            synch=True,
         )
-        self.knobs, self.random = knobs, np.random.default_rng(seed)
-
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        # Ray refuses any search algorithm beside PBT, since its values would be overwritten; ours only hands out the population
-        super().on_trial_add(SimpleNamespace(search_alg=None), trial)
-
-    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        values = explored(self.knobs, trial_to_clone.config["values"], self.random)
-        came = [*trial.config["from"], trial_to_clone.config["number"]]
-        return trial.config | {"values": values, "from": came}, {}
+    return None
 
 
-class Queue(Searcher):
-    """The next trial for Ray Tune: those that wait, then those that `more` makes up.
-
-    Args:
-        more: the next trial, or None when there are enough.
-        ended: told of every trial that ended: its number and last result.
-        stop: asked before each; True = no other begins.
-    """
-
-    def __init__(
-        self,
-        waiting: list[Task],
-        more: Callable[[], Task | None],
-        ended: Callable[[int, dict[str, Any]], None],
-        stop: Callable[[], bool],
-    ) -> None:
-        super().__init__(metric="score", mode="max")
-        self.waiting, self.more, self.ended, self.stop = waiting, more, ended, stop
-        self.numbers: dict[str, int] = {}
-
-    def suggest(self, trial_id: str) -> Any:
-        task = None if self.stop() else self.waiting.pop(0) if self.waiting else self.more()
-        if task is None:
-            return Searcher.FINISHED
-        self.numbers[trial_id] = task["number"]
-        return task
-
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        self.ended(self.numbers[trial_id], result or {})
-
-    def __reduce__(self) -> Any:
-        return object, ()  # a sweep goes on from its folder, not from Ray Tune's snapshots
-
-    def get_state(self) -> dict[str, Any]:
-        return {}
-
-    def save(self, checkpoint_path: str) -> None: ...
-
-    def restore(self, checkpoint_path: str) -> None: ...
+def explore(params: Sequence[Param], random: np.random.Generator, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration of a trial that takes over another's state: that one's, with other values."""
+    values = {key: as_value(value) for key, value in config["trial"]["values"].items()}
+    return {**config, "trial": {**config["trial"], "values": perturb(params, random, values)}}
 
 
-class Optuna:
-    """Values by Optuna's TPE, told of every trial that ended, one that was cut with the step at which it was.
+class OptunaTrials(Searcher):
+    """Makes trials of the values that Ray's `OptunaSearch` suggests.
+
+    Each setting gets its seeds, each trial its folder; a setting that cannot work is written down as failed, and another is asked for.
+    Optuna is told of the first seed of each setting.
 
     Raises:
         ConfigError: Optuna is not installed.
     """
 
-    def __init__(self, knobs: Sequence[Knob], seed: int, known: Sequence[dict[str, Any]]) -> None:
-        try:
-            import optuna
-        except ImportError:
-            remedy = f"install it with `{install('tuning')}`, or use --search random"
-            raise ConfigError(f"--search optuna: Optuna is not installed; {remedy}") from None
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.optuna, self.knobs = optuna, knobs
-        # other seed with each life, or the second would begin by trying what the first has tried
-        self.study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed + len(known)))
-        self.spaces = {knob.key: self._distribution(knob) for knob in knobs}
-        self.open: dict[int, Any] = {}
-        for facts in known:
-            place = {
-                k.key: k.choices.index(as_value(facts["values"][k.key])) if k.scale == "choice" else facts["values"][k.key] for k in knobs
-            }
-            score, done = facts["score"], facts["status"] == "finished"
-            if score is not None:
-                state = optuna.trial.TrialState.COMPLETE if done else optuna.trial.TrialState.PRUNED
-                seen = {facts["step"]: score}
-                kind = {"params": place, "distributions": self.spaces, "intermediate_values": seen, "state": state}
-                self.study.add_trial(optuna.trial.create_trial(value=score, **kind))
+    def __init__(self, sweep: Sweep, params: Sequence[Param]) -> None:
+        super().__init__(metric="score", mode="max")
+        self.path, self.params = sweep.path, list(params)
+        self.check: Check | None = None
+        self.names: dict[str, str] = {}  # of trials by Ray Tune's id
+        self.suggested: set[str] = set()  # names of the trials whose values Optuna suggested and of whose end it waits to be told
+        known = [trial for trial in sweep.trials() if trial.has_ended]  # where a search goes on without Ray Tune's own state of it
+        self.searcher = optuna_search(params, sweep.facts["seed"] + len(known))  # the same seed would draw the same values again
+        for trial in known:
+            if trial.score is not None:
+                self.searcher.add_evaluated_point(self._encoded(trial.values), trial.score, pruned=trial.status != "finished")
 
-    def _distribution(self, knob: Knob) -> Any:
-        kinds = self.optuna.distributions
-        if knob.scale == "choice":
-            return kinds.CategoricalDistribution(list(range(len(knob.choices))))  # places: Optuna takes plain values only
-        if knob.whole or knob.scale == "int":
-            return kinds.IntDistribution(int(knob.low or 0), int(knob.high or 0), log=knob.scale == "log")
-        return kinds.FloatDistribution(knob.low, knob.high, log=knob.scale == "log")
-
-    def ask(self, number: int) -> dict[str, Any]:
-        """Values for trial `number`."""
-        trial = self.open[number] = self.study.ask(self.spaces)
-        return {k.key: k.choices[trial.params[k.key]] if k.scale == "choice" else trial.params[k.key] for k in self.knobs}
-
-    def tell(self, number: int, result: dict[str, Any]) -> None:
-        """How trial `number` ended."""
-        trial, states = self.open.pop(number, None), self.optuna.trial.TrialState
+    def suggest(self, trial_id: str) -> Any:
+        sweep = Sweep.read(self.path)
+        if sweep.stopping:
+            return None
+        trial = self._waiting(sweep) or self._new(sweep)
         if trial is None:
-            return
-        if "score" not in result:
-            self.study.tell(trial, state=states.FAIL)
-        elif result.get("state") == "finished":
-            self.study.tell(trial, result["score"])
-        else:
-            trial.report(result["score"], result["step"])
-            self.study.tell(trial, state=states.PRUNED)
+            return Searcher.FINISHED
+        self.names[trial_id] = trial.folder.name
+        return {"trial": task_of(trial)}
+
+    def _waiting(self, sweep: Sweep) -> Trial | None:
+        """Return a trial that Ray Tune has lost: its snapshot was older than the trial when the driver was killed."""
+        known = set(self.names.values())
+        return next((t for t in sweep.trials() if not t.has_ended and t.folder.name not in known), None)
+
+    def _new(self, sweep: Sweep) -> Trial | None:
+        self.check = self.check or setting_checker(sweep.config())
+        base = sweep.config().train.seed
+        trials = sweep.trials()
+        for number in range(len(trials), sweep.facts["trials"]):
+            repeat, name = number % sweep.seeds, f"trial-{number:03d}"
+            values = sweep.trial(number - 1).values if repeat else self._decoded(self.searcher.suggest(name))
+            error = refusal(self.check, values)
+            trial = sweep.add(number, values, base + repeat, error)
+            if error is None:
+                self.suggested |= set() if repeat else {name}
+                return trial
+            if not repeat:
+                self.searcher.on_trial_complete(name, error=True)
+        return None
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        name = self.names[trial_id]
+        if name in self.suggested and "score" in result:
+            self.searcher.on_trial_result(name, {"score": result["score"], "training_iteration": result["step"]})
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        name = self.names[trial_id]
+        if name in self.suggested:
+            result = result or {}
+            self.on_trial_result(trial_id, result)
+            self.suggested.remove(name)
+            # without a score Optuna takes a trial as cut where it was last measured, or as failed
+            told = {"score": result["score"]} if result.get("state") == "finished" else None
+            self.searcher.on_trial_complete(name, told, error=error or "score" not in result)
+
+    def get_state(self) -> dict[str, Any]:
+        """Return what Ray Tune keeps; it keeps the state of `searcher` by itself."""
+        return {"names": dict(self.names), "suggested": set(self.suggested)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.names, self.suggested = state["names"], state["suggested"]
+
+    # Optuna takes plain values only, so a choice goes as its place in the list
+    def _encoded(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {p.key: p.choices.index(values[p.key]) if p.choices else values[p.key] for p in self.params}
+
+    def _decoded(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {p.key: p.choices[values[p.key]] if p.choices else values[p.key] for p in self.params}
+
+
+def optuna_search(params: Sequence[Param], seed: int) -> Any:
+    """Return Ray's `OptunaSearch` over the params.
+
+    Raises:
+        ConfigError: Optuna is not installed.
+    """
+    try:
+        import optuna
+    except ImportError:
+        remedy = f"install it with `{install('tuning')}`, or use --search random"
+        raise ConfigError(f"--search optuna: Optuna is not installed; {remedy}") from None
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    space = OptunaSearch.convert_search_space({param.key: _domain(param) for param in params})
+    return OptunaSearch(space, metric="score", mode="max", seed=seed)
+
+
+def _domain(param: Param) -> Any:
+    if param.choices:
+        return tune.choice(list(range(len(param.choices))))
+    whole, low, high = param.whole or param.scale == "int", param.low or 0, param.high or 0
+    if whole:
+        draw = tune.lograndint if param.scale == "log" else tune.randint
+        return draw(round(low), round(high) + 1)
+    return (tune.loguniform if param.scale == "log" else tune.uniform)(low, high)
+
+
+def task_of(trial: Trial) -> dict[str, Any]:
+    """Return what Ray Tune hands from the driver to a trial."""
+    return {"name": trial.folder.name, "values": trial.values}

@@ -235,7 +235,7 @@ def measured(run: RunFolder, figures: Sequence[Figure]) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Results:
+class StudyResults:
     """Figures of the runs so far: `values[arm][figure]` is a list over seeds."""
 
     study: Study
@@ -258,17 +258,17 @@ class Results:
         return f"{state} ({words}, spread {show(spread)}, n = {min(len(high), len(low))})"
 
 
-def read_results(planned: Study, folder: Path) -> Results:
+def read_results(planned: Study, folder: Path) -> StudyResults:
     values: dict[str, dict[str, list[float]]] = {}
     for arm in planned.arms:
         for seed in range(planned.seeds):
             file = folder / f"{arm.name}-seed{seed}" / "study.json"
             for key, value in (json.loads(file.read_text()) if file.exists() else {}).items():
                 values.setdefault(arm.name, {}).setdefault(key, []).append(float(value))
-    return Results(planned, values)
+    return StudyResults(planned, values)
 
 
-def table(results: Results) -> list[list[str]]:
+def table(results: StudyResults) -> list[list[str]]:
     """Heading and one row an arm: mean and standard deviation over seeds of each figure, and the paper's own."""
     planned = results.study
     with_paper = any(arm.paper for arm in planned.arms)

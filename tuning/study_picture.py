@@ -10,10 +10,10 @@ from pipeline.figures.style import BLUE, PALE
 from tuning.axes import titled
 
 if TYPE_CHECKING:
-    from tuning.studies import Results
+    from tuning.studies import StudyResults
 
 
-def arms(results: Results, path: Path) -> Path:
+def arms(results: StudyResults, path: Path) -> Path:
     """Mean and standard deviation of each figure over the seeds of an arm, the seeds beside them."""
     planned = results.study
     shown = [f for f in planned.figures if any(results.of(arm.name, f.key) for arm in planned.arms)]

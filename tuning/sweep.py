@@ -1,213 +1,303 @@
-"""The folder of a sweep: what was asked for, every trial's values and state, and how a trial's settings come about.
+"""A sweep on disk, for the search that writes it and the report that reads it: what was asked for, every trial's values and state.
 
-RUNS/SWEEP/sweep.json  config.yaml  trial-000/ (an ordinary run folder, and trial.json)  report/
+RUNS/SWEEP/sweep.json  config.yaml  trial-000/ (an ordinary run folder, and trial.json)  ray/ (the state of Ray Tune)  report/
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from methods.parts.errors import ConfigError
+from pipeline.metrics_log import read_points
 from pipeline.run_folder import RunFolder, new_folder, write_json
 from pipeline.storage.place import write_atomic
-from pipeline.tracking.client import default_uri
+from tuning.space import Param, as_value
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig  # importing it costs seconds (torch)
 
-ENDED = ("finished", "stopped", "failed")  # a trial that `resume` leaves alone
-SCORE_WORDS = {
-    "knn": (
-        "kNN top-1 (k {k}, T {t:g}) on held-out training images, which no trial trains on; the test split is not read. With {n} images "
-        "asked, differences below {error:.1f} points are within chance (one standard error near 50 %)"
-    ),
-    "linear": (
-        "top-1 of a linear probe on held-out training images, which no trial trains on; the test split is not read. With {n} images "
-        "asked, differences below {error:.1f} points are within chance (one standard error near 50 %)"
-    ),
-    "rankme": (
-        "RankMe (arXiv:2210.02885): effective rank of the features of training images, divided by the most it can be. It needs no "
-        "labels. A high rank is needed for good features and does not prove them, so noise can raise it; compare it within one method "
-        "and one width of backbone only"
-    ),
-}
-LOSS_WORDS = (
-    "--score loss: a loss is not comparable across temperatures, prototypes, queues or masks, because they change its scale: a search "
-    "would pick the easiest task, not the best features; use knn, linear, or rankme without labels"
-)
+STATUSES = ("finished", "stopped", "interrupted", "running", "waiting", "failed")
+ENDED = ("finished", "stopped", "failed")  # `resume` does not run these again
+STOP = ".stop"  # in the sweep's folder: trials are to end with whole checkpoints, and no other begins
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One trial, as its `trial.json` has it; the folder is also a run's. `score` is finite or None."""
+
+    folder: Path
+    values: dict[str, Any]
+    seed: int = 0
+    status: str = "waiting"
+    error: str | None = None
+    score: float | None = None
+    step: int = 0
+    seconds: float = 0.0  # of training
+    images: int = 0
+    started: float | None = None  # s since 1970
+    ended: float | None = None
+    copied_from: tuple[int, ...] = ()  # PBT: the trials whose weights it took over
+    exploits: tuple[int, ...] = ()  # PBT: the steps at which it did
+    metric: str = "score"  # what a version without the metric `score` has logged
+
+    @property
+    def number(self) -> int:
+        return int(self.folder.name.removeprefix("trial-"))
+
+    @property
+    def run(self) -> RunFolder:
+        return RunFolder(self.folder)
+
+    @property
+    def has_ended(self) -> bool:
+        return self.status in ENDED
+
+    @property
+    def ranked(self) -> bool:
+        """Whether it has a score that may be compared."""
+        return self.score is not None and self.status != "failed"
+
+    @property
+    def score_step(self) -> int:
+        """The step at which `score` was measured."""
+        return self.step if self.status == "finished" or not self.curve else max(self.curve)
+
+    @cached_property
+    def curve(self) -> dict[int, float]:
+        """Score by step; at step 0 that of the untrained network."""
+        points = [(p["step"], p["metrics"].get("score", p["metrics"].get(self.metric))) for p in read_points(self.folder)]
+        return {step: score for step, score in points if score is not None and math.isfinite(score)}
+
+    def facts(self) -> dict[str, Any]:
+        """Return `trial.json` as it is now."""
+        facts: dict[str, Any] = json.loads((self.folder / "trial.json").read_text())
+        return facts
+
+    def update(self, **changes: Any) -> None:
+        write_json(self.folder / "trial.json", self.facts() | changes)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep's folder."""
+    """A sweep's folder, with `sweep.json` as it was when it was read."""
 
     path: Path
+    facts: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> Sweep:
+        """Read a sweep; `running` without a process at work reads `interrupted`.
+
+        Raises:
+            ConfigError: the folder is no sweep.
+        """
+        folder = folder.expanduser().resolve()
+        try:
+            facts = json.loads((folder / "sweep.json").read_text())
+        except FileNotFoundError:
+            what = "is a single run, not a sweep" if (folder / "run.json").exists() else "is no sweep: it holds no sweep.json"
+            raise ConfigError(f"sweep={folder}: {what}; give the folder that `manyviews tune` made") from None
+        except ValueError:
+            raise ConfigError(f"sweep={folder}: its sweep.json cannot be read; restore it, or search again with: manyviews tune") from None
+        if facts.get("status") == "running" and not RunFolder(folder).locked():
+            facts["status"] = "interrupted"  # its process was killed, or the machine went down
+        return cls(folder, facts)
 
     @property
     def name(self) -> str:
         return self.path.name
 
-    def facts(self) -> dict[str, Any]:
-        """`sweep.json`; `running` without a process at work reads `interrupted`."""
-        facts: dict[str, Any] = json.loads((self.path / "sweep.json").read_text())
-        if facts["status"] == "running" and not self.run.locked():
-            facts["status"] = "interrupted"
-        return facts
+    @property
+    def stopping(self) -> bool:
+        """Whether the sweep has been asked to end."""
+        return (self.path / STOP).exists()
 
     @property
-    def run(self) -> RunFolder:
-        """The folder as a run's, for its lock."""
-        return RunFolder(self.path)
+    def total_steps(self) -> int:
+        return int(self.facts.get("total_steps") or 0)
 
-    def update(self, **changes: Any) -> None:
-        write_json(self.path / "sweep.json", json.loads((self.path / "sweep.json").read_text()) | changes)
+    @property
+    def rungs(self) -> list[int]:
+        """The steps at which the scheduler decides."""
+        return sorted(int(rung) for rung in self.facts.get("rungs") or ())
+
+    @property
+    def seeds(self) -> int:
+        """How often each setting was to run."""
+        return int(self.facts.get("seeds") or 1)
+
+    @property
+    def scheduler(self) -> str:
+        return str(self.facts.get("scheduler") or "none")
+
+    @cached_property
+    def params(self) -> tuple[Param, ...]:
+        return tuple(Param.from_dict(key, given) for key, given in (self.facts.get("space") or {}).items())
+
+    @cached_property
+    def labels(self) -> dict[str, str]:
+        """Short names of the searched settings: without method., optim. and train., unless two would share one."""
+        keys = [param.key for param in self.params]
+        short = {key: key.partition(".")[2] if key.startswith(("method.", "optim.", "train.")) else key for key in keys}
+        taken = Counter(short.values())
+        return {key: label if taken[label] == 1 else key for key, label in short.items()}
 
     def config(self) -> RunConfig:
-        """The settings before the searched values."""
+        """Return the settings before the searched values."""
         from pipeline.config import from_yaml
 
         return from_yaml((self.path / "config.yaml").read_text())
 
+    def update(self, **changes: Any) -> None:
+        """Change `sweep.json`, and the facts held here."""
+        self.facts.update(changes)
+        write_json(self.path / "sweep.json", json.loads((self.path / "sweep.json").read_text()) | changes)
+
+    # ------------------------------------------------------------------ trials
+
     def trials(self) -> list[Trial]:
-        """In the order of their numbers."""
-        return [Trial(path.parent) for path in sorted(self.path.glob("trial-*/trial.json"))]
+        """Read every trial, in the order of their numbers."""
+        alive = RunFolder(self.path).locked()
+        folders = [path for path in self.path.glob("trial-[0-9]*") if path.is_dir() and path.name[6:].isdigit()]
+        return [self._read(path, alive) for path in sorted(folders, key=lambda path: (len(path.name), path.name))]
 
-    def trial(self, number: int) -> Trial:
-        return Trial(self.path / f"trial-{number:03d}")
+    def trial(self, name: str | int) -> Trial:
+        """Read one trial by its number or the name of its folder."""
+        return self._read(self.path / (name if isinstance(name, str) else f"trial-{name:03d}"), RunFolder(self.path).locked())
 
-    def add(self, number: int, values: dict[str, Any], seed: int, error: str | None = None) -> Trial:
-        """A new trial's folder: a run that has not begun, or one that cannot."""
-        trial = self.trial(number)
-        for folder in (trial.run.path, trial.run.figures):
-            folder.mkdir(exist_ok=True)
-        facts = self.facts()
-        config = self.config()
-        if error is None:
-            config = trial_config(config, facts, values, seed)
-            from pipeline.config import to_yaml
-
-            write_atomic(trial.path / "config.yaml", to_yaml(config).encode())
-        status = "failed" if error else "created"
-        start = {
-            "name": trial.path.name,
-            "recipe": config.recipe,
-            "created": time.time(),
-            "status": status,
-            "total_steps": facts["total_steps"],
-        }
-        write_json(trial.path / "run.json", start | ({"message": error} if error else {}))
-        facts = {
-            "number": number,
-            "values": values,
-            "seed": seed,
-            "status": "failed" if error else "waiting",
-            "error": error,
-            "score": None,
-        }
-        facts |= {"step": 0, "seconds": 0.0, "images": 0, "started": None, "ended": time.time() if error else None, "from": None}
-        write_json(trial.path / "trial.json", facts)
+    def _read(self, folder: Path, alive: bool) -> Trial:
+        try:
+            facts: dict[str, Any] = json.loads((folder / "trial.json").read_text())
+        except FileNotFoundError:
+            return Trial(folder=folder, values={})
+        except ValueError:
+            return Trial(folder=folder, values={}, status="failed", error="its trial.json cannot be read")
+        status = str(facts.get("status") or "waiting")
+        trial = Trial(
+            folder=folder,
+            values={key: as_value(value) for key, value in (facts.get("values") or {}).items()},
+            seed=int(facts.get("seed") or 0),
+            status="interrupted" if status == "running" and not alive else status,
+            error=facts.get("error"),
+            score=_finite(facts.get("score")),
+            step=int(facts.get("step") or 0),
+            seconds=_finite(facts.get("seconds")) or 0.0,
+            images=int(facts.get("images") or 0),
+            started=_finite(facts.get("started")),
+            ended=_finite(facts.get("ended")),
+            copied_from=tuple(facts.get("from") or ()),
+            exploits=tuple(int(exploit["step"]) for exploit in facts.get("exploits") or ()),
+            metric=str(self.facts.get("score")),
+        )
+        if trial.score is None and trial.status != "finished" and max(trial.curve, default=0) > 0:
+            return replace(trial, score=trial.curve[max(trial.curve)])  # it was killed before its driver wrote the score down
         return trial
 
+    def add(self, number: int, values: Mapping[str, Any], seed: int, error: str | None = None) -> Trial:
+        """Make the folder of a trial: a run that has not begun, or one that cannot work, with the reason."""
+        from pipeline.config import to_yaml
 
-@dataclass(frozen=True)
-class Trial:
-    """One trial's folder, which is also a run's."""
+        folder = self.path / f"trial-{number:03d}"
+        RunFolder(folder).figures.mkdir(parents=True, exist_ok=True)
+        if error is None:
+            write_atomic(folder / "config.yaml", to_yaml(self.trial_config(values, seed)).encode())
+        run = {"name": folder.name, "recipe": self.facts["recipe"], "created": time.time(), "total_steps": self.total_steps}
+        run |= {"status": "failed", "message": error} if error else {"status": "created"}
+        write_json(folder / "run.json", run)
+        trial = {"number": number, "values": values, "seed": seed, "status": "failed" if error else "waiting", "error": error}
+        trial |= {"score": None, "step": 0, "seconds": 0.0, "images": 0, "started": None, "ended": time.time() if error else None}
+        write_json(folder / "trial.json", trial | {"from": None})
+        return self.trial(folder.name)
 
-    path: Path
+    def trial_config(self, values: Mapping[str, Any], seed: int) -> RunConfig:
+        """Return a trial's settings: the sweep's, those that every trial has, and the searched values.
 
-    @property
-    def run(self) -> RunFolder:
-        return RunFolder(self.path)
+        Raises:
+            ConfigError: a value is out of range.
+        """
+        from pipeline.config import override
 
-    def facts(self) -> dict[str, Any]:
-        facts: dict[str, Any] = json.loads((self.path / "trial.json").read_text())
-        return facts
+        base, every = self.config(), self.facts["measure_every"]
+        common: dict[str, Any] = {
+            "train.seed": seed,
+            "evaluate.score": self.facts["score"],
+            "evaluate.knn_every": every,
+            # a trial that is cut, or goes on later, has a checkpoint where it was measured
+            "train.checkpoint_every": base.train.checkpoint_every or every,
+            "track.uri": self.facts["track_uri"],
+            "track.register": False,  # the sweep registers the best one
+        }
+        if self.scheduler == "pbt":  # others go on from these
+            common |= {"train.checkpoint_every": every, "train.keep_every": self.rungs[0]}
+        return override(base, common | {key: as_value(value) for key, value in values.items()})
 
-    def update(self, **changes: Any) -> None:
-        write_json(self.path / "trial.json", self.facts() | changes)
 
-
-def create(runs_dir: Path, name: str | None, config: RunConfig, facts: dict[str, Any]) -> Sweep:
-    """A new sweep's folder.
+def create(runs_dir: Path, name: str | None, config: RunConfig, facts: Mapping[str, Any]) -> Sweep:
+    """Make a new sweep's folder.
 
     Raises:
         ConfigError: the name is taken or not a plain name, or the folder cannot be written.
     """
     from pipeline.config import to_yaml
 
-    sweep = Sweep(new_folder(runs_dir, name, f"tune-{config.recipe}", "name"))
-    write_atomic(sweep.path / "config.yaml", to_yaml(config).encode())
-    started = {"name": sweep.name, "kind": "sweep", "status": "created", "created": time.time(), "ended": None}
-    write_json(sweep.path / "sweep.json", started | facts)
-    return sweep
+    path = new_folder(runs_dir, name, f"tune-{config.recipe}", "name")
+    write_atomic(path / "config.yaml", to_yaml(config).encode())
+    started = {"name": path.name, "kind": "sweep", "status": "created", "created": time.time(), "ended": None}
+    write_json(path / "sweep.json", started | dict(facts))
+    return Sweep.read(path)
 
 
 def find(reference: str, runs_dir: Path) -> Sweep | None:
-    """The sweep of a name or path; None if there is none."""
+    """Return the sweep of a name or path; None if there is none."""
     for path in (runs_dir / reference, Path(reference)):
         if (path / "sweep.json").is_file():
-            return Sweep(path.resolve())
+            return Sweep.read(path)
     return None
 
 
 def sweeps(runs_dir: Path) -> list[Sweep]:
-    """Every sweep of a folder, oldest first."""
-    found = [Sweep(path.parent) for path in runs_dir.glob("*/sweep.json")]
-    return sorted(found, key=lambda sweep: sweep.facts()["created"])
+    """Return every sweep of a folder, oldest first."""
+    found = [Sweep.read(path.parent) for path in runs_dir.glob("*/sweep.json")]
+    return sorted(found, key=lambda sweep: sweep.facts["created"])
 
 
-def trial_config(base: RunConfig, sweep: dict[str, Any], values: dict[str, Any], seed: int) -> RunConfig:
-    """A trial's settings: the base, what every trial of the sweep has, and the searched values.
-
-    Raises:
-        ConfigError: a value out of range.
-    """
-    from pipeline.config import override
-
-    every = sweep["measure_every"]
-    common: dict[str, Any] = {
-        "train.seed": seed,
-        "evaluate.score": sweep["score"],
-        "evaluate.knn_every": every,
-        # a trial that is cut, or goes on later, has a checkpoint where it was measured
-        "train.checkpoint_every": base.train.checkpoint_every or every,
-        "track.uri": sweep["track_uri"],
-        "track.register": False,  # the best one is, by the sweep
-    }
-    if sweep["scheduler"] == "pbt":  # others go on from these
-        common |= {"train.checkpoint_every": every, "train.keep_every": sweep["rungs"][0]}
-    return override(base, common | {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+# ---------------------------------------------------------------------------- how values and scores read
 
 
-def track_uri(config: RunConfig, runs_dir: Path) -> str:
-    """Where sweep and trials are tracked: beside each other, so that MLflow shows them nested."""
-    return config.track.uri or default_uri(runs_dir)
+def show_value(value: Any) -> str:
+    """Return a searched value with four significant digits."""
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return " ".join(map(show_value, value)) if isinstance(value, Iterable) else str(value)
 
 
-def score_words(score: str, config: RunConfig, asked: int) -> str:
-    """What a score is, on which images, and its limits."""
-    n = min(asked, config.evaluate.knn_queries)
-    error = 50 / max(1, n) ** 0.5
-    return SCORE_WORDS[score].format(k=config.evaluate.knn_k, t=config.evaluate.knn_temperature, n=f"{n:,}", error=error)
+def show_values(values: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    """Return all searched values in one line."""
+    return ", ".join(f"{label} {show_value(values[key])}" for key, label in labels.items() if key in values)
 
 
-def show_score(score: float | None, kind: str) -> str:
-    """A score as people read it: accuracies in percent."""
+def show_score(score: float | None, kind: str, *, missing: str = "-") -> str:
+    """Return a score as people read it: accuracies in percent."""
     if score is None:
-        return "-"
+        return missing
     return f"{100 * score:.1f} %" if kind in ("knn", "linear") else f"{score:.3f}"
 
 
-def ranked(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Trials best first: those that ran to the end by score, then those that were cut, by step and score, then the others."""
-
-    def key(facts: dict[str, Any]) -> tuple[Any, ...]:
-        score = facts["score"]
-        known = score is not None and score == score
-        return (facts["status"] != "finished", not known, -facts["step"], -(score if known else 0.0), facts["number"])
-
-    return sorted(trials, key=key)
+def _finite(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None

@@ -12,7 +12,7 @@ from methods.parts.errors import require
 
 @dataclass(frozen=True)
 class SearchRange:
-    """A sensible range of a setting for a hyperparameter search: plain values, which `tuning/spaces.py` translates."""
+    """A sensible range of a setting for a hyperparameter search: plain values, which `tuning/space.py` translates."""
 
     low: float | None = None
     high: float | None = None

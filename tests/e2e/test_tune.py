@@ -135,20 +135,42 @@ def test_pbt_takes_over_a_better_trials_state_with_other_values(ray_local: None,
         assert trained.optim.base_lr == heir["values"]["optim.base_lr"]
 
 
-def test_a_killed_search_goes_on_and_leaves_no_run_open(tmp_path: Path) -> None:
+def begin(runs: Path, name: str, *settings: str) -> subprocess.Popen[bytes]:
+    """Start a search over two temperatures in a process of its own; what it prints goes to `runs / "log"`."""
     space = ["--space", "method.temperature=choice:0.1,0.2", "--search", "grid", "--scheduler", "none", "--track.no-register"]
-    command = [sys.executable, str(ROOT / "manyviews.py"), "tune", *TINY, *space, f"--runs-dir={tmp_path}", "--name=killed"]
-    with open(tmp_path / "log", "wb") as log:
-        process = subprocess.Popen(
-            [*command, "--train.steps=40"], stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=USERS_ENV
-        )
-    second = tmp_path / "killed" / "trial-001"
+    command = [sys.executable, str(ROOT / "manyviews.py"), "tune", *TINY, *space, f"--runs-dir={runs}", f"--name={name}", *settings]
+    with open(runs / "log", "wb") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=USERS_ENV)
+
+
+def wait_for(file: Path, process: subprocess.Popen[bytes], log: Path) -> None:
     end = time.monotonic() + 480
-    while not (second / "checkpoints" / "last.json").exists():
-        assert process.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
+    while not file.exists():
+        assert process.poll() is None and time.monotonic() < end, log.read_text()
         time.sleep(0.1)
+
+
+def test_ctrl_c_ends_with_whole_checkpoints_and_no_open_run(tmp_path: Path) -> None:
+    process = begin(tmp_path, "stopped", "--train.steps=4000", "--evaluate.knn-every=1000", "--train.checkpoint-every=10")
+    first = tmp_path / "stopped" / "trial-000"
+    wait_for(first / "checkpoints" / "last.json", process, tmp_path / "log")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=480) == 1, (tmp_path / "log").read_text()
+    assert "go on with:" in (tmp_path / "log").read_text()
+    assert [t["status"] for t in results(tmp_path / "stopped")] == ["interrupted", "waiting"]
+    run, last = json.loads((first / "run.json").read_text()), json.loads((first / "checkpoints" / "last.json").read_text())
+    assert run["message"] == f"stopped at step {last['step']}; its checkpoint is whole" and last["step"] < 1000
+    found = {name: run.info.status for name, run in mlflow_runs(tmp_path).items()}
+    assert found == {"stopped": "KILLED", "stopped/trial-000": "KILLED"}
+
+
+def test_a_killed_search_goes_on_and_leaves_no_run_open(tmp_path: Path) -> None:
+    process = begin(tmp_path, "killed", "--train.steps=40")
+    second = tmp_path / "killed" / "trial-001"
+    wait_for(second / "checkpoints" / "last.json", process, tmp_path / "log")
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    assert list((tmp_path / "killed" / "ray").glob("experiment_state-*.json")), "what Ray Tune goes on from"
     before = results(tmp_path / "killed")[0]
     reached = json.loads((second / "checkpoints" / "last.json").read_text())["step"]
     done = subprocess.run(

@@ -1,24 +1,26 @@
-"""What can be searched, over what range, and how a number in [0, 1) becomes a value: `method.temperature=log:0.05:0.5`."""
+"""The searched settings and their ranges: `method.temperature=log:0.05:0.5`."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from methods.parts.errors import ConfigError, require, unknown_key
 from methods.parts.fields import SearchRange
-from pipeline.config import RunConfig, flatten, keys_meant
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig  # importing it costs seconds (torch)
 
 SYNTAX = "use KEY=log:0.05:0.5, linear:0:1, int:2:8 or choice:100,300"
 
 
 def search_ranges(config: RunConfig) -> dict[str, SearchRange]:
-    """`{"method.temperature": SearchRange(...), ...}`: the range of every setting of this config that states one."""
+    """Return `{"method.temperature": SearchRange(...), ...}`: the range of every setting of this config that states one."""
     found: dict[str, SearchRange] = {}
 
     def walk(prefix: str, value: Any) -> None:
@@ -36,8 +38,13 @@ def search_ranges(config: RunConfig) -> dict[str, SearchRange]:
     return found
 
 
+def as_value(value: Any) -> Any:
+    """Return a value that JSON gave back as a setting holds it: lists as tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 @dataclass(frozen=True)
-class Knob:
+class Param:
     """One searched setting. `log`, `linear` and `int` have `low` and `high`, both possible; `choice` has `choices`."""
 
     key: str
@@ -59,14 +66,14 @@ class Knob:
 
     @property
     def text(self) -> str:
-        """As it is written on the command line."""
+        """The range as the command line takes it."""
         if self.scale == "choice":
             plain = [list(c) if isinstance(c, tuple) else c for c in self.choices]
             return "choice:" + yaml.safe_dump(plain, default_flow_style=True, width=10_000).strip()[1:-1].replace(", ", ",")
         return f"{self.scale}:{self.low:g}:{self.high:g}"
 
     def at(self, u: float) -> Any:
-        """The value at position `u` in [0, 1] of the range."""
+        """Return the value at position `u` in [0, 1] of the range."""
         if self.scale == "choice":
             return self.choices[min(int(u * len(self.choices)), len(self.choices) - 1)]
         low, high = float(self.low or 0), float(self.high or 0)
@@ -76,7 +83,7 @@ class Knob:
         return round(value) if self.whole else float(f"{value:.4g}")
 
     def position(self, value: Any) -> float:
-        """Where in [0, 1] a value lies; of a choice, the middle of its share."""
+        """Return the position of a value in [0, 1]; of a choice, the middle of its share."""
         if self.scale == "choice":
             return (self.choices.index(value) + 0.5) / len(self.choices)
         low, high = float(self.low or 0), float(self.high or 0)
@@ -86,7 +93,7 @@ class Knob:
         return min(1.0, max(0.0, u))
 
     def grid(self, points: int) -> list[Any]:
-        """Every choice, or so many values evenly over the range, its ends among them; without repeats."""
+        """Return every choice, or `points` values evenly over the range with both ends; without repeats."""
         if self.scale == "choice":
             return list(self.choices)
         if self.scale == "int":
@@ -95,39 +102,47 @@ class Knob:
         return list(dict.fromkeys(self.at(i / max(1, points - 1)) for i in range(points)))
 
     def corners(self) -> list[Any]:
-        """The values that could be out of range if any could."""
+        """Return the extreme values: if any value is out of range, one of these is."""
         return list(self.choices) if self.scale == "choice" else list(dict.fromkeys([self.at(0.0), self.at(1.0)]))
 
     def to_dict(self) -> dict[str, Any]:
         values = {"scale": self.scale, "low": self.low, "high": self.high, "choices": list(self.choices)}
         return values | {"text": self.text, "reason": self.reason}
 
+    @classmethod
+    def from_dict(cls, key: str, given: Mapping[str, Any]) -> Param:
+        """Read what `to_dict` has written; whether the setting is a whole number is not kept."""
+        choices = tuple(map(as_value, given.get("choices") or ()))
+        return cls(key, given["scale"], given.get("low"), given.get("high"), choices, reason=str(given.get("reason") or ""))
 
-def parse_space(words: Iterable[str], config: RunConfig) -> list[Knob]:
-    """`KEY=RANGE` or a bare `KEY`, whose range stands beside the setting, as knobs.
+
+def parse_space(words: Iterable[str], config: RunConfig) -> list[Param]:
+    """Read `KEY=RANGE`, or a bare `KEY` whose range stands beside the setting.
 
     Raises:
         ConfigError: a key that is unknown, given twice or without a range, or a range that does not fit the setting.
     """
+    from pipeline.config import flatten, keys_meant
+
     known, ranges = flatten(config), search_ranges(config)
-    knobs: list[Knob] = []
+    params: list[Param] = []
     for word in words:
         key, given, text = word.removeprefix("--").partition("=")
         key = key.replace("-", "_")
         meant = keys_meant(config, key)
         if meant[0] not in known:
             raise unknown_key(key, known)
-        if any(other in meant for knob in knobs for other in keys_meant(config, knob.key)):
+        if any(other in meant for param in params for other in keys_meant(config, param.key)):
             raise ConfigError(f"--space {key}: given twice; give one range")
         if meant[0] in ranges:
             ranges[key] = ranges[meant[0]]
-        knobs.append(_parsed(key, text, known[meant[0]]) if given else _stated(key, known[meant[0]], ranges))
-    if not knobs:
+        params.append(_parsed(key, text, known[meant[0]]) if given else _stated(key, known[meant[0]], ranges))
+    if not params:
         raise ConfigError("--space: missing; name what to search, e.g. --space method.temperature=log:0.05:0.5")
-    return knobs
+    return params
 
 
-def _stated(key: str, current: Any, ranges: dict[str, SearchRange]) -> Knob:
+def _stated(key: str, current: Any, ranges: dict[str, SearchRange]) -> Param:
     if key not in ranges:
         near = ", ".join(sorted(ranges))
         raise ConfigError(f"--space {key}: no range stands beside this setting; {SYNTAX} (with a range of their own: {near})")
@@ -137,17 +152,17 @@ def _stated(key: str, current: Any, ranges: dict[str, SearchRange]) -> Knob:
         require(current > 0, f"--space {key}", current, f"no range around this value; {SYNTAX}")
         low, high = float(f"{current / stated.around:.4g}"), float(f"{current * stated.around:.4g}")
     choices = tuple(_fitting(key, choice, current) for choice in stated.choices)
-    return Knob(key, stated.scale, low, high, choices, _is_whole(current), stated.reason)
+    return Param(key, stated.scale, low, high, choices, _is_whole(current), stated.reason)
 
 
-def _parsed(key: str, text: str, current: Any) -> Knob:
+def _parsed(key: str, text: str, current: Any) -> Param:
     scale, _, rest = text.partition(":")
     if scale == "choice":
         try:
             values = yaml.safe_load(f"[{rest}]")
         except yaml.YAMLError:
             raise ConfigError(f"--space {key}={text}: not a list of values; {SYNTAX}") from None
-        return Knob(key, scale, choices=tuple(_fitting(key, _number(value), current) for value in values))
+        return Param(key, scale, choices=tuple(_fitting(key, _number(value), current) for value in values))
     if isinstance(current, bool | str | tuple):
         raise ConfigError(f"--space {key}={text}: this setting is no number; use {key}=choice:A,B")
     try:
@@ -156,7 +171,7 @@ def _parsed(key: str, text: str, current: Any) -> Knob:
         raise ConfigError(f"--space {key}={text}: not a range; {SYNTAX}") from None
     if scale == "int" and (low != int(low) or high != int(high)):
         raise ConfigError(f"--space {key}={text}: the ends are not whole numbers; use linear, or whole ends")
-    return Knob(key, scale, low, high, whole=_is_whole(current))
+    return Param(key, scale, low, high, whole=_is_whole(current))
 
 
 def _is_whole(current: Any) -> bool:
@@ -174,7 +189,7 @@ def _number(value: Any) -> Any:
 
 
 def _fitting(key: str, value: Any, current: Any) -> Any:
-    """A choice as the setting holds it; its range is checked by the config."""
+    """Return a choice in the type of the setting; the config checks its range."""
     if isinstance(value, list | tuple):
         value = tuple(_number(v) for v in value)
     wrong = f"--space {key}: {value} is not of the kind of {current!r}; give values like it"

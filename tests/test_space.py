@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 
 from methods.parts.errors import ConfigError
 from pipeline.config import RunConfig, flatten, override
 from pipeline.recipes import load_recipe
-from tuning.spaces import Knob, parse_space, search_ranges
+from tuning.space import Param, parse_space, search_ranges
 
 SWAV = load_recipe("swav-small")
 
 
-def one(word: str, config: RunConfig = SWAV) -> Knob:
-    (knob,) = parse_space([word], config)
-    return knob
+def one(word: str, config: RunConfig = SWAV) -> Param:
+    (param,) = parse_space([word], config)
+    return param
 
 
 @pytest.mark.parametrize("recipe", ["swav-small", "coke-small", "msn-small", "dino-small", "moco-v2-small", "byol-small", "nnclr-small"])
@@ -69,19 +72,21 @@ def test_a_grid_has_both_ends_and_no_value_twice() -> None:
     assert one("method.num_prototypes=choice:16,32").grid(9) == [16, 32]
 
 
-def test_a_knob_reads_as_it_was_written_and_knows_where_a_value_lies() -> None:
+def test_a_param_reads_as_it_was_written_and_knows_where_a_value_lies() -> None:
     words = ["method.temperature=log:0.05:0.5", "views.local.count=int:2:6", "views.local.scale=choice:[0.05,0.3],[0.1,0.5]"]
     for word in [*words, "method.num_prototypes=choice:100,300", "backbone.name=choice:resnet18,resnet34"]:
-        knob = one(word)
-        assert one(f"{knob.key}={knob.text}") == knob
+        param = one(word)
+        assert one(f"{param.key}={param.text}") == param
+        read = Param.from_dict(param.key, json.loads(json.dumps(param.to_dict())))
+        assert dataclasses.replace(read, whole=param.whole) == param
         for u in (0.1, 0.6, 0.9):
-            assert knob.at(knob.position(knob.at(u))) == knob.at(u)
+            assert param.at(param.position(param.at(u))) == param.at(u)
 
 
 def test_a_range_around_the_recipes_own_value() -> None:
-    knob = one("optim.base_lr")
-    assert (knob.low, knob.high) == (pytest.approx(SWAV.optim.base_lr / 4), pytest.approx(SWAV.optim.base_lr * 4))
-    assert knob.scale == "log" and "recipe" in knob.reason
+    param = one("optim.base_lr")
+    assert (param.low, param.high) == (pytest.approx(SWAV.optim.base_lr / 4), pytest.approx(SWAV.optim.base_lr * 4))
+    assert param.scale == "log" and "recipe" in param.reason
 
 
 @pytest.mark.parametrize(
