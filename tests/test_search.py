@@ -343,7 +343,9 @@ def test_what_is_left_to_do_tells_how_a_sweep_ended(tmp_path: Path) -> None:
     def ended(*statuses: str, count: int | None = None) -> str:
         folder = tmp_path / "-".join([*statuses, str(count)])
         trials = [trial({}, {250: 0.5} if status == "finished" else {}, status) for status in statuses]
-        return outcome(sweep.Sweep.read(write_sweep(folder, trials, trials=count or len(trials))))
+        made = sweep.Sweep.read(write_sweep(folder, trials))
+        made.update(trials=count or len(trials))
+        return outcome(made)
 
     assert ended("finished", "stopped", "failed") == "finished"
     assert ended("finished", "waiting") == ended("interrupted", "failed") == ended("finished", count=2) == "interrupted"
