@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from pipeline.build import build_method
 from pipeline.config import OptimConfig, RunConfig
 from pipeline.data import augment
 from pipeline.data.crops import draw_views
+from pipeline.data.loader import Batch
 from pipeline.recipes import entries, load_recipe
 from pipeline.resolve import resolve
 from pipeline.train.optim import build_optimizer, clip_each_, prepare_step
@@ -68,14 +68,13 @@ def paper_recipes() -> list[str]:
     return [entry.name for entry in entries() if not entry.name.endswith("-small") and "cifar10" not in entry.name]
 
 
-def random_batch(config: RunConfig, images: int) -> Any:
+def random_batch(config: RunConfig, images: int) -> Batch:
     """Black crops with real tables."""
     sizes, ids = np.full(images, 400), np.arange(images)
     groups = {name: group for name, group in config.views.items() if group.count}
     crops = {name: torch.zeros((images, g.count, g.size, g.size, 3), dtype=torch.uint8) for name, g in groups.items()}
-    return SimpleNamespace(
-        crops=crops, tables=draw_views(0, 0, ids, sizes, sizes, config.views), ids=torch.arange(images), labels=torch.arange(images)
-    )
+    tables, numbers = draw_views(0, 0, ids, sizes, sizes, config.views), torch.arange(images)
+    return Batch(crops=crops, tables=tables, ids=numbers, labels=numbers, epoch=0, step=0, bad=[])
 
 
 def colour(config: RunConfig, images: int) -> int:

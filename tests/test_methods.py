@@ -38,9 +38,10 @@ def tiny(config: RunConfig) -> BackboneConfig:
     return TINY
 
 
-def built(recipe: str) -> tuple[Method, Views]:
+def built(recipe: str, **settings: object) -> tuple[Method, Views]:
     """A method with its small recipe's settings on a tiny backbone, and one fixed batch."""
     config = load_recipe(recipe)
+    config = replace(config, method=replace(config.method, **settings))
     torch.manual_seed(0)
     facts = RunFacts(global_batch_size=BATCH, steps_per_epoch=4, total_steps=400, num_images=16 * BATCH)
     backbone = build_backbone(tiny(config))

@@ -11,7 +11,8 @@ from torch import nn
 from pipeline.figures.patch_pca import components, draw, patch_features
 
 DRAW = np.random.default_rng(0)
-PARTS = DRAW.normal(size=(4, 12))  # background, and three parts of objects
+PARTS = np.zeros((4, 12))  # features of the background, and of three parts of objects, which differ less from each other
+PARTS[0, 0], PARTS[1:, 0], PARTS[1, 1], PARTS[2, 2], PARTS[3, 3] = -2, 2, 1, 1, 1
 
 
 def planted(images: int = 3, side: int = 10) -> tuple[np.ndarray, np.ndarray]:
