@@ -26,6 +26,7 @@ from pipeline.data.augment import Normalisation, augment_views
 from pipeline.data.crop_task import make_crops, substitutes
 from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.loader import Batch, TrainLoader, evaluation_images
+from pipeline.data.prefetch import Prefetcher
 from pipeline.data.sampler import Sampler
 from pipeline.data.sources.base import open_source
 from tests.data.ranks import Shared, collect_ranks
@@ -72,6 +73,10 @@ def coordinators() -> int:
         with suppress(psutil.Error):  # it has ended meanwhile
             count += "SplitCoordinator" in "".join(process.cmdline())
     return count
+
+
+def prefetchers() -> list[Prefetcher[Any]]:
+    return [found for found in gc.get_objects() if type(found) is Prefetcher]
 
 
 def wait_until(holds: Any, seconds: float = 60) -> bool:
@@ -248,6 +253,7 @@ def test_the_trainer_only_waits_while_two_batches_are_ready(ray_local: None, tmp
     sampler = make_sampler(dataset, images_per_task=16, num_shards=2)  # a task serves one step
     shared, source = Shared(2), TrainLoader(dataset, sampler, VIEWS, 3, 100)  # one execution
     streams = [source.batches(rank=rank, world_size=2, tasks=1, broadcast=shared.by(rank)) for rank in range(2)]
+    others = prefetchers()
     with ThreadPoolExecutor(2) as pool:
 
         def step() -> None:
@@ -256,14 +262,13 @@ def test_the_trainer_only_waits_while_two_batches_are_ready(ray_local: None, tmp
         try:
             for _ in range(5):
                 step()
-            time.sleep(3)  # a busy machine may be late with the first ones
-            process, seconds, took = psutil.Process(), 8, []
+            ahead = [found for found in prefetchers() if found not in others]
+            process, seconds, waits = psutil.Process(), 8, [found.waits for found in ahead]
             before = process.cpu_times()
             for _ in range(seconds):
-                begin = time.monotonic()
+                time.sleep(1)
+                assert wait_until(lambda: all(len(found) == loader.PREFETCH_BATCHES for found in ahead)), "batches are made ahead"
                 step()
-                took.append(time.monotonic() - begin)
-                time.sleep(max(0.0, 1 - took[-1]))
             after = process.cpu_times()
             names = [thread.name for thread in threading.enumerate()]
         finally:
@@ -271,7 +276,7 @@ def test_the_trainer_only_waits_while_two_batches_are_ready(ray_local: None, tmp
     used = (after.user + after.system - before.user - before.system) / seconds
     assert not any("StreamingExecutor" in name for name in names)
     assert used < 0.05 * 2, f"{used:.3f} of a core for two workers"
-    assert np.median(took) < 0.02, "both batches were ready"
+    assert len(ahead) == 2 and [found.waits for found in ahead] == waits, "both batches were ready"
 
 
 def test_leaving_early_ends_the_stream(ray_local: None, tmp_path: Path) -> None:
