@@ -156,7 +156,7 @@ class DINO(MomentumTeacher):
         return self.center.targets(t, self.teacher_temperature(progress))
 
     def balanced(self, t: Tensor, temperature: float, present: Tensor | None = None) -> Tensor:
-        """Targets that use all prototypes alike (Sinkhorn)."""
+        """Return targets that use all prototypes alike (Sinkhorn)."""
         span = 2.0 if self.config.unit_prototypes else math.inf  # of cosines
         return sinkhorn(t, temperature, self.config.sinkhorn_iterations, span=span, present=present)
 

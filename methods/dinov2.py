@@ -68,12 +68,12 @@ class DINOv2(IBOT):
 
     @classmethod
     def default_views(cls) -> ViewsConfig:
-        """2 x 224 + 8 x 98, above and below 0.32 of the image; blur and solarisation as DINO's (98 pixels are 7 patches of 14)."""
+        """Return 2 x 224 + 8 x 98, above and below 0.32 of the image; blur and solarisation as DINO's (98 pixels are 7 patches of 14)."""
         views = {name: replace(group, scale=(0.32, 1.0)) for name, group in super().default_views().items()}
         return views | {"local": replace(views["local"], count=8, size=98, scale=(0.05, 0.32))}
 
     def draw_masks(self, views: Views, progress: Progress) -> Masks:
-        """The masks of this worker's global crops: what `masked_patches` gives, rows `(G B, N)` crop by crop."""
+        """Return the masks of this worker's global crops as `masked_patches` does, `(G B, N)` crop by crop."""
         c, images, draw = self.config, self.global_crops(views), Random(f"{draw_seed(progress.generator)} {rank()}")
         side, n = num_patches_of_side(self.backbone, images.shape[-1]), len(images)
         count, off = int(n * c.mask_probability), progress.step < self.mask_start
@@ -99,12 +99,12 @@ class DINOv2(IBOT):
         return StepOutput(loss=loss, metrics=metrics, outputs=it.outputs)
 
     def cls_scale(self, views: Views) -> float:
-        """What makes of a mean over pairs of crops the original's sum over another number; 1 with local crops."""
+        """Return the factor from a mean over pairs of crops to the original's denominator; 1 with local crops."""
         small = len(views.positions("local"))
         return 2 * (small + 1) / (max(2 * small, 1) + 2) if self.config.cls_denominator == "released" else 1.0
 
     def teacher_scores(self, patches: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The teacher's scores of the masked patches `(U, K2)`, and their mean `(K2,)`."""
+        """Return the teacher's scores of the masked patches `(U, K2)`, and their mean `(K2,)`."""
         head = self.patch_teacher()
         z = head.project(patches[index])  # (U, bottleneck)
         present = (weights > 0).to(z.dtype)
@@ -112,11 +112,11 @@ class DINOv2(IBOT):
         return head.scores(z), head.scores(mean[None])[0]
 
     def teacher_temperature(self, progress: Progress) -> float:
-        """tau_t, by step."""
+        """Return tau_t, which rises by step."""
         return self.risen(progress, self.config.warmup_teacher_temperature, self.config.teacher_temperature)
 
     def patch_teacher_temperature(self, progress: Progress) -> float:
-        """tau_t2, by step."""
+        """Return tau_t2, which rises by step."""
         c, start, end = self.config, self.config.warmup_patch_teacher_temperature, self.config.patch_teacher_temperature
         start, end = (c.warmup_teacher_temperature if start is None else start), (c.teacher_temperature if end is None else end)
         return self.risen(progress, start, end)
@@ -126,7 +126,7 @@ class DINOv2(IBOT):
         return linear_by_epoch(progress.step, epochs=steps, start=start, end=end)
 
     def param_groups(self) -> list[ParamGroup]:
-        """Rates by layer; biases, norms and layer scales do not decay, tokens and prototypes do; the prototypes wait."""
+        """Return groups with rates by layer. Biases, norms and layer scales do not decay, tokens and prototypes do; the prototypes wait."""
         c = self.config
         groups = param_groups_by_layer(self.backbone, decay=c.layer_decay, patch_lr_scale=c.patch_lr_scale, tokens=[self.mask_token])
         for i, head in enumerate(self.heads()):
@@ -143,6 +143,6 @@ class DINOv2(IBOT):
 
 
 def released_blur(views: ViewsConfig) -> ViewsConfig:
-    """The same crops with the blur that DINOv2's released weights were trained with: 0, 0.9 and 0.5 of the three groups."""
+    """Return the same crops with the blur that DINOv2's released weights were trained with: 0, 0.9 and 0.5 of the three groups."""
     released = {"global": 0.0, "global_solarized": 0.9, "local": 0.5}
     return {name: replace(group, blur=released.get(name, group.blur)) for name, group in views.items()}

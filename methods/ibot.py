@@ -84,7 +84,7 @@ class IBOTConfig(DINOConfig):
 
 @dataclass
 class Compared:
-    """What student and teacher say of the same crops."""
+    """The losses of one batch, and what later steps need."""
 
     cls_loss: Tensor
     patch_loss: Tensor
@@ -121,14 +121,14 @@ class IBOT(DINO):
 
     @classmethod
     def default_views(cls) -> ViewsConfig:
-        """2 x 224 + 10 x 96, above and below a quarter of the image; blur and solarisation as DINO's."""
+        """Return 2 x 224 + 10 x 96, above and below a quarter of the image; blur and solarisation as DINO's."""
         views = {name: replace(group, scale=(0.25, 1.0)) for name, group in super().default_views().items()}
         return views | {"local": replace(views["local"], count=10, scale=(0.05, 0.25))}
 
     # ------------------------------------------------------------------------ masks
 
     def draw_masks(self, views: Views, progress: Progress) -> Masks:
-        """The masks of the global crops, which follow the image: what `masked_patches` gives, rows `(G B, N)` crop by crop."""
+        """Return the masks of the global crops as `masked_patches` does, `(G B, N)` crop by crop. They follow the image."""
         images, seed, off = self.global_crops(views), draw_seed(progress.generator), progress.step < self.mask_start
         side = num_patches_of_side(self.backbone, images.shape[-1])
         keys = [f"{seed} {crop} {image}" for crop in range(len(images) // len(views.host_ids)) for image in views.host_ids.tolist()]
@@ -146,7 +146,7 @@ class IBOT(DINO):
         return block_mask(draw, h, w, target, smallest=(min(h, w) // 3) ** 2)
 
     def global_crops(self, views: Views) -> Tensor:
-        """All global crops as one stack, `(G B, 3, H, W)`.
+        """Return all global crops as one stack, `(G B, 3, H, W)`.
 
         Raises:
             ConfigError: they have several sizes, or there are none.
@@ -164,7 +164,7 @@ class IBOT(DINO):
         return StepOutput(loss=loss, metrics=it.metrics, outputs=it.outputs)
 
     def compare(self, views: Views, masks: Masks, progress: Progress) -> Compared:
-        """Both losses, without their weights."""
+        """Return both losses, without their weights."""
         masked, index, weights = masks
         images, batch = self.global_crops(views), len(views.image_ids)
         large, small = views.positions("global"), views.positions("local")
@@ -188,27 +188,27 @@ class IBOT(DINO):
         return Compared(cls_loss, patch_loss, seen.cls, metrics, {"mean": t.mean(dim=0), "patch_mean": patch_mean})
 
     def teacher_scores(self, patches: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The teacher's scores of the masked patches `(U, K2)`, and the mean score of all `(K2,)`."""
+        """Return the teacher's scores of the masked patches `(U, K2)`, and the mean score of all `(K2,)`."""
         head = self.patch_teacher()
         z = head.project(patches)  # (G B N, bottleneck)
         return head.scores(z[index]), head.scores(z.mean(dim=0, keepdim=True))[0]
 
     def student_scores(self, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores of CLS tokens `(V B, K)` and of masked patches `(U, K2)`; with one head, in one call of it."""
+        """Return the scores of CLS tokens `(V B, K)` and of masked patches `(U, K2)`; with one head, in one call of it."""
         if self.patch_head is not None:
             return self.head(cls), self.patch_head(patches)
         s, s_patch = self.head(torch.cat([cls, patches])).split([len(cls), len(patches)])
         return s, s_patch
 
     def patch_targets(self, t: Tensor, weights: Tensor, progress: Progress) -> Tensor:
-        """The teacher's soft targets of masked patches, `(U, K2) -> (U, K2)`. Places that only fill up count in no balance."""
+        """Return the teacher's soft targets of masked patches, `(U, K2) -> (U, K2)`. Padding does not count in Sinkhorn's balance."""
         temperature = self.patch_teacher_temperature(progress)
         if self.patch_center is not None:
             return self.patch_center.targets(t, temperature)
         return self.balanced(t, temperature, present=weights > 0)
 
     def patch_teacher_temperature(self, progress: Progress) -> float:
-        """tau_t2."""
+        """Return tau_t2 of this step."""
         c, epoch = self.config, max(0, progress.epoch - int(self.config.mask_start_epoch))
         start, end = c.warmup_patch_teacher_temperature, c.patch_teacher_temperature
         return linear_by_epoch(
@@ -235,12 +235,12 @@ class IBOT(DINO):
         return [self.head] if self.patch_head is None else [self.head, self.patch_head]
 
     def patch_teacher(self) -> DINOHead:
-        """The teacher's head for patches."""
+        """Return the teacher's head for patches."""
         return self.teacher.get_submodule("head" if self.patch_head is None else "patch_head")  # type: ignore[return-value]
 
     @torch.no_grad()
     def patch_diagnostics(self, q: Tensor, weights: Tensor, masked: Tensor) -> Metrics:
-        """Mean entropy of the targets of masked patches as a fraction of ln K, and the masked share of all patches."""
+        """Return the mean entropy of the targets of masked patches as a fraction of ln K, and the masked share of all patches."""
         share = (weights / weights.sum().clamp(min=1e-12)).to(q.dtype)
         return {
             "patch_teacher_entropy": (entropy(q) * share).sum() / torch.tensor(float(q.shape[1]), device=q.device).log(),
@@ -248,6 +248,6 @@ class IBOT(DINO):
         }
 
     def param_groups(self) -> list[ParamGroup]:
-        """DINO's; the mask token decays like the other tokens."""
+        """Return DINO's groups; the mask token decays like the other tokens."""
         matrices, *others = super().param_groups()
         return [replace(matrices, params=[*matrices.params, self.mask_token]), *others]

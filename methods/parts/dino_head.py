@@ -44,11 +44,11 @@ class DINOHead(nn.Module):
         return self.scores(self.project(x))
 
     def project(self, x: Tensor) -> Tensor:
-        """z / ||z||: `(B, in) -> (B, bottleneck)`."""
+        """Return z / ||z||: `(B, in) -> (B, bottleneck)`."""
         return l2_normalize(self.mlp(x))
 
     def scores(self, z: Tensor) -> Tensor:
-        """Of projections: `(B, bottleneck) -> (B, K)`. It is linear: the mean of scores is the score of the mean."""
+        """Return the scores of projections: `(B, bottleneck) -> (B, K)`. They are linear: the mean score is the score of the mean."""
         with autocast_disabled(z):
             return self.prototypes(z)  # type: ignore[no-any-return]
 

@@ -88,7 +88,7 @@ class DropPathSubsets(nn.Module):
         self.drop_prob = rate
 
     def draw(self, paths: int, rows: int, device: torch.device) -> Tensor | None:
-        """The rows that each path works on, `(paths, n)` int64; None: all."""
+        """Return the rows that each path works on, `(paths, n)` int64; None: all."""
         if not self.training or self.drop_prob == 0:
             return None
         kept = max(1, int(rows * (1 - self.drop_prob)))

@@ -27,7 +27,7 @@ def param_groups_weight_decay(*networks: nn.Module, vector_lr_scale: float = 1.0
 def param_groups_by_layer(
     backbone: ViT, *, decay: float, patch_lr_scale: float = 1.0, tokens: Sequence[nn.Parameter] = (), module: str = "backbone"
 ) -> list[ParamGroup]:
-    """Two groups, matrices and vectors, for each layer of a ViT; layer l of depth + 1 has decay^(depth + 1 - l) times the rate.
+    """Return two groups, matrices and vectors, for each layer of a ViT; layer l of depth + 1 has decay^(depth + 1 - l) times the rate.
 
     Layer 0 holds the tokens, the positions and the patch projection, layer i + 1 block i, and the last one the final norm. Vectors
     (biases, norms, layer scales) neither decay nor adapt; tokens decay.

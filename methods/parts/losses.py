@@ -13,7 +13,7 @@ SAME_IMAGE = 1e-4  # unit rows that are nearer than this are taken for the same 
 
 
 def koleo(x: Tensor) -> Tensor:
-    """Kozachenko-Leonenko regulariser of the rows of this worker, `(B, D) -> ()`: rows move away from their nearest neighbours.
+    """Return the Kozachenko-Leonenko regulariser of this worker's rows, `(B, D) -> ()`: rows move away from their nearest neighbours.
 
     With unit rows x_i, and j(i) the nearest other row by cosine (Sablayrolles et al. 2019, arXiv:1806.03198, eq. 4):
 
@@ -35,7 +35,7 @@ def koleo(x: Tensor) -> Tensor:
 
 
 def sigreg(z: Tensor, generator: torch.Generator | None, *, directions: int = 256, points: int = 17, limit: float = 5.0) -> Tensor:
-    """Sketched isotropic Gaussian regularisation, `(B, D) -> ()`: embeddings of all workers become standard normal (arXiv:2511.08544).
+    """Return the sketched isotropic Gaussian regulariser, `(B, D) -> ()`: the embeddings of all workers become normal (arXiv:2511.08544).
 
     Along each of M random unit directions a, the Epps-Pulley statistic of the projections s_i = a . z_i compares their empirical
     characteristic function with that of a standard normal; the loss is its mean over the directions:
@@ -64,7 +64,7 @@ def sigreg(z: Tensor, generator: torch.Generator | None, *, directions: int = 25
 
 
 def gram_loss(patches: Tensor, anchors: Tensor) -> Tensor:
-    """Mean squared difference of the cosines between the patches of an image, `(B, N, D)` and `(B, N, D') -> ()` (arXiv:2508.10104, eq. 3).
+    """Return the mean squared difference of cosines between patches, `(B, N, D)` and `(B, N, D') -> ()` (arXiv:2508.10104, eq. 3).
 
     The cosines of `patches` are drawn to those of `anchors`, which get no gradient.
     """

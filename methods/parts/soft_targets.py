@@ -29,7 +29,7 @@ def cross_entropy_sum(targets: Sequence[Tensor], scores: Tensor, temperature: fl
 
 
 def cross_view_loss(codes: Mapping[int, Tensor], scores: Mapping[int, Tensor], temperature: float) -> Tensor:
-    """Mean over pairs of crops (g, v), g != v, of mean_b H(q_g, softmax(s_v / temperature)).
+    """Return the mean over pairs of crops (g, v), g != v, of mean_b H(q_g, softmax(s_v / temperature)).
 
     Args:
         codes: the targets of each global crop by its position, `(B, K)`.
