@@ -12,7 +12,8 @@ from torch import nn
 from methods.parts.contract import ParamGroup, RunFacts
 from methods.parts.errors import ConfigError
 from pipeline.config import OptimConfig
-from pipeline.resolve import Resolved
+from pipeline.recipes import load_recipe
+from pipeline.resolve import Resolved, resolve
 from pipeline.train.optim import LARC, build_optimizer, prepare_step, scheduled_lr
 
 
@@ -256,3 +257,13 @@ def test_state_of_every_optimizer_goes_on_bit_exactly(name: str) -> None:
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     advance(again, second, range(3, 6))
     assert torch.equal(again, whole)
+
+
+@pytest.mark.parametrize("recipe", ["simclr", "simclr-v2", "byol", "byol-epochs300", "nnclr"])
+def test_warmup_of_the_contrastive_papers_is_the_share_of_its_steps(recipe: str) -> None:
+    """lr = base step / warmup, and base in the step after it; departs: the first step has the rate of the second."""
+    resolved = resolve(load_recipe(recipe), 1_281_167)
+    last = resolved.warmup_steps
+    for step in (1, 2, last // 3, last - 1, last):
+        assert scheduled_lr(resolved, step) == pytest.approx(resolved.lr * step / last)
+    assert scheduled_lr(resolved, 0) == scheduled_lr(resolved, 1) and scheduled_lr(resolved, last + 50) < resolved.lr

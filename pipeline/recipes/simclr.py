@@ -19,7 +19,7 @@ def simclr() -> RunConfig:
         views=SimCLR.default_views(),
         backbone=BackboneConfig(name="resnet50"),
         method=SimCLRConfig(),
-        optim=OptimConfig(name="lars", base_lr=0.3, lr_rule="linear", warmup_epochs=10, weight_decay=1e-6),
+        optim=OptimConfig(name="lars", base_lr=0.3, lr_rule="linear", warmup_epochs=10, warmup_reaches_base=False, weight_decay=1e-6),
         train=TrainConfig(global_batch_size=4096, epochs=1000, checkpoint_every=1000),
     )
 
