@@ -48,7 +48,8 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int, *, span: float = m
     if span / epsilon > LARGEST_EXPONENT:
         _scale_logarithms(rows, None if present is None else counts, iterations)
         return codes
-    v = _inverse(all_reduce_sum(_sum(n @ e.exp_() for e, n in zip(rows, counts, strict=True))))
+    first = (e.exp_().sum(dim=0) if present is None else n @ e.exp_() for e, n in zip(rows, counts, strict=True))
+    v = _inverse(all_reduce_sum(_sum(first)))
     for _ in range(iterations - 1):
         v = _inverse(all_reduce_sum(_sum((n / (e @ v)) @ e for e, n in zip(rows, counts, strict=True))))
     for e in rows:
