@@ -54,7 +54,8 @@ class DINOv2Config(IBOTConfig):
     patch_lr_scale: float = positive(0.2)  # of the rate of the patch projection
 
     def hints(self, facts: RunFacts) -> Hints:
-        return replace(super().hints(facts), chance_loss=None if self.koleo_weight else super().hints(facts).chance_loss)
+        hints = super().hints(facts)
+        return replace(hints, chance_loss=None) if self.koleo_weight else hints  # KoLeo has no chance value
 
 
 @register("dinov2", DINOv2Config)

@@ -7,8 +7,8 @@ same head or one of their own:
     L_cls   = DINO's loss; the student's global crops are masked
     q_gn    = softmax((t_gn - c2) / tau_t2)                the teacher's scores of patch n, from the whole crop; no gradient
     p_gn    = softmax(s_gn / tau_s)                        the student's scores of the same patch
-    L_patch = mean_g mean_b sum_n m_gn H(q_gn, p_gn) / max(1, sum_n m_gn)      eq. (2)
-    loss    = lambda_1 L_cls + lambda_2 L_patch            eq. (3)
+    L_patch = mean_g mean_b sum_n m_gn H(q_gn, p_gn) / max(1, sum_n m_gn)
+    loss    = lambda_1 L_cls + lambda_2 L_patch
     c2     <- 0.9 c2 + 0.1 mean(t_gn)                      over all patches, masked or not, of all workers
 
 A global crop is masked with probability 1/2; then a share of its patches, uniform in 0.3 +- 0.2, is hidden: in blocks, or anywhere

@@ -15,7 +15,7 @@ SAME_IMAGE = 1e-4  # unit rows that are nearer than this are taken for the same 
 def koleo(x: Tensor) -> Tensor:
     """Return the Kozachenko-Leonenko regulariser of this worker's rows, `(B, D) -> ()`: rows move away from their nearest neighbours.
 
-    With unit rows x_i, and j(i) the nearest other row by cosine (Sablayrolles et al. 2019, arXiv:1806.03198, eq. 4):
+    With unit rows x_i, and j(i) the nearest other row by cosine (Sablayrolles et al. 2019, arXiv:1806.03198):
 
         - 1/B sum_i ln(||x_i - x_j(i) + 1e-8|| + 1e-8)
 
@@ -64,7 +64,7 @@ def sigreg(z: Tensor, generator: torch.Generator | None, *, directions: int = 25
 
 
 def gram_loss(patches: Tensor, anchors: Tensor) -> Tensor:
-    """Return the mean squared difference of cosines between patches, `(B, N, D)` and `(B, N, D') -> ()` (arXiv:2508.10104, eq. 3).
+    """Return the mean squared difference of cosines between patches, `(B, N, D)` and `(B, N, D') -> ()` (arXiv:2508.10104).
 
     The cosines of `patches` are drawn to those of `anchors`, which get no gradient.
     """

@@ -16,7 +16,7 @@ ASPECT = math.log(1 / 0.3)  # the logarithm of a block's height over its width i
 
 
 def block_mask(draw: Random, h: int, w: int, target: float, *, smallest: float, largest: float = math.inf) -> int:
-    """Return a mask of blocks that covers at most `target` patches of h x w, and about as many (iBOT, arXiv:2111.07832, appendix E).
+    """Return a mask of blocks that covers at most `target` patches of h x w, and about as many (iBOT, arXiv:2111.07832).
 
     Blocks are added until `target` patches are covered or ten tries to place one have failed. A block's area is uniform between
     `smallest` and what is missing, at most `largest`; it is smaller than the grid both ways, and covers at least one new patch and

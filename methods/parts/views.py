@@ -101,6 +101,8 @@ class Views:
     def __post_init__(self) -> None:
         batch = len(self.image_ids)
         self.host_ids = self.image_ids if self.host_ids is None else self.host_ids
+        if len(self.host_ids) != batch:
+            raise ConfigError(f"host_ids: {len(self.host_ids)} for {batch} images; give those of these images, or none on a CPU")
         for name, stack in self.stacks.items():
             if len(stack) != self.counts[name] * batch:
                 raise ConfigError(f"views.{name}: {len(stack)} rows for {self.counts[name]} crops of {batch} images")

@@ -100,7 +100,7 @@ def components(features: np.ndarray) -> np.ndarray:
 
     First the foreground: the patches with a positive first principal component, whose sign is chosen so that patches at the
     borders of images have lower values than those inside. Then three components of the foreground, each with the sign of its
-    largest loading and scaled from its 1st to its 99th percentile (Oquab et al. 2023, arXiv:2304.07193, sec. 7.5). The background
+    largest loading and scaled from its 1st to its 99th percentile (Oquab et al. 2023, arXiv:2304.07193). The background
     is black. If hardly anything is in the foreground, all patches are.
     """
     flat = features.reshape(-1, features.shape[-1]).astype(np.float64)

@@ -41,7 +41,7 @@ def vitl16() -> RunConfig:
 def vitl14() -> RunConfig:
     """ViT-L/14, 32 GPUs: 2x224 + 8x98, batch 3072, 625,000 steps, Sinkhorn, two heads of 131,072; on ImageNet-22k kNN 82.0 %.
 
-    Memory of a GPU: weights, gradients, Adam and teacher 0.4 G parameters x 20 bytes = 8 GB; 96 images of 2 x 261 and 8 x 54 tokens.
+    Memory of a GPU: weights, gradients, Adam and teacher 0.4 G parameters x 20 bytes = 8 GB; 96 images of 2 x 257 and 8 x 50 tokens.
     """
     short = vitl16()
     return replace(
@@ -65,7 +65,7 @@ def vitl14() -> RunConfig:
 def vitg14() -> RunConfig:
     """ViT-g/14 with SwiGLU, 256 GPUs of 12 images: as ViT-L/14; published on LVD-142M: kNN 83.5 %, linear 86.5 %.
 
-    Memory of a GPU: 1.1 G parameters x 20 bytes (weights, gradients, Adam, teacher) = 23 GB, the two heads another 3 GB.
+    Memory of a GPU: 1.1 G parameters x 20 bytes (weights, gradients, Adam, teacher) = 23 GB, the two heads another 2 GB.
     """
     large = vitl14()
     return replace(

@@ -6,31 +6,21 @@ from dataclasses import fields, replace
 
 from methods.dino import DINOConfig
 from methods.ibot import IBOT, IBOTConfig
-from methods.parts.backbones import BackboneConfig
-from pipeline.config import DataConfig, OptimConfig, RunConfig, TrainConfig
+from pipeline.config import RunConfig
 from pipeline.recipes import dino, recipe
 
 
 @recipe("ibot-vits16")
 def vits16() -> RunConfig:
     """The paper's ViT-S/16 on 16 GPUs: 2x224 + 10x96, batch 1024, 800 epochs; published: kNN 75.2 %, linear 77.9 % on ImageNet."""
-    return RunConfig(
-        data=DataConfig(path="imagenet/train", num_shards=16),
+    base = dino.vits16()
+    return replace(
+        base,
+        data=replace(base.data, num_shards=16),
         views=IBOT.default_views(),
-        backbone=BackboneConfig(name="vit_small_patch16_224", drop_path=0.1),
         method=IBOTConfig(),
-        optim=OptimConfig(
-            name="adamw",
-            base_lr=5e-4,
-            lr_rule="linear",
-            warmup_epochs=10,
-            final_lr=2.5e-7,  # 1e-6 at batch 1024, where the rates are four times as high
-            weight_decay=0.04,
-            final_weight_decay=0.4,
-            clip_norm=3.0,
-            clip_scope="tensor",
-        ),
-        train=TrainConfig(global_batch_size=1024, epochs=800, checkpoint_every=1000),
+        optim=replace(base.optim, final_lr=2.5e-7),  # 1e-6 at batch 1024, where the rates are four times as high
+        train=replace(base.train, global_batch_size=1024, epochs=800),
     )
 
 

@@ -70,6 +70,18 @@ def rows_of(views: Views, rows: slice) -> Views:
     return Views(stacks=stacks, counts=views.counts, image_ids=views.image_ids[rows], labels=views.labels[rows], roles=ROLES)
 
 
+def assert_equal_steps(method: IBOT, want: Tensor, loss: Tensor) -> None:
+    """The loss and the gradients of every parameter are those of `want`; leaves the gradients for the optimizer."""
+    names = [name for name, p in method.named_parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(want, [method.get_parameter(name) for name in names], allow_unused=True)
+    torch.testing.assert_close(loss, want, rtol=1e-9, atol=0)
+    loss.backward()
+    for name, gradient in zip(names, gradients, strict=True):
+        ours = method.get_parameter(name).grad
+        assert ours is not None, name
+        torch.testing.assert_close(ours, torch.zeros_like(ours) if gradient is None else gradient, rtol=0, atol=1e-9, msg=name)
+
+
 class GivenViT(ViT):
     """A ViT that gives the tokens it holds, for crops of one value each: 0 global, 1 local."""
 
