@@ -96,7 +96,7 @@ def batches(images: Images, config: RunConfig, facts: RunFacts) -> Iterator[Batc
     """Global batches of permuted passes, crops drawn by the engine."""
     size = facts.global_batch_size
     for step in range(facts.total_steps):
-        epoch, place = divmod(step, facts.steps_per_epoch)
+        epoch, place = divmod(step, len(images.pixels) // size)
         order = np.random.default_rng((config.train.seed, epoch)).permutation(len(images.pixels))
         ids = order[place * size : (place + 1) * size]
         pictures = [images.pixels[i] for i in ids]

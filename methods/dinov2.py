@@ -7,6 +7,7 @@ With iBOT's student and teacher (which see), B images a worker, G = 2 global cro
     L_koleo = sum_g - mean_b ln || h_gb - h_g,nearest(b) ||      unit rows, of one crop and one worker (`koleo` says more)
     loss    = L_cls + L_patch + 0.1 L_koleo
 
+`sigreg_weight` adds another regulariser, of the rows sqrt(D) h_gb / |h_gb| of all workers (`sigreg`, arXiv:2511.08544); 0 in the paper.
 CLS and patches have one head in the short recipe and one each in the large ones, where Sinkhorn-Knopp balances the targets in the
 place of centres (`teacher_targets=sinkhorn`). The centre of the patches is the mean over the masked ones of a worker, then over workers.
 Half of a worker's global crops are masked; their shares of hidden patches cover 0.1 to 0.5 evenly, one crop in each part of it.
@@ -36,22 +37,33 @@ from torch import Tensor, nn
 from methods.ibot import IBOT, IBOTConfig
 from methods.parts import (
     Hints, Masks, ParamGroup, Progress, RunFacts, SearchRange, StepOutput, Views, ViewsConfig, at_least, autocast_disabled, block_mask,
-    draw_seed, koleo, linear_by_epoch, masked_patches, num_patches_of_side, param_groups_by_layer, positive, random_mask, rank,
-    register, unpack,
+    draw_seed, fraction, koleo, l2_normalize, linear_by_epoch, masked_patches, num_patches_of_side, param_groups_by_layer, positive,
+    random_mask, rank, register, require, sigreg, unpack,
 )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class DINOv2Config(IBOTConfig):
-    #: K; 131072 in the large recipes
-    num_prototypes: int = at_least(2, 65536, SearchRange(scale="choice", choices=(512, 1024, 4096, 65536), reason="more for more data"))
-    #: m at the first step
-    momentum: float = positive(0.992, SearchRange(0.97, 0.9995, "linear", reason="short runs need a faster teacher"))
+    #: K; 131072 in the large recipes; 0 = a quarter of the training images, from 64 to 65536
+    num_prototypes: int = at_least(0, 65536, SearchRange(scale="choice", choices=(512, 1024, 4096, 65536), reason="more for more data"))
+    #: m at the first step; 0 = 1 - 10 / steps, from 0.9 to 0.996
+    momentum: float = fraction(0.992, SearchRange(0.97, 0.9995, "linear", reason="short runs need a faster teacher"))
     #: weight of L_koleo
     koleo_weight: float = at_least(0, 0.1, SearchRange(0.0, 0.3, "linear", reason="0 where many images are nearly the same"))
+    sigreg_weight: float = at_least(0, 0.0)  # of L_sigreg, e.g. 0.05 in the place of KoLeo, which duplicates disturb
     cls_denominator: Literal["pairs", "released"] = "pairs"
     layer_decay: float = positive(1.0, SearchRange(scale="choice", choices=(0.9, 1.0), reason="0.9 for large rates"))  # of the rate
     patch_lr_scale: float = positive(0.2)  # of the rate of the patch projection
+
+    def check(self) -> None:
+        super().check()
+        require(self.num_prototypes != 1, "method.num_prototypes", self.num_prototypes, "use 2 or more, or 0: it follows from the images")
+
+    def settled(self, facts: RunFacts) -> DINOv2Config:
+        images = facts.num_images or 4 * 65536  # a stream without end
+        prototypes = self.num_prototypes or min(max(64, images // 4), 65536)
+        momentum = self.momentum or min(max(0.9, round(1 - 10 / facts.total_steps, 4)), 0.996)
+        return replace(self, num_prototypes=prototypes, momentum=momentum)
 
     def hints(self, facts: RunFacts) -> Hints:
         hints = super().hints(facts)
@@ -97,6 +109,11 @@ class DINOv2(IBOT):
             spread = torch.stack([koleo(h) for h in views.split(it.cls)]).sum()
         loss = c.cls_weight * self.cls_scale(views) * it.cls_loss + c.patch_weight * it.patch_loss + c.koleo_weight * spread
         metrics = it.metrics | ({"koleo": spread.detach()} if progress.reports else {})
+        if c.sigreg_weight:
+            rows = l2_normalize(it.cls) * it.cls.shape[1] ** 0.5
+            normal = torch.stack([sigreg(z, progress.generator) for z in views.split(rows)]).mean()
+            loss = loss + c.sigreg_weight * normal
+            metrics |= {"sigreg": normal.detach()} if progress.reports else {}
         return StepOutput(loss=loss, metrics=metrics, outputs=it.outputs)
 
     def cls_scale(self, views: Views) -> float:

@@ -227,6 +227,15 @@ def test_collapsed_embeddings_are_warned_of() -> None:
     assert "embeddings collapse" in warning
 
 
+def test_targets_of_a_handful_of_prototypes_are_warned_of_without_a_chance_loss() -> None:
+    guards = HealthMonitor(Hints(remedies="try something"), 10)
+    assert list(guards.warnings(9, {"loss": 1.0, "prototypes_used": 0.01})) == []
+    assert list(guards.warnings(10, {"loss": 1.0, "prototypes_used": 0.5})) == []
+    (warning,) = guards.warnings(11, {"loss": 1.0, "prototypes_used": 0.03})
+    assert "uses 3 % of the prototypes" in warning
+    assert "try something" in warning
+
+
 # ---------------------------------------------------------------------------- checkpoints and run folders
 
 

@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,12 @@ class MethodConfig:
     def check(self) -> None:
         """Raise ConfigError if settings do not fit together; each is within its own limits."""
 
+    def settled(self, facts: RunFacts) -> Self:
+        """Return these settings with those filled in that follow from the run; comments beside the defaults say which values do."""
+        return self
+
     def hints(self, facts: RunFacts) -> Hints:
-        """Return what a user is told of these settings in a run."""
+        """Return what a user is told of these settings in a run; they are settled."""
         return Hints()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from methods.dinov2 import DINOv2, DINOv2Config, released_blur
@@ -21,7 +22,9 @@ from methods.parts.losses import gram_loss, koleo, sigreg
 from methods.parts.patch_masks import masked_patches
 from methods.parts.soft_targets import cross_entropy_sum
 from methods.parts.views import Views
-from pipeline.config import OptimConfig
+from pipeline.build import prepare
+from pipeline.config import OptimConfig, from_yaml, override, to_yaml
+from pipeline.recipes import load_recipe
 from pipeline.train.optim import build_optimizer, prepare_step
 from tests.parity.common import EXACT, in_processes
 from tests.parity.dino_cases import plan
@@ -345,6 +348,47 @@ def test_released_blur_is_that_of_the_release() -> None:
     assert [group.blur for group in views.values()] == [1.0, 0.1, 0.5]
     assert [group.blur for group in released_blur(views).values()] == [0.0, 0.9, 0.5]
     assert DINOv2Config().num_prototypes == 65536
+
+
+@pytest.mark.parametrize(
+    ("images", "steps", "prototypes", "momentum"),
+    [(100, 50, 64, 0.9), (2000, 240, 500, 0.9583), (100_000, 20_000, 25_000, 0.996), (None, 1000, 65536, 0.99)],
+)
+def test_prototypes_and_momentum_follow_from_the_run_where_they_are_left_to(
+    images: int | None, steps: int, prototypes: int, momentum: float
+) -> None:
+    facts = RunFacts(global_batch_size=32, steps_per_epoch=10, total_steps=steps, num_images=images)
+    settled = DINOv2Config(num_prototypes=0, momentum=0).settled(facts)
+    assert (settled.num_prototypes, settled.momentum) == (prototypes, momentum)
+    assert settled.settled(facts) == settled
+    assert DINOv2Config(num_prototypes=300, momentum=0.5).settled(facts) == DINOv2Config(num_prototypes=300, momentum=0.5)
+
+
+def test_a_run_is_built_with_and_keeps_what_followed_from_it() -> None:
+    tiny = {
+        "data.path": "patches:pixels=32,per_photo=6", "data.num_shards": 1, "train.global_batch_size": 16, "train.steps": 40,
+        "backbone.depth": (1,), "backbone.width": 0.25, "backbone.image_size": 32, "method.projector_hidden": 16,
+        "views.global.size": 32, "views.local.size": 16,
+    }  # fmt: skip
+    asked = override(load_recipe("dinov2-own-images"), tiny)
+    ready = prepare(asked)
+    kept = from_yaml(to_yaml(ready.config)).method
+    assert (asked.method.num_prototypes, asked.method.momentum) == (0, 0)
+    assert (kept.num_prototypes, kept.momentum) == (64, 0.9)
+    assert next(ready.method.head.prototypes.parameters()).shape[0] == 64
+    assert prepare(ready.config).config == ready.config
+
+
+def test_the_loss_grows_by_the_weight_of_sigreg() -> None:
+    views = crops()
+    plain, weighted = dinov2(), dinov2(sigreg_weight=0.5)
+    masks = plain.draw_masks(views, progress())
+    losses = [method(views, progress(), masks).loss.item() for method in (plain, weighted)]
+    cls = plain.backbone.tokens(views.stacks["global"], masked=masks[0], mask_token=plain.mask_token).cls
+    rows = (F.normalize(h, dim=1) * math.sqrt(h.shape[1]) for h in cls.chunk(2))
+    generator = progress().generator
+    want = sum(sigreg(z, generator).item() for z in rows) / 2
+    assert losses[1] - losses[0] == pytest.approx(0.5 * want)
 
 
 @pytest.mark.parametrize("rate", [0.3, 0.5, 0.9])
