@@ -14,7 +14,7 @@ import dataclasses
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,7 @@ class Trained:
             method = build_method(config, resolved.facts)
         device, precision = choose_device(config)
         self.losses: list[float] = []
+        self.meters: dict[str, float] = {}  # of the last report
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer(
                 config=config,
@@ -130,7 +131,7 @@ class Trained:
                 device=device,
                 precision=precision,
                 reporter=NullReporter(config.train.global_batch_size),
-                report=lambda step, metrics: self.losses.append(metrics.get("loss", 0.0)),
+                report=self.report,
                 images=len(images.pixels),
                 saved_step=resolved.facts.total_steps,  # writes no checkpoint
             )
@@ -138,6 +139,10 @@ class Trained:
             trainer.run(batches(images, config, resolved.facts))
             self.cpu, self.wall = time.process_time() - began, time.monotonic() - wall
         self.backbone = method.evaluation_backbone()
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.losses.append(metrics.get("loss", 0.0))
+        self.meters = dict(metrics)
 
 
 def score(config: RunConfig, network: nn.Module, bank: Images, asked: Images, calibrated: bool = False) -> float:

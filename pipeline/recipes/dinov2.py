@@ -95,6 +95,7 @@ def own_images() -> RunConfig:
             teacher_temperature=0.025,
             warmup_teacher_temperature_epochs=0,
             num_prototypes=0,
+            unit_prototypes=True,
             momentum=0,
             shared_head=False,
             projector_batch_norm=True,
