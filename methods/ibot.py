@@ -89,6 +89,7 @@ class Compared:
     cls_loss: Tensor
     patch_loss: Tensor
     cls: Tensor  # the student's, of global crops, (G B, D)
+    patches: Tensor  # likewise, (G B, N, D)
     metrics: Metrics
     outputs: Outputs
 
@@ -185,7 +186,7 @@ class IBOT(DINO):
                 metrics = self.diagnostics(q, whole.cls[:batch], cls_loss.detach(), progress)
                 metrics |= {"cls_loss": cls_loss.detach(), "patch_loss": patch_loss.detach()}
                 metrics |= self.patch_diagnostics(q_patch, weights, masked)
-        return Compared(cls_loss, patch_loss, seen.cls, metrics, {"mean": t.mean(dim=0), "patch_mean": patch_mean})
+        return Compared(cls_loss, patch_loss, seen.cls, seen.patches, metrics, {"mean": t.mean(dim=0), "patch_mean": patch_mean})
 
     def teacher_scores(self, patches: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return the teacher's scores of the masked patches `(U, K2)`, and the mean score of all `(K2,)`."""
