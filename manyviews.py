@@ -72,8 +72,8 @@ class Continue(RunsVerb):
 
     settings_help = TRAINING
     earlier: Run  # name or folder of the finished run
-    #: settings to begin with instead of the run's own. high-resolution: large crops for a ViT, 10,000 steps, a tenth of the rate
-    phase: Annotated[Literal["", "high-resolution"], option("high-resolution")] = ""
+    #: changes of the run's settings, before those given. high-resolution: large crops for a ViT, 10,000 steps, a tenth of the rate
+    phase: Annotated[Literal["", "high-resolution"], option("high-resolution", "none")] = ""
     name: Annotated[Text, option("NAME", "RUN-continued, date and time", name="run")] = None  # name of the new run
 
     def run(self, settings: list[str]) -> int:
