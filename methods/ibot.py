@@ -37,7 +37,7 @@ from methods.parts import (
     Center, ConfigError, DINOHead, Hints, Masks, Metrics, Outputs, ParamGroup, Progress, RunFacts, SearchRange, StepOutput, ViT, Views,
     ViewsConfig, at_least, autocast_disabled, block_mask, cross_entropy_sum, cross_view_loss, draw_seed, entropy, fraction,
     linear_by_epoch, masked_patches, new_mask_token, num_patches_of_side, positive, random_mask, register, require, require_vit, told,
-    unpack,
+    unpack, upcast_half,
 )  # fmt: skip
 
 
@@ -185,7 +185,7 @@ class IBOT(DINO):
             if progress.reports:
                 metrics = self.diagnostics(q, whole.cls[:batch], cls_loss.detach(), progress)
                 metrics |= {"cls_loss": cls_loss.detach(), "patch_loss": patch_loss.detach()}
-                metrics |= self.patch_diagnostics(q_patch, weights, masked)
+                metrics |= self.patch_diagnostics(q_patch, weights, masked, whole.raw_patches)
         return Compared(cls_loss, patch_loss, seen.cls, seen.patches, metrics, {"mean": t.mean(dim=0), "patch_mean": patch_mean})
 
     def teacher_scores(self, patches: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,12 +240,18 @@ class IBOT(DINO):
         return self.teacher.get_submodule("head" if self.patch_head is None else "patch_head")  # type: ignore[return-value]
 
     @torch.no_grad()
-    def patch_diagnostics(self, q: Tensor, weights: Tensor, masked: Tensor) -> Metrics:
-        """Return the mean entropy of the targets of masked patches as a fraction of ln K, and the masked share of all patches."""
+    def patch_diagnostics(self, q: Tensor, weights: Tensor, masked: Tensor, patches: Tensor) -> Metrics:
+        """Return the mean entropy of the targets of masked patches as a fraction of ln K, and the masked share of all patches.
+
+        `patch_norm_ratio` is the largest norm of a crop's patches `(G B, N, D)` over their median, as a mean: it grows with patches
+        that hold something of the whole image instead of their place (arXiv:2309.16588), which `backbone.registers` keep out.
+        """
         share = (weights / weights.sum().clamp(min=1e-12)).to(q.dtype)
+        norms = torch.linalg.vector_norm(upcast_half(patches), dim=-1)
         return {
             "patch_teacher_entropy": (entropy(q) * share).sum() / torch.tensor(float(q.shape[1]), device=q.device).log(),
             "masked_share": masked.float().mean(),
+            "patch_norm_ratio": (norms.amax(dim=1) / norms.median(dim=1).values).mean(),
         }
 
     def param_groups(self) -> list[ParamGroup]:
