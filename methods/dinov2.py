@@ -33,6 +33,7 @@ Departs:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from random import Random
@@ -71,8 +72,9 @@ class DINOv2Config(IBOTConfig):
     def hints(self, facts: RunFacts) -> Hints:
         hints = super().hints(facts)
         early = f"method.gram_weight={self.gram_weight:g} holds patches to those of random weights; use it in a later phase (`continue`)"
-        chance = None if self.koleo_weight or self.gram_weight else hints.chance_loss  # neither has a chance value
-        return replace(hints, chance_loss=chance, warnings=(*hints.warnings, *told(self.gram_weight > 0 and not facts.trained and early)))
+        if self.koleo_weight or self.gram_weight:  # neither has a chance value
+            hints = replace(hints, chance_loss=None, chance_parts={"cls_loss": (math.log(self.num_prototypes), "ln K of CLS")})
+        return replace(hints, warnings=(*hints.warnings, *told(self.gram_weight > 0 and not facts.trained and early)))
 
 
 @register("dinov2", DINOv2Config)

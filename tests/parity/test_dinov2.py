@@ -25,7 +25,7 @@ from pipeline.config import OptimConfig
 from pipeline.train.optim import build_optimizer, prepare_step
 from tests.parity.common import EXACT, in_processes
 from tests.parity.dino_cases import plan
-from tests.parity.ibot_cases import ROLES, assert_equal_steps, crops, dinov2, given, progress, rows_of, vit
+from tests.parity.ibot_cases import FACTS, ROLES, assert_equal_steps, crops, dinov2, given, progress, rows_of, vit
 from tests.parity.test_ibot import literal_loss
 
 # ---------------------------------------------------------------------------- the original's values
@@ -302,6 +302,17 @@ def test_gram_compares_cosines_image_by_image() -> None:
 
 
 # ---------------------------------------------------------------------------- settings
+
+
+def test_predictions_that_tell_nothing_are_known_beside_koleo() -> None:
+    method, views = dinov2(), crops()
+    with torch.no_grad():
+        method.head.prototypes.lengths.zero_()  # all scores of the student are 0
+    found = method(views, progress()).metrics["cls_loss"].item()
+    hints = method.config.hints(FACTS)
+    assert hints.chance_loss is None and hints.chance_parts == {"cls_loss": (pytest.approx(found, rel=1e-9), "ln K of CLS")}
+    alone = DINOv2Config(koleo_weight=0.0).hints(FACTS)
+    assert alone.chance_loss is not None and not alone.chance_parts
 
 
 def test_rates_fall_by_layer() -> None:
