@@ -28,7 +28,7 @@ Departs:
     KoLeo has no gradient between rows that are nearer than 1e-4: duplicates would take all of a clipped gradient.
     Without local crops L_cls is divided by the number of pairs; `cls_denominator=released`: by 3.
     The Gram teacher sees the student's crop with its colours and blur, and with `gram_scale` above 1 that crop enlarged; the original
-    cuts it again from the image, larger and without them. A crop of its own would double what each image sends to the device.
+    cuts it again from the image, larger and without them. A crop of its own would at least double the pixels of the global crops.
 """
 
 from __future__ import annotations

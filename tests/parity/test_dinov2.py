@@ -198,6 +198,7 @@ def trained(rank: int, world: int, settings: dict[str, Any]) -> dict[str, Any]:
         masked = torch.zeros(2, 4, 16, dtype=torch.bool)
         masked[0, 0, :5] = masked[1, 1, 4:7] = masked[1, 2, 8:12] = masked[0, 3, 1:5] = True
         masks = masked_patches(masked[:, own].flatten(0, 1), 20, torch.device("cpu"))
+        method.before_step(progress(step))
         out = method(rows_of(crops(step), own), progress(step), masks)
         out.loss.backward()
         average_gradients(method.parameters())
@@ -210,8 +211,8 @@ def trained(rank: int, world: int, settings: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("targets", ["centering", "sinkhorn"])
 def test_two_processes_equal_one(targets: str, tmp_path: Path) -> None:
-    """Without KoLeo, whose neighbours are those of a worker."""
-    settings = {"koleo_weight": 0.0, "teacher_targets": targets, "shared_head": targets == "centering"}
+    """Without KoLeo, whose neighbours are those of a worker; with Gram anchoring."""
+    settings = {"koleo_weight": 0.0, "teacher_targets": targets, "shared_head": targets == "centering", "gram_weight": 1.0}
     alone = trained(0, 1, settings)
     results = in_processes(2, tmp_path, partial(trained, settings=settings))
     np.testing.assert_allclose(np.mean([r["losses"] for r in results], axis=0), alone["losses"], rtol=1e-9)
