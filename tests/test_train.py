@@ -222,6 +222,15 @@ def test_a_loss_at_chance_is_warned_of_once_after_the_patience() -> None:
     assert list(HealthMonitor(STUCK, 10).warnings(10, stuck | {"loss": 3.0})) == []
 
 
+def test_a_part_of_the_loss_at_chance_is_warned_of() -> None:
+    parts = Hints(chance_parts={"cls_loss": (math.log(64), "ln K of CLS")}, remedies="try something")
+    stuck = {"loss": 9.0, "cls_loss": 0.99 * math.log(64), "embedding_std": 0.8}
+    (warning,) = HealthMonitor(parts, 10).warnings(10, stuck)
+    assert "sticks at ln K of CLS: 4.117 of 4.159" in warning
+    assert list(HealthMonitor(parts, 10).warnings(9, stuck)) == []
+    assert list(HealthMonitor(parts, 10).warnings(10, stuck | {"cls_loss": 3.0})) == []
+
+
 def test_collapsed_embeddings_are_warned_of() -> None:
     (warning,) = HealthMonitor(STUCK, 10).warnings(5, {"loss": 1.0, "embedding_std": 0.01})
     assert "embeddings collapse" in warning

@@ -49,13 +49,13 @@ class HealthMonitor:
         if used is not None and used < FEW_PROTOTYPES:
             text = f"the targets collapse: a batch uses {100 * used:.0f} % of the prototypes it could at step {step}; {self.hints.remedies}"
             yield from self._once("few prototypes", text)
-        if self.hints.chance_loss is None:
-            return
-        level, name = self.hints.chance_loss
+        levels = {"loss": self.hints.chance_loss} if self.hints.chance_loss else self.hints.chance_parts
         uniform = metrics.get(self.hints.uniform_metric or "", 1.0)
-        if metrics.get("loss", 0.0) > 0.98 * level and uniform > 0.98:
-            text = f"the loss sticks at {name}: {metrics['loss']:.3f} of {level:.3f} after {step} steps; {self.hints.remedies}"
-            yield from self._once("stuck", text)
+        for metric, (level, name) in levels.items():
+            loss = metrics.get(metric, 0.0)
+            if loss > 0.98 * level and uniform > 0.98:
+                text = f"the loss sticks at {name}: {loss:.3f} of {level:.3f} after {step} steps; {self.hints.remedies}"
+                yield from self._once("stuck", text)
 
     def cluster_warnings(self, step: int, sizes: np.ndarray) -> Iterable[str]:
         """Yield new warnings after `step` completed steps, from the sizes `(K,)` of the clusters.

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from methods.dinov2 import DINOv2, DINOv2Config, released_blur
@@ -28,7 +27,7 @@ from pipeline.recipes import load_recipe
 from pipeline.train.optim import build_optimizer, prepare_step
 from tests.parity.common import EXACT, in_processes
 from tests.parity.dino_cases import plan
-from tests.parity.ibot_cases import ROLES, assert_equal_steps, crops, dinov2, given, progress, rows_of, vit
+from tests.parity.ibot_cases import FACTS, ROLES, assert_equal_steps, crops, dinov2, given, progress, rows_of, vit
 from tests.parity.test_ibot import literal_loss
 
 # ---------------------------------------------------------------------------- the original's values
@@ -201,6 +200,7 @@ def trained(rank: int, world: int, settings: dict[str, Any]) -> dict[str, Any]:
         masked = torch.zeros(2, 4, 16, dtype=torch.bool)
         masked[0, 0, :5] = masked[1, 1, 4:7] = masked[1, 2, 8:12] = masked[0, 3, 1:5] = True
         masks = masked_patches(masked[:, own].flatten(0, 1), 20, torch.device("cpu"))
+        method.before_step(progress(step))
         out = method(rows_of(crops(step), own), progress(step), masks)
         out.loss.backward()
         average_gradients(method.parameters())
@@ -213,8 +213,8 @@ def trained(rank: int, world: int, settings: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("targets", ["centering", "sinkhorn"])
 def test_two_processes_equal_one(targets: str, tmp_path: Path) -> None:
-    """Without KoLeo, whose neighbours are those of a worker."""
-    settings = {"koleo_weight": 0.0, "teacher_targets": targets, "shared_head": targets == "centering"}
+    """Without KoLeo, whose neighbours are those of a worker; with Gram anchoring."""
+    settings = {"koleo_weight": 0.0, "teacher_targets": targets, "shared_head": targets == "centering", "gram_weight": 1.0}
     alone = trained(0, 1, settings)
     results = in_processes(2, tmp_path, partial(trained, settings=settings))
     np.testing.assert_allclose(np.mean([r["losses"] for r in results], axis=0), alone["losses"], rtol=1e-9)
@@ -307,6 +307,17 @@ def test_gram_compares_cosines_image_by_image() -> None:
 # ---------------------------------------------------------------------------- settings
 
 
+def test_predictions_that_tell_nothing_are_known_beside_koleo() -> None:
+    method, views = dinov2(), crops()
+    with torch.no_grad():
+        method.head.prototypes.lengths.zero_()  # all scores of the student are 0
+    found = method(views, progress()).metrics["cls_loss"].item()
+    hints = method.config.hints(FACTS)
+    assert hints.chance_loss is None and hints.chance_parts == {"cls_loss": (pytest.approx(found, rel=1e-9), "ln K of CLS")}
+    alone = DINOv2Config(koleo_weight=0.0).hints(FACTS)
+    assert alone.chance_loss is not None and not alone.chance_parts
+
+
 def test_rates_fall_by_layer() -> None:
     method = dinov2(backbone={"depth": (12,), "registers": 2, "layer_scale": 1e-2, "drop_path": 0.0}, layer_decay=0.9)
     names = {id(p): name for name, p in method.named_parameters()}
@@ -385,7 +396,7 @@ def test_the_loss_grows_by_the_weight_of_sigreg() -> None:
     masks = plain.draw_masks(views, progress())
     losses = [method(views, progress(), masks).loss.item() for method in (plain, weighted)]
     cls = plain.backbone.tokens(views.stacks["global"], masked=masks[0], mask_token=plain.mask_token).cls
-    rows = (F.normalize(h, dim=1) * math.sqrt(h.shape[1]) for h in cls.chunk(2))
+    rows = (plain.head.project(h) * math.sqrt(plain.config.projection_dim) for h in cls.chunk(2))
     generator = progress().generator
     want = sum(sigreg(z, generator).item() for z in rows) / 2
     assert losses[1] - losses[0] == pytest.approx(0.5 * want)
