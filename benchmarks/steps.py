@@ -53,6 +53,16 @@ class Contender:
         self.after()
 
 
+def of_noise(config: RunConfig, device: torch.device) -> Views:
+    """One global batch of noise, of the recipe's crops."""
+    torch.manual_seed(0)
+    batch, groups = config.train.global_batch_size, {name: group for name, group in config.views.items() if group.count}
+    stacks = {name: torch.randn(group.count * batch, 3, group.size, group.size, device=device) for name, group in groups.items()}
+    ids, counts = torch.arange(batch), {name: group.count for name, group in groups.items()}
+    roles = {name: group.role for name, group in groups.items()}
+    return Views(stacks=stacks, counts=counts, roles=roles, image_ids=ids, labels=torch.full_like(ids, -1))
+
+
 # ---------------------------------------------------------------------------- the method, and its bare step
 
 
@@ -183,12 +193,7 @@ def measure(recipe: str, settings: list[str], rounds: int, steps: int, beside_li
     facts = resolve(config, 10**7).facts
     device, precision = choose_device(config)
     mixed = precision is not torch.float32
-    batch = facts.global_batch_size
-    counts = {n: g.count for n, g in config.views.items() if g.count}
-    torch.manual_seed(0)
-    stacks = {n: torch.randn(count * batch, 3, config.views[n].size, config.views[n].size, device=device) for n, count in counts.items()}
-    ids, roles = torch.arange(batch), {n: config.views[n].role for n in counts}
-    views = Views(stacks=stacks, counts=counts, roles=roles, image_ids=ids, labels=torch.full_like(ids, -1))
+    views = of_noise(config, device)
     one_pass = facts.steps_per_epoch  # the second pass is timed: the first may be spent without a loss (CoKe)
     shared = torch.Generator().manual_seed(0)
     progress = Progress(step=one_pass, total_steps=10 * one_pass, steps_per_epoch=one_pass, generator=shared)
@@ -228,6 +233,7 @@ def measure(recipe: str, settings: list[str], rounds: int, steps: int, beside_li
         kept = held["ours"] / held[other]
         return f"{ratio:.3f} of {other} ({1000 * np.median(times[other]):.1f} ms), 95 % bound {bound:.3f}; memory {kept:.2f} of it"
 
+    batch = facts.global_batch_size
     line = f"{name:14} {recipe:22} {1000 * np.median(times['ours']):8.1f} ms a step of {batch} images, {held['ours']:.0f} MiB: "
     line += "; ".join(beside(other) for other in times if other != "ours")
     print(line + ("; lightly has no parts that fit" if beside_lightly and "lightly" not in times else ""), flush=True)

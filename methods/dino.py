@@ -51,7 +51,7 @@ class DINOConfig(MethodConfig):
     momentum: float = fraction(0.996, SearchRange(0.97, 0.9995, "linear", reason="short runs need a faster teacher"))
     final_momentum: float = fraction(1.0)  # m at the last step; equal to momentum: constant
     center_momentum: float = fraction(0.9, SearchRange(scale="choice", choices=(0.9, 0.99), reason="slower for small batches"))
-    teacher_targets: Literal["centering", "sinkhorn"] = "centering"  # sinkhorn wants a global batch of 256, or of half the prototypes
+    teacher_targets: Literal["centering", "sinkhorn"] = "centering"  # sinkhorn: small batches and short runs use all prototypes
     sinkhorn_iterations: int = at_least(1, 3)
     #: K; the original's out_dim
     num_prototypes: int = at_least(2, 65536, SearchRange(scale="choice", choices=(512, 1024, 4096, 65536), reason="more for more data"))
@@ -79,9 +79,9 @@ class DINOConfig(MethodConfig):
                 blunt_targets("teacher", hottest, self.temperature, "0.04 to 0.07"),
                 slow_average(self.momentum, facts, "teacher"),
                 self.teacher_targets == "sinkhorn"
-                and batch < min(256, k / 2)
-                and f"method.teacher_targets=sinkhorn balances {batch} images over {k} prototypes, too few; "
-                f"use centering, method.num_prototypes={2 * batch}, or a train.global_batch_size of 256 or more",
+                and k > 64 * batch
+                and f"method.teacher_targets=sinkhorn balances {batch} images over {k} prototypes, of which each image can have its own; "
+                f"use method.num_prototypes={16 * batch} or fewer",
                 many_clusters("method.num_prototypes", k, k, facts, images_each=1, advised=4),
                 round(frozen) >= facts.total_steps
                 and f"method.freeze_prototypes_epochs={self.freeze_prototypes_epochs:g} is the whole run: the prototypes never learn",

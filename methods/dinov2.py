@@ -55,7 +55,7 @@ from methods.parts import (
 
 @dataclass(frozen=True, kw_only=True)
 class DINOv2Config(IBOTConfig):
-    #: K; 131072 in the large recipes; 0 = a quarter of the training images, from 64 to 65536
+    #: K; 131072 in the large recipes; 0 = a quarter of the images, 16 times the batch at most, 64 at least
     num_prototypes: int = at_least(0, 65536, SearchRange(scale="choice", choices=(512, 1024, 4096, 65536), reason="more for more data"))
     #: m at the first step; 0 = 1 - 10 / steps, from 0.9 to 0.996
     momentum: float = fraction(0.992, SearchRange(0.97, 0.9995, "linear", reason="short runs need a faster teacher"))
@@ -77,8 +77,9 @@ class DINOv2Config(IBOTConfig):
         require(self.num_prototypes != 1, "method.num_prototypes", self.num_prototypes, "use 2 or more, or 0: it follows from the images")
 
     def settled(self, facts: RunFacts) -> DINOv2Config:
-        images = facts.num_images or 4 * 65536  # a stream without end
-        prototypes = self.num_prototypes or min(max(64, images // 4), 65536)
+        most = 16 * facts.global_batch_size
+        follows = max(64, min(facts.num_images // 4, most) if facts.num_images else most)
+        prototypes = self.num_prototypes or follows
         momentum = self.momentum or min(max(0.9, round(1 - 10 / facts.total_steps, 4)), 0.996)
         return replace(self, num_prototypes=prototypes, momentum=momentum)
 

@@ -255,7 +255,7 @@ def test_cluster_scores_are_the_teachers() -> None:
     [
         ({"teacher_temperature": 0.1}, "not below method.temperature"),
         ({"momentum": 0.996}, "the teacher hardly moves; use 0.9 or less"),
-        ({"teacher_targets": "sinkhorn", "num_prototypes": 16}, "too few; use centering, method.num_prototypes=8"),
+        ({"teacher_targets": "sinkhorn", "num_prototypes": 300}, "can have its own; use method.num_prototypes=64 or fewer"),
         ({"num_prototypes": 5000}, "for 1000 images; use 250 or fewer"),
         ({"freeze_prototypes_epochs": 99.0}, "never learn"),
     ],
