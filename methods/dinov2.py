@@ -59,6 +59,7 @@ class DINOv2Config(IBOTConfig):
     num_prototypes: int = at_least(0, 65536, SearchRange(scale="choice", choices=(512, 1024, 4096, 65536), reason="more for more data"))
     #: m at the first step; 0 = 1 - 10 / steps, from 0.9 to 0.996
     momentum: float = fraction(0.992, SearchRange(0.97, 0.9995, "linear", reason="short runs need a faster teacher"))
+    final_momentum: float = fraction(1.0)  # m at the last step; 0 = momentum, all along
     #: weight of L_koleo
     koleo_weight: float = at_least(0, 0.1, SearchRange(0.0, 0.3, "linear", reason="0 where many images are nearly the same"))
     sigreg_weight: float = at_least(0, 0.0)  # of L_sigreg, e.g. 0.05 in the place of KoLeo, which duplicates disturb
@@ -81,7 +82,7 @@ class DINOv2Config(IBOTConfig):
         follows = max(64, min(facts.num_images // 4, most) if facts.num_images else most)
         prototypes = self.num_prototypes or follows
         momentum = self.momentum or min(max(0.9, round(1 - 10 / facts.total_steps, 4)), 0.996)
-        return replace(self, num_prototypes=prototypes, momentum=momentum)
+        return replace(self, num_prototypes=prototypes, momentum=momentum, final_momentum=self.final_momentum or momentum)
 
     def hints(self, facts: RunFacts) -> Hints:
         hints = super().hints(facts)

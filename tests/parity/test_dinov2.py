@@ -369,8 +369,9 @@ def test_prototypes_and_momentum_follow_from_the_run_where_they_are_left_to(
     images: int | None, steps: int, prototypes: int, momentum: float
 ) -> None:
     facts = RunFacts(global_batch_size=64, steps_per_epoch=10, total_steps=steps, num_images=images)
-    settled = DINOv2Config(num_prototypes=0, momentum=0).settled(facts)
-    assert (settled.num_prototypes, settled.momentum) == (prototypes, momentum)
+    settled = DINOv2Config(num_prototypes=0, momentum=0, final_momentum=0).settled(facts)
+    assert (settled.num_prototypes, settled.momentum, settled.final_momentum) == (prototypes, momentum, momentum)
+    assert DINOv2Config(momentum=0).settled(facts).final_momentum == 1
     assert settled.settled(facts) == settled
     assert DINOv2Config(num_prototypes=300, momentum=0.5).settled(facts) == DINOv2Config(num_prototypes=300, momentum=0.5)
 
