@@ -14,7 +14,7 @@ import dataclasses
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def batches(images: Images, config: RunConfig, facts: RunFacts) -> Iterator[Batc
     """Global batches of permuted passes, crops drawn by the engine."""
     size = facts.global_batch_size
     for step in range(facts.total_steps):
-        epoch, place = divmod(step, facts.steps_per_epoch)
+        epoch, place = divmod(step, len(images.pixels) // size)
         order = np.random.default_rng((config.train.seed, epoch)).permutation(len(images.pixels))
         ids = order[place * size : (place + 1) * size]
         pictures = [images.pixels[i] for i in ids]
@@ -120,6 +120,7 @@ class Trained:
             method = build_method(config, resolved.facts)
         device, precision = choose_device(config)
         self.losses: list[float] = []
+        self.meters: dict[str, float] = {}  # of the last report
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer(
                 config=config,
@@ -130,7 +131,7 @@ class Trained:
                 device=device,
                 precision=precision,
                 reporter=NullReporter(config.train.global_batch_size),
-                report=lambda step, metrics: self.losses.append(metrics.get("loss", 0.0)),
+                report=self.report,
                 images=len(images.pixels),
                 saved_step=resolved.facts.total_steps,  # writes no checkpoint
             )
@@ -138,6 +139,10 @@ class Trained:
             trainer.run(batches(images, config, resolved.facts))
             self.cpu, self.wall = time.process_time() - began, time.monotonic() - wall
         self.backbone = method.evaluation_backbone()
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.losses.append(metrics.get("loss", 0.0))
+        self.meters = dict(metrics)
 
 
 def score(config: RunConfig, network: nn.Module, bank: Images, asked: Images, calibrated: bool = False) -> float:

@@ -20,6 +20,7 @@ c' <- normalize((1 - w) c' + w c), and so are labels: of an image's weights w_k,
 
 Departs:
     A label that is not known yet (the original: label 1) takes no part in the loss, which stays a sum over B images.
+    A free place among the labels of stage 2 has none; the original writes label 1 there, which an image may so keep twice.
     An image that comes twice in a batch, because it stands in for a bad one, is clustered once.
     Epoch 0, in which the original's learning rate is 0, runs forward only; `train_first_epoch` runs it backward.
     The original's checkpoints hold the counters n of epoch 0; ours those of the epoch. Stage 2 takes several views too.

@@ -5,8 +5,10 @@ With iBOT's student and teacher (which see), B images a worker, G = 2 global cro
     L_cls   = DINO's loss, the student's global crops masked
     L_patch = 1 / (G B) sum over masked patches of H(q, p) / masked patches of that crop
     L_koleo = sum_g - mean_b ln || h_gb - h_g,nearest(b) ||      unit rows, of one crop and one worker (`koleo` says more)
-    loss    = L_cls + L_patch + 0.1 L_koleo
+    loss    = L_cls + L_patch + 0.1 L_koleo + gram_weight L_gram
 
+`sigreg_weight` adds another regulariser, of the projections sqrt(d) z_gb of all workers (`sigreg`, arXiv:2511.08544), whose d values meet
+the prototypes as unit rows; 0 in the paper.
 CLS and patches have one head in the short recipe and one each in the large ones, where Sinkhorn-Knopp balances the targets in the
 place of centres (`teacher_targets=sinkhorn`). The centre of the patches is the mean over the masked ones of a worker, then over workers.
 Half of a worker's global crops are masked; their shares of hidden patches cover 0.1 to 0.5 evenly, one crop in each part of it.
@@ -16,46 +18,76 @@ by another `patch_lr_scale`, and gradients are clipped for backbone and heads ap
 `backbone.drop_path_mode=subset` is the paper's stochastic depth. Blur of the global crops: the paper's probabilities, 1 and 0.1, or those
 that the released weights were trained with, 0 and 0.9 (`released_blur`).
 
+Gram anchoring (DINOv3, Siméoni et al. 2025, arXiv:2508.10104) is for a later phase of a long run, in which patch features decay. X_S are
+the student's unit patch features of a global crop, masked patches among them, X_G those of the Gram teacher, which is the teacher as
+it was when the phase began or at the last refresh:
+
+    L_gram  = mean over crops and pairs of patches of (X_S X_S^T - X_G X_G^T)^2      no gradient into X_G
+
 Departs:
     As iBOT does.
     Prototypes that wait for the first epoch have no gradient then; the original gives them a rate of 0, and Adam's moments move.
     KoLeo has no gradient between rows that are nearer than 1e-4: duplicates would take all of a clipped gradient.
     Without local crops L_cls is divided by the number of pairs; `cls_denominator=released`: by 3.
+    The Gram teacher sees the student's crop with its colours and blur, and with `gram_scale` above 1 that crop enlarged; the original
+    cuts it again from the image, larger and without them. A crop of its own would at least double the pixels of the global crops.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from random import Random
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.ibot import IBOT, IBOTConfig
 from methods.parts import (
-    Hints, Masks, ParamGroup, Progress, RunFacts, SearchRange, StepOutput, Views, ViewsConfig, at_least, autocast_disabled, block_mask,
-    draw_seed, koleo, linear_by_epoch, masked_patches, num_patches_of_side, param_groups_by_layer, positive, random_mask, rank,
-    register, unpack,
+    Hints, Masks, ParamGroup, Progress, RunFacts, SearchRange, StepOutput, ViT, Views, ViewsConfig, at_least, autocast_disabled, block_mask,
+    draw_seed, ema, fraction, gram_loss, koleo, linear_by_epoch, masked_patches, num_patches_of_side, param_groups_by_layer, positive,
+    random_mask, rank, register, require, resize_grid, sigreg, told, unpack,
 )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class DINOv2Config(IBOTConfig):
-    #: K; 131072 in the large recipes
-    num_prototypes: int = at_least(2, 65536, SearchRange(scale="choice", choices=(512, 1024, 4096, 65536), reason="more for more data"))
-    #: m at the first step
-    momentum: float = positive(0.992, SearchRange(0.97, 0.9995, "linear", reason="short runs need a faster teacher"))
+    #: K; 131072 in the large recipes; 0 = a quarter of the training images, from 64 to 65536
+    num_prototypes: int = at_least(0, 65536, SearchRange(scale="choice", choices=(512, 1024, 4096, 65536), reason="more for more data"))
+    #: m at the first step; 0 = 1 - 10 / steps, from 0.9 to 0.996
+    momentum: float = fraction(0.992, SearchRange(0.97, 0.9995, "linear", reason="short runs need a faster teacher"))
     #: weight of L_koleo
     koleo_weight: float = at_least(0, 0.1, SearchRange(0.0, 0.3, "linear", reason="0 where many images are nearly the same"))
+    sigreg_weight: float = at_least(0, 0.0)  # of L_sigreg, e.g. 0.05 in the place of KoLeo, which duplicates disturb
     cls_denominator: Literal["pairs", "released"] = "pairs"
     layer_decay: float = positive(1.0, SearchRange(scale="choice", choices=(0.9, 1.0), reason="0.9 for large rates"))  # of the rate
     patch_lr_scale: float = positive(0.2)  # of the rate of the patch projection
+    gram_weight: float = at_least(0, 0.0)  # of L_gram, up to 2, in a phase after the first; 0 = no Gram teacher
+    gram_refresh_steps: int = at_least(1, 10_000)  # steps after which the Gram teacher becomes the teacher of that step
+    gram_refreshes: int = at_least(0, 3)  # at most so often
+    gram_scale: int = at_least(1, 1)  # multiplies the side of what the Gram teacher sees; its map is resized to the student's grid
+
+    phase_settings = frozenset({"gram_weight", "gram_refresh_steps", "gram_refreshes", "gram_scale"})
+
+    def check(self) -> None:
+        super().check()
+        require(self.num_prototypes != 1, "method.num_prototypes", self.num_prototypes, "use 2 or more, or 0: it follows from the images")
+
+    def settled(self, facts: RunFacts) -> DINOv2Config:
+        images = facts.num_images or 4 * 65536  # a stream without end
+        prototypes = self.num_prototypes or min(max(64, images // 4), 65536)
+        momentum = self.momentum or min(max(0.9, round(1 - 10 / facts.total_steps, 4)), 0.996)
+        return replace(self, num_prototypes=prototypes, momentum=momentum)
 
     def hints(self, facts: RunFacts) -> Hints:
         hints = super().hints(facts)
-        return replace(hints, chance_loss=None) if self.koleo_weight else hints  # KoLeo has no chance value
+        early = f"method.gram_weight={self.gram_weight:g} holds patches to those of random weights; use it in a later phase (`continue`)"
+        if self.koleo_weight or self.gram_weight:  # neither has a chance value
+            hints = replace(hints, chance_loss=None, chance_parts={"cls_loss": (math.log(self.num_prototypes), "ln K of CLS")})
+        return replace(hints, warnings=(*hints.warnings, *told(self.gram_weight > 0 and not facts.trained and early)))
 
 
 @register("dinov2", DINOv2Config)
@@ -66,6 +98,7 @@ class DINOv2(IBOT):
     def __init__(self, config: DINOv2Config, backbone: nn.Module, facts: RunFacts) -> None:
         super().__init__(config, backbone, facts)
         self.whole_batch_remedy = "masks and neighbours are those of a whole batch; train.gradient_checkpointing needs less memory"
+        self.gram_teacher: ViT | None = ema.teacher_of(self.backbone) if config.gram_weight else None
 
     @classmethod
     def default_views(cls) -> ViewsConfig:
@@ -97,7 +130,31 @@ class DINOv2(IBOT):
             spread = torch.stack([koleo(h) for h in views.split(it.cls)]).sum()
         loss = c.cls_weight * self.cls_scale(views) * it.cls_loss + c.patch_weight * it.patch_loss + c.koleo_weight * spread
         metrics = it.metrics | ({"koleo": spread.detach()} if progress.reports else {})
+        if c.sigreg_weight:
+            normal = torch.stack([sigreg(z, progress.generator) for z in views.split(it.projected * it.projected.shape[1] ** 0.5)]).mean()
+            loss = loss + c.sigreg_weight * normal
+            metrics |= {"sigreg": normal.detach()} if progress.reports else {}
+        if self.gram_teacher is not None:
+            gram = gram_loss(it.patches, self.anchors(self.gram_teacher, self.global_crops(views)))
+            loss = loss + c.gram_weight * gram
+            metrics |= {"gram": gram.detach()} if progress.reports else {}
         return StepOutput(loss=loss, metrics=metrics, outputs=it.outputs)
+
+    def before_step(self, progress: Progress) -> None:
+        """Refresh the Gram teacher if it is due; at step 0 it becomes the teacher that a phase begins with."""
+        refreshes, since = divmod(progress.step, self.config.gram_refresh_steps)
+        if self.gram_teacher is not None and since == 0 and refreshes <= self.config.gram_refreshes:
+            self.gram_teacher.load_state_dict(self.evaluation_backbone().state_dict())
+
+    @torch.no_grad()
+    def anchors(self, teacher: ViT, images: Tensor) -> Tensor:
+        """Return a teacher's patches of crops enlarged by `gram_scale`, on the grid of the crops: `(G B, 3, H, W) -> (G B, N, D)`."""
+        scale, side = self.config.gram_scale, num_patches_of_side(self.backbone, images.shape[-1])
+        if scale == 1:
+            return teacher.tokens(images).patches
+        patches = teacher.tokens(F.interpolate(images, scale_factor=float(scale), mode="bicubic")).patches
+        grid = patches.unflatten(1, (scale * side, scale * side)).permute(0, 3, 1, 2)
+        return resize_grid(grid, side, side).flatten(2).transpose(1, 2)
 
     def cls_scale(self, views: Views) -> float:
         """Return the factor from a mean over pairs of crops to the original's denominator; 1 with local crops."""

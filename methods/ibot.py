@@ -37,7 +37,7 @@ from methods.parts import (
     Center, ConfigError, DINOHead, Hints, Masks, Metrics, Outputs, ParamGroup, Progress, RunFacts, SearchRange, StepOutput, ViT, Views,
     ViewsConfig, at_least, autocast_disabled, block_mask, cross_entropy_sum, cross_view_loss, draw_seed, entropy, fraction,
     linear_by_epoch, masked_patches, new_mask_token, num_patches_of_side, positive, random_mask, register, require, require_vit, told,
-    unpack,
+    unpack, upcast_half,
 )  # fmt: skip
 
 
@@ -89,6 +89,8 @@ class Compared:
     cls_loss: Tensor
     patch_loss: Tensor
     cls: Tensor  # the student's, of global crops, (G B, D)
+    patches: Tensor  # likewise, (G B, N, D)
+    projected: Tensor  # z / ||z|| of these CLS, (G B, bottleneck)
     metrics: Metrics
     outputs: Outputs
 
@@ -174,7 +176,7 @@ class IBOT(DINO):
             t_patch, patch_mean = self.teacher_scores(whole.patches.flatten(0, 1), index, weights)  # (U, K2), (K2,)
         seen = self.backbone.tokens(images, masked=masked, mask_token=self.mask_token)
         cls = torch.cat([seen.cls, views.of("local").map_crops(self.backbone)]) if small else seen.cls
-        s, s_patch = self.student_scores(cls, seen.patches.flatten(0, 1)[index])
+        z, s, s_patch = self.student_scores(cls, seen.patches.flatten(0, 1)[index])
         with autocast_disabled(s):
             q, q_patch = self.targets(t, progress), self.patch_targets(t_patch, weights, progress)
             codes = dict(zip(large, views.split(q), strict=True))
@@ -184,8 +186,9 @@ class IBOT(DINO):
             if progress.reports:
                 metrics = self.diagnostics(q, whole.cls[:batch], cls_loss.detach(), progress)
                 metrics |= {"cls_loss": cls_loss.detach(), "patch_loss": patch_loss.detach()}
-                metrics |= self.patch_diagnostics(q_patch, weights, masked)
-        return Compared(cls_loss, patch_loss, seen.cls, metrics, {"mean": t.mean(dim=0), "patch_mean": patch_mean})
+                metrics |= self.patch_diagnostics(q_patch, weights, masked, whole.raw_patches)
+        outputs = {"mean": t.mean(dim=0), "patch_mean": patch_mean}
+        return Compared(cls_loss, patch_loss, seen.cls, seen.patches, z[: len(images)], metrics, outputs)
 
     def teacher_scores(self, patches: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return the teacher's scores of the masked patches `(U, K2)`, and the mean score of all `(K2,)`."""
@@ -193,12 +196,17 @@ class IBOT(DINO):
         z = head.project(patches)  # (G B N, bottleneck)
         return head.scores(z[index]), head.scores(z.mean(dim=0, keepdim=True))[0]
 
-    def student_scores(self, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the scores of CLS tokens `(V B, K)` and of masked patches `(U, K2)`; with one head, in one call of it."""
+    def student_scores(self, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return CLS tokens as projected `(V B, bottleneck)`, their scores `(V B, K)`, and those of masked patches `(U, K2)`.
+
+        With one head, it is called once.
+        """
         if self.patch_head is not None:
-            return self.head(cls), self.patch_head(patches)
-        s, s_patch = self.head(torch.cat([cls, patches])).split([len(cls), len(patches)])
-        return s, s_patch
+            z = self.head.project(cls)
+            return z, self.head.scores(z), self.patch_head(patches)
+        z = self.head.project(torch.cat([cls, patches]))
+        s, s_patch = self.head.scores(z).split([len(cls), len(patches)])
+        return z[: len(cls)], s, s_patch
 
     def patch_targets(self, t: Tensor, weights: Tensor, progress: Progress) -> Tensor:
         """Return the teacher's soft targets of masked patches, `(U, K2) -> (U, K2)`. Padding does not count in Sinkhorn's balance."""
@@ -239,12 +247,18 @@ class IBOT(DINO):
         return self.teacher.get_submodule("head" if self.patch_head is None else "patch_head")  # type: ignore[return-value]
 
     @torch.no_grad()
-    def patch_diagnostics(self, q: Tensor, weights: Tensor, masked: Tensor) -> Metrics:
-        """Return the mean entropy of the targets of masked patches as a fraction of ln K, and the masked share of all patches."""
+    def patch_diagnostics(self, q: Tensor, weights: Tensor, masked: Tensor, patches: Tensor) -> Metrics:
+        """Return the mean entropy of the targets of masked patches as a fraction of ln K, and the masked share of all patches.
+
+        `patch_norm_ratio` is the largest norm of a crop's patches `(G B, N, D)` over their median, as a mean: it grows with patches
+        that hold something of the whole image instead of their place (arXiv:2309.16588), which `backbone.registers` keep out.
+        """
         share = (weights / weights.sum().clamp(min=1e-12)).to(q.dtype)
+        norms = torch.linalg.vector_norm(upcast_half(patches), dim=-1)
         return {
             "patch_teacher_entropy": (entropy(q) * share).sum() / torch.tensor(float(q.shape[1]), device=q.device).log(),
             "masked_share": masked.float().mean(),
+            "patch_norm_ratio": (norms.amax(dim=1) / norms.median(dim=1).values).mean(),
         }
 
     def param_groups(self) -> list[ParamGroup]:

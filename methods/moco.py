@@ -14,6 +14,7 @@ Departs:
     The batch norm of the original sees the images of one of eight GPUs. Here it sees one of `bn_groups` parts of the batch, on any
     number of workers up to `bn_groups`, so one device does the same as eight.
     The queue takes batches of any size (the original asks that they divide its length).
+    The learning rate of v2 falls with every step, as all schedules here do; the original's falls once an epoch.
     With micro-batches, all of one step see the same queue, and their keys enter it together.
 """
 

@@ -62,6 +62,7 @@ def prepare(config: RunConfig, start_from: Callable[[nn.Module], None] | None = 
         steps_per_epoch=resolved.facts.steps_per_epoch,
     )
     facts, data = resolved.facts, config.data
+    config = dataclasses.replace(config, method=config.method.settled(facts))
     loader = TrainLoader(
         dataset,
         sampler,
@@ -125,7 +126,7 @@ def build_method(config: RunConfig, facts: RunFacts, start_from: Callable[[nn.Mo
         vits(backbone, "train.compile")  # compiled in each worker, because pickling drops compiled code
     if start_from is not None:
         start_from(backbone)
-    method: Method = entry.method(config.method, backbone, facts)  # type: ignore[call-arg]
+    method: Method = entry.method(config.method.settled(facts), backbone, facts)  # type: ignore[call-arg]
     if config.train.accumulation_steps > 1 and method.whole_batch_remedy:
         raise ConfigError(
             f"train.accumulation_steps={config.train.accumulation_steps}: {entry.name} needs the whole batch at once; "

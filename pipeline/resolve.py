@@ -83,6 +83,7 @@ def resolve(config: RunConfig, num_images: int | None, num_ids: int | None = Non
             total_steps=total,
             num_images=num_images,
             num_ids=num_images if num_ids is None else num_ids,
+            trained=config.train.first_epoch > 0 or config.backbone.init is not None,
         ),
         lr=config.optim.base_lr * scale,
         start_lr=config.optim.warmup_start_lr * scale,

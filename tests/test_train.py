@@ -222,9 +222,27 @@ def test_a_loss_at_chance_is_warned_of_once_after_the_patience() -> None:
     assert list(HealthMonitor(STUCK, 10).warnings(10, stuck | {"loss": 3.0})) == []
 
 
+def test_a_part_of_the_loss_at_chance_is_warned_of() -> None:
+    parts = Hints(chance_parts={"cls_loss": (math.log(64), "ln K of CLS")}, remedies="try something")
+    stuck = {"loss": 9.0, "cls_loss": 0.99 * math.log(64), "embedding_std": 0.8}
+    (warning,) = HealthMonitor(parts, 10).warnings(10, stuck)
+    assert "sticks at ln K of CLS: 4.117 of 4.159" in warning
+    assert list(HealthMonitor(parts, 10).warnings(9, stuck)) == []
+    assert list(HealthMonitor(parts, 10).warnings(10, stuck | {"cls_loss": 3.0})) == []
+
+
 def test_collapsed_embeddings_are_warned_of() -> None:
     (warning,) = HealthMonitor(STUCK, 10).warnings(5, {"loss": 1.0, "embedding_std": 0.01})
     assert "embeddings collapse" in warning
+
+
+def test_targets_of_a_handful_of_prototypes_are_warned_of_without_a_chance_loss() -> None:
+    guards = HealthMonitor(Hints(remedies="try something"), 10)
+    assert list(guards.warnings(9, {"loss": 1.0, "prototypes_used": 0.01})) == []
+    assert list(guards.warnings(10, {"loss": 1.0, "prototypes_used": 0.5})) == []
+    (warning,) = guards.warnings(11, {"loss": 1.0, "prototypes_used": 0.03})
+    assert "uses 3 % of the prototypes" in warning
+    assert "try something" in warning
 
 
 # ---------------------------------------------------------------------------- checkpoints and run folders

@@ -206,7 +206,7 @@ def warmup_steps(config: RunConfig, resolved: Resolved) -> float:
     What would outlast the run does not count.
     """
     facts = resolved.facts
-    parts = (resolved.zero_lr_steps + resolved.warmup_steps, *config.method.hints(facts).settling_steps, 0.0)
+    parts = (resolved.zero_lr_steps + resolved.warmup_steps, *config.method.settled(facts).hints(facts).settling_steps, 0.0)
     return max(float(step) for step in parts if step < facts.total_steps)
 
 

@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ Masks = list[Tensor]
 class MethodConfig:
     """Base of every method's settings, frozen. Limits stand beside the fields (`methods.parts.fields`)."""
 
+    phase_settings = frozenset[str]()  # settings that a new phase of a run may change: no earlier state depends on them
+
     def __init_subclass__(cls) -> None:
         if "__post_init__" in vars(cls):
             raise TypeError(f"{cls.__name__}.__post_init__ would skip the limits beside the fields; use check()")
@@ -38,8 +40,12 @@ class MethodConfig:
     def check(self) -> None:
         """Raise ConfigError if settings do not fit together; each is within its own limits."""
 
+    def settled(self, facts: RunFacts) -> Self:
+        """Return these settings with those filled in that follow from the run; comments beside the defaults say which values do."""
+        return self
+
     def hints(self, facts: RunFacts) -> Hints:
-        """Return what a user is told of these settings in a run."""
+        """Return what a user is told of these settings in a run; they are settled."""
         return Hints()
 
 
@@ -53,6 +59,7 @@ class RunFacts:
     num_images: int | None = None  # training images; None: an unbounded source
     num_ids: int | None = None  # ids run from 0 to num_ids - 1, those of held-out images among them; None: no end
     num_features: int | None = None  # width of the backbone's features; None: not known before it is built
+    trained: bool = False  # the run begins with the weights of an earlier phase, or of `backbone.init`
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ class Hints:
 
     Attributes:
         chance_loss: the loss of a method that has learned nothing, and its formula, e.g. `(ln K, "ln K")`; None = there is none.
+        chance_parts: the same for metrics that are parts of the loss, by name, where the whole has no such value.
         uniform_metric: a metric that is 1, too, while the loss stays at chance; None = the loss alone tells.
         remedies: what to try when the loss stays at chance or embeddings collapse, one phrase that begins with "try".
         warnings: sentences on settings that will work badly together.
@@ -26,6 +28,7 @@ class Hints:
     """
 
     chance_loss: tuple[float, str] | None = None
+    chance_parts: Mapping[str, tuple[float, str]] = field(default_factory=dict)
     uniform_metric: str | None = None
     remedies: str = f"try {LOWER_RATE}"
     warnings: tuple[str, ...] = ()

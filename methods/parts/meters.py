@@ -27,9 +27,9 @@ def cosines(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def used_share(scores: Tensor) -> Tensor:
-    """Return the share of the columns of `(B, K)` that are the largest of any row."""
+    """Return how many columns of `(B, K)` are the largest of any row, as a share of the min(B, K) that could be."""
     used = torch.zeros(scores.shape[1], dtype=torch.float64, device=scores.device)
-    return used.index_fill_(0, scores.argmax(dim=1), 1.0).mean()
+    return used.index_fill_(0, scores.argmax(dim=1), 1.0).sum() / min(scores.shape)
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ from methods.parts.queue import FeatureQueue
 from methods.parts.schedules import cosine, linear_by_epoch
 from methods.parts.soft_targets import cross_entropy_sum, cross_view_loss
 from methods.parts.views import CropGroup, Views, ViewsConfig
-from methods.parts.vit import ViT, freeze_patch_projection, new_mask_token, require_vit, sincos_table, xavier_linears
+from methods.parts.vit import ViT, freeze_patch_projection, new_mask_token, require_vit, resize_grid, sincos_table, xavier_linears
 
 __all__ = [
     "LARGER_BATCH",
@@ -126,6 +126,7 @@ __all__ = [
     "registered",
     "require",
     "require_vit",
+    "resize_grid",
     "searchable",
     "sigreg",
     "sincos_table",

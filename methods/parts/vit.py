@@ -33,11 +33,12 @@ Positions = Literal["learned", "learned-offset", "learned-plain", "sincos"]
 
 @dataclass
 class Tokens:
-    """The outputs of a ViT after the final norm."""
+    """The outputs of a ViT, after the final norm but for `raw_patches`."""
 
     cls: Tensor  # (B, D)
     registers: Tensor  # (B, R, D)
     patches: Tensor  # (B, N, D), row by row; of the kept patches, in the order of `keep`
+    raw_patches: Tensor  # the same before the final norm, which hides outliers
 
 
 class ViT(VisionTransformer):  # type: ignore[misc]
@@ -87,8 +88,7 @@ class ViT(VisionTransformer):  # type: ignore[misc]
         Raises:
             ConfigError: a side that is not a multiple of the patch size.
         """
-        x = self.through_blocks(self.embed(images, keep=keep, masked=masked, mask_token=mask_token))
-        return self.split(self.norm(x))
+        return self.split(self.through_blocks(self.embed(images, keep=keep, masked=masked, mask_token=mask_token)))
 
     def embed(
         self, images: Tensor, *, keep: Tensor | None = None, masked: Tensor | None = None, mask_token: Tensor | None = None
@@ -128,9 +128,9 @@ class ViT(VisionTransformer):  # type: ignore[misc]
         return [None] * len(self.blocks) if keep is None else list(keep.unflatten(0, (-1, 2)))
 
     def split(self, x: Tensor) -> Tokens:
-        """Split tokens `(B, 1 + R + n, D)` by kind."""
-        first = self.num_prefix_tokens
-        return Tokens(cls=x[:, 0], registers=x[:, 1:first], patches=x[:, first:])
+        """Apply the final norm to the output of a block, `(B, 1 + R + n, D)`, and split it by kind."""
+        first, normed = self.num_prefix_tokens, self.norm(x)
+        return Tokens(cls=normed[:, 0], registers=normed[:, 1:first], patches=normed[:, first:], raw_patches=x[:, first:])
 
     def layers(self, images: Tensor, last: int) -> list[Tokens]:
         """Return the outputs of the `last` blocks, the deepest at the end, each after the final norm."""
@@ -138,7 +138,7 @@ class ViT(VisionTransformer):  # type: ignore[misc]
         for i, block in enumerate(self.blocks):
             x = block(x)
             if i >= len(self.blocks) - last:
-                outputs.append(self.split(self.norm(x)))
+                outputs.append(self.split(x))
         return outputs
 
     def cls_attention(self, images: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from methods.ibot import IBOTConfig
 from methods.parts.backbones import BackboneConfig
 from pipeline.config import DataConfig, OptimConfig, RunConfig, TrainConfig
 from pipeline.recipes import ibot, recipe
+from pipeline.recipes.dino import rescaled
 
 EPOCH = 1250  # steps, the original's unit of every length
 
@@ -74,6 +75,36 @@ def vitg14() -> RunConfig:
         data=replace(large.data, num_shards=256),
         backbone=replace(large.backbone, name="vit_giant_patch14_dinov2"),
         train=replace(large.train, gradient_checkpointing=True, strategy="fsdp"),
+    )
+
+
+@recipe("dinov2-own-images")
+def own_images() -> RunConfig:
+    """2,000 to 100,000 own images on one GPU: ViT-S/16, 2x224 + 6x96, batch 256 or less, 20,000 steps.
+
+    Prototypes follow from the number of images, the teacher's momentum from the steps; every length is in steps, not passes.
+    """
+    large = vitl16()
+    views = rescaled(DINOv2.default_views(), 0.32)
+    return replace(
+        large,
+        data=DataConfig(path="images"),
+        views=views | {"local": replace(views["local"], count=6, size=96)},
+        backbone=BackboneConfig(name="vit_small_patch16_224", drop_path=0.1, registers=4),
+        method=DINOv2Config(
+            teacher_targets="sinkhorn",
+            teacher_temperature=0.025,
+            warmup_teacher_temperature_epochs=0,
+            num_prototypes=0,
+            unit_prototypes=True,
+            momentum=0,
+            shared_head=False,
+            projector_batch_norm=True,
+            freeze_prototypes_epochs=0,
+            patch_lr_scale=1.0,
+        ),
+        optim=replace(large.optim, base_lr=1e-3, warmup_epochs=1, final_lr=1e-6, weight_decay=0.04, final_weight_decay=None),
+        train=TrainConfig(global_batch_size=256, steps=20_000, steps_per_epoch=1000, precision="bf16", checkpoint_every=500),
     )
 
 

@@ -17,7 +17,7 @@ def vits16() -> RunConfig:
     return RunConfig(
         data=DataConfig(path="imagenet/train", num_shards=16),
         views=MSN.default_views(),
-        backbone=BackboneConfig(name="vit_small_patch16_224"),
+        backbone=BackboneConfig(name="vit_small_patch16_224", positions="learned-plain"),  # how the original resizes them for focal crops
         method=MSNConfig(),
         optim=OptimConfig(
             name="adamw",
@@ -48,7 +48,7 @@ def vitb16() -> RunConfig:
     base = vits16()
     return replace(
         base,
-        backbone=BackboneConfig(name="vit_base_patch16_224"),
+        backbone=replace(base.backbone, name="vit_base_patch16_224"),
         method=replace(base.method, mask_ratio=0.3),  # type: ignore[call-arg]
         train=replace(base.train, epochs=600),
     )
@@ -60,7 +60,7 @@ def vitb4() -> RunConfig:
     base = vits16()
     return replace(
         base,
-        backbone=BackboneConfig(name="vit_base_patch16_224", patch_size=4),
+        backbone=replace(base.backbone, name="vit_base_patch16_224", patch_size=4),
         method=replace(base.method, mask_ratio=0.7),  # type: ignore[call-arg]
         train=replace(base.train, epochs=300, gradient_checkpointing=True),
     )
@@ -74,7 +74,7 @@ def vitl7() -> RunConfig:
     return replace(
         base,
         views=base.views | {"focal": replace(base.views["focal"], size=98)},
-        backbone=BackboneConfig(name="vit_large_patch16_224", patch_size=7),
+        backbone=replace(base.backbone, name="vit_large_patch16_224", patch_size=7),
         train=replace(base.train, epochs=200),
     )
 

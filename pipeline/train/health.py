@@ -11,6 +11,8 @@ import numpy as np
 if TYPE_CHECKING:
     from methods.parts.hints import Hints
 
+FEW_PROTOTYPES = 0.1  # of those that a batch could use; a run that learns uses half and more, a collapsed one a handful
+
 
 class TrainingAborted(RuntimeError):
     """Training cannot go on; the message gives the step, the reason and a remedy."""
@@ -41,13 +43,19 @@ class HealthMonitor:
         if std is not None and std < 0.05 and step >= self.patience_steps // 4:
             text = f"embeddings collapse: their spread is {std:.3f} of a healthy 1 at step {step}; {self.hints.remedies}"
             yield from self._once("collapse", text)
-        if self.hints.chance_loss is None or step < self.patience_steps:
+        if step < self.patience_steps:
             return
-        level, name = self.hints.chance_loss
+        used = metrics.get("prototypes_used")
+        if used is not None and used < FEW_PROTOTYPES:
+            text = f"the targets collapse: a batch uses {100 * used:.0f} % of the prototypes it could at step {step}; {self.hints.remedies}"
+            yield from self._once("few prototypes", text)
+        levels = {"loss": self.hints.chance_loss} if self.hints.chance_loss else self.hints.chance_parts
         uniform = metrics.get(self.hints.uniform_metric or "", 1.0)
-        if metrics.get("loss", 0.0) > 0.98 * level and uniform > 0.98:
-            text = f"the loss sticks at {name}: {metrics['loss']:.3f} of {level:.3f} after {step} steps; {self.hints.remedies}"
-            yield from self._once("stuck", text)
+        for metric, (level, name) in levels.items():
+            loss = metrics.get(metric, 0.0)
+            if loss > 0.98 * level and uniform > 0.98:
+                text = f"the loss sticks at {name}: {loss:.3f} of {level:.3f} after {step} steps; {self.hints.remedies}"
+                yield from self._once("stuck", text)
 
     def cluster_warnings(self, step: int, sizes: np.ndarray) -> Iterable[str]:
         """Yield new warnings after `step` completed steps, from the sizes `(K,)` of the clusters.

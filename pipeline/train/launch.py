@@ -18,7 +18,7 @@ from torch import nn
 from methods.parts.backbones import num_features
 from methods.parts.contract import find
 from methods.parts.errors import ConfigError
-from pipeline import checkpoint
+from pipeline import checkpoint, phase
 from pipeline.build import RunContext, prepare, prepare_resume
 from pipeline.config import RunConfig, flatten, from_yaml, to_yaml
 from pipeline.data.ray_data import default_tasks, start_ray
@@ -81,30 +81,28 @@ def given_weights(config: RunConfig, runs_dir: Path) -> Callable[[nn.Module], No
     return lambda backbone: registry.init_backbone(backbone, reference, runs_dir=runs_dir, uri=config.track.uri)
 
 
-def continue_run(earlier: RunFolder, config: RunConfig, *, runs_dir: Path, run: str | None, console: Console) -> RunResult:
+def continue_run(
+    earlier: RunFolder, config: RunConfig, *, runs_dir: Path, run: str | None, console: Console, shorten: bool = False
+) -> RunResult:
     """Start a new run from the full last state of another, with a new schedule.
+
+    Args:
+        shorten: compress the schedules of the earlier run into the steps of the new one, unless `train.steps_per_epoch` is another.
 
     Raises:
         ConfigError: the config has another backbone, method or optimizer, or the earlier run has no checkpoint.
     """
     saved = last_state(earlier)
     before = from_yaml(earlier.config_text())
-    for key in ("backbone", "method"):
-        if getattr(config, key) != getattr(before, key):
-            raise ConfigError(f"{key}: another {key} cannot continue {earlier.name}; use pretrain --backbone.init {earlier.name}")
-    if config.optim.name != before.optim.name:
-        raise ConfigError(f"optim.name={config.optim.name}: {earlier.name} holds the state of {before.optim.name}; keep that one")
-    done = prepare(before).resolved.facts.steps_per_epoch
-    passes = before.train.first_epoch - (-int(saved["position"]["step"]) // done)  # rounded up
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, first_epoch=passes))
-    return _begin(
-        prepare(config),
-        runs_dir=runs_dir,
-        run=run,
-        console=console,
-        state=saved | {"position": vars(Position())},
-        stem=f"{earlier.name}-continued",
-    )
+    phase.require_continuable(config, before, earlier.name)
+    context = prepare(before)
+    facts = context.resolved.facts
+    if shorten and config.train.steps_per_epoch == before.train.steps_per_epoch:
+        config = phase.shortened(config, facts, context.resolved.checkpoint_every)
+    passes = before.train.first_epoch - (-int(saved["position"]["step"]) // facts.steps_per_epoch)  # rounded up
+    new = prepare(dataclasses.replace(config, train=dataclasses.replace(config.train, first_epoch=passes)))
+    state = phase.fit_state(saved, context.method, new.method) | {"position": vars(Position())}
+    return _begin(new, runs_dir=runs_dir, run=run, console=console, state=state, stem=f"{earlier.name}-continued")
 
 
 def resume(folder: RunFolder, *, runs_dir: Path, console: Console) -> RunResult:

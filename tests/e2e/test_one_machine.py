@@ -18,6 +18,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from manyviews import main
@@ -184,6 +185,30 @@ def test_continue_starts_a_new_phase_from_the_full_state_and_a_warm_start_from_w
     verb("pretrain", "swav-small", f"--data.path={folder}", "--run=third", "--train.steps=2", "--backbone.init=first", *TINY, *common)
     other = ["--backbone.init=first", "--backbone.name=resnet34", "--run=fourth"]
     assert "do not fit" in verb("pretrain", "swav-small", f"--data.path={folder}", *TINY, *common, *other, code=2).stderr
+
+
+def test_a_phase_at_double_resolution_trains_larger_positions_with_a_gram_teacher(verb: Verb, folder: Path, tmp_path: Path) -> None:
+    common = [f"--runs-dir={tmp_path}", "--track.no-register"]
+    tiny = ["--train.global-batch-size=32", "--backbone.depth", "1", "--method.num-prototypes=16", "--evaluate.knn-every=10"]
+    verb("pretrain", "dinov2-small", f"--data.path={folder}", "--run=low", "--train.steps=10", *tiny, *common)
+    gram = ["--method.gram-weight=2", "--method.gram-refresh-steps=2"]
+    phase = ["--phase=high-resolution", "--train.steps=4", "--train.keep-every=4", *gram]
+    said = verb("continue", "low", "--run=high", *phase, *common).stdout
+    assert "2 x 64 px" in said and "2 x 32 px" in said and "random weights" not in said
+    assert "steps_per_epoch: 3" in (tmp_path / "high" / "config.yaml").read_text()  # 4 of 10 steps, of 8 an epoch
+    low, start, end = (
+        torch.load(tmp_path / run / "checkpoints" / f"step-{step:08d}" / "state.pt", weights_only=True)["method"]
+        for run, step in (("low", 10), ("high", 0), ("high", 4))
+    )
+    for name in ("backbone.pos_embed", "teacher.backbone.pos_embed"):
+        grid = low[name][:, 1:].reshape(1, 4, 4, -1).movedim(-1, 1)
+        wide = F.interpolate(grid, size=(8, 8), mode="bicubic", antialias=True).movedim(1, -1).reshape(1, 64, -1)
+        torch.testing.assert_close(start[name], torch.cat([low[name][:, :1], wide], dim=1))
+        assert not torch.equal(end[name], start[name])
+    assert torch.equal(start["teacher.head.mlp.0.weight"], low["teacher.head.mlp.0.weight"])
+    points = [json.loads(line)["metrics"] for line in (tmp_path / "high" / "metrics.jsonl").read_text().splitlines()]
+    assert any(point.get("gram", 0) > 0 for point in points)
+    verb("embed", "high", f"--data.path={folder}", f"--to={tmp_path / 'features'}", f"--runs-dir={tmp_path}")  # at the new size
 
 
 def test_too_many_bad_images_stop_the_run_with_their_count(verb: Verb, folder: Path, tmp_path: Path) -> None:

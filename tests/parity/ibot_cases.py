@@ -91,7 +91,7 @@ class GivenViT(ViT):
 
     def tokens(self, images: Tensor, **masks: Any) -> Tokens:
         cls, patches, _ = self.given
-        return Tokens(cls=cls, registers=cls[:, None, :0], patches=patches)
+        return Tokens(cls=cls, registers=cls[:, None, :0], patches=patches, raw_patches=patches)
 
     def forward(self, images: Tensor) -> Tensor:
         assert self.given[2] is not None

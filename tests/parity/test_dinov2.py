@@ -21,11 +21,13 @@ from methods.parts.losses import gram_loss, koleo, sigreg
 from methods.parts.patch_masks import masked_patches
 from methods.parts.soft_targets import cross_entropy_sum
 from methods.parts.views import Views
-from pipeline.config import OptimConfig
+from pipeline.build import prepare
+from pipeline.config import OptimConfig, from_yaml, override, to_yaml
+from pipeline.recipes import load_recipe
 from pipeline.train.optim import build_optimizer, prepare_step
 from tests.parity.common import EXACT, in_processes
 from tests.parity.dino_cases import plan
-from tests.parity.ibot_cases import ROLES, assert_equal_steps, crops, dinov2, given, progress, rows_of, vit
+from tests.parity.ibot_cases import FACTS, ROLES, assert_equal_steps, crops, dinov2, given, progress, rows_of, vit
 from tests.parity.test_ibot import literal_loss
 
 # ---------------------------------------------------------------------------- the original's values
@@ -198,6 +200,7 @@ def trained(rank: int, world: int, settings: dict[str, Any]) -> dict[str, Any]:
         masked = torch.zeros(2, 4, 16, dtype=torch.bool)
         masked[0, 0, :5] = masked[1, 1, 4:7] = masked[1, 2, 8:12] = masked[0, 3, 1:5] = True
         masks = masked_patches(masked[:, own].flatten(0, 1), 20, torch.device("cpu"))
+        method.before_step(progress(step))
         out = method(rows_of(crops(step), own), progress(step), masks)
         out.loss.backward()
         average_gradients(method.parameters())
@@ -210,8 +213,8 @@ def trained(rank: int, world: int, settings: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("targets", ["centering", "sinkhorn"])
 def test_two_processes_equal_one(targets: str, tmp_path: Path) -> None:
-    """Without KoLeo, whose neighbours are those of a worker."""
-    settings = {"koleo_weight": 0.0, "teacher_targets": targets, "shared_head": targets == "centering"}
+    """Without KoLeo, whose neighbours are those of a worker; with Gram anchoring."""
+    settings = {"koleo_weight": 0.0, "teacher_targets": targets, "shared_head": targets == "centering", "gram_weight": 1.0}
     alone = trained(0, 1, settings)
     results = in_processes(2, tmp_path, partial(trained, settings=settings))
     np.testing.assert_allclose(np.mean([r["losses"] for r in results], axis=0), alone["losses"], rtol=1e-9)
@@ -304,6 +307,17 @@ def test_gram_compares_cosines_image_by_image() -> None:
 # ---------------------------------------------------------------------------- settings
 
 
+def test_predictions_that_tell_nothing_are_known_beside_koleo() -> None:
+    method, views = dinov2(), crops()
+    with torch.no_grad():
+        method.head.prototypes.lengths.zero_()  # all scores of the student are 0
+    found = method(views, progress()).metrics["cls_loss"].item()
+    hints = method.config.hints(FACTS)
+    assert hints.chance_loss is None and hints.chance_parts == {"cls_loss": (pytest.approx(found, rel=1e-9), "ln K of CLS")}
+    alone = DINOv2Config(koleo_weight=0.0).hints(FACTS)
+    assert alone.chance_loss is not None and not alone.chance_parts
+
+
 def test_rates_fall_by_layer() -> None:
     method = dinov2(backbone={"depth": (12,), "registers": 2, "layer_scale": 1e-2, "drop_path": 0.0}, layer_decay=0.9)
     names = {id(p): name for name, p in method.named_parameters()}
@@ -345,6 +359,47 @@ def test_released_blur_is_that_of_the_release() -> None:
     assert [group.blur for group in views.values()] == [1.0, 0.1, 0.5]
     assert [group.blur for group in released_blur(views).values()] == [0.0, 0.9, 0.5]
     assert DINOv2Config().num_prototypes == 65536
+
+
+@pytest.mark.parametrize(
+    ("images", "steps", "prototypes", "momentum"),
+    [(100, 50, 64, 0.9), (2000, 240, 500, 0.9583), (100_000, 20_000, 25_000, 0.996), (None, 1000, 65536, 0.99)],
+)
+def test_prototypes_and_momentum_follow_from_the_run_where_they_are_left_to(
+    images: int | None, steps: int, prototypes: int, momentum: float
+) -> None:
+    facts = RunFacts(global_batch_size=32, steps_per_epoch=10, total_steps=steps, num_images=images)
+    settled = DINOv2Config(num_prototypes=0, momentum=0).settled(facts)
+    assert (settled.num_prototypes, settled.momentum) == (prototypes, momentum)
+    assert settled.settled(facts) == settled
+    assert DINOv2Config(num_prototypes=300, momentum=0.5).settled(facts) == DINOv2Config(num_prototypes=300, momentum=0.5)
+
+
+def test_a_run_is_built_with_and_keeps_what_followed_from_it() -> None:
+    tiny = {
+        "data.path": "patches:pixels=32,per_photo=6", "data.num_shards": 1, "train.global_batch_size": 16, "train.steps": 40,
+        "backbone.depth": (1,), "backbone.width": 0.25, "backbone.image_size": 32, "method.projector_hidden": 16,
+        "views.global.size": 32, "views.local.size": 16,
+    }  # fmt: skip
+    asked = override(load_recipe("dinov2-own-images"), tiny)
+    ready = prepare(asked)
+    kept = from_yaml(to_yaml(ready.config)).method
+    assert (asked.method.num_prototypes, asked.method.momentum) == (0, 0)
+    assert (kept.num_prototypes, kept.momentum) == (64, 0.9)
+    assert next(ready.method.head.prototypes.parameters()).shape[0] == 64
+    assert prepare(ready.config).config == ready.config
+
+
+def test_the_loss_grows_by_the_weight_of_sigreg() -> None:
+    views = crops()
+    plain, weighted = dinov2(), dinov2(sigreg_weight=0.5)
+    masks = plain.draw_masks(views, progress())
+    losses = [method(views, progress(), masks).loss.item() for method in (plain, weighted)]
+    cls = plain.backbone.tokens(views.stacks["global"], masked=masks[0], mask_token=plain.mask_token).cls
+    rows = (plain.head.project(h) * math.sqrt(plain.config.projection_dim) for h in cls.chunk(2))
+    generator = progress().generator
+    want = sum(sigreg(z, generator).item() for z in rows) / 2
+    assert losses[1] - losses[0] == pytest.approx(0.5 * want)
 
 
 @pytest.mark.parametrize("rate", [0.3, 0.5, 0.9])

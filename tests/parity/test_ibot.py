@@ -271,6 +271,18 @@ def test_the_student_does_not_see_what_is_masked() -> None:
     assert not torch.allclose(method.backbone(other), method.backbone(images))
 
 
+def test_the_norms_of_patches_are_those_before_the_final_norm() -> None:
+    method, views = ibot(), crops(batch=2)
+    teacher = method.evaluation_backbone()
+    with torch.no_grad():
+        teacher.pos_embed[:, 6] += 30  # one place stands out
+        tokens = teacher.through_blocks(teacher.embed(views.stacks["global"]))[:, 1:]
+    norms = [sorted(patch.norm().item() for patch in crop) for crop in tokens]
+    want = sum(crop[-1] / crop[7] for crop in norms) / 4  # torch's median of 16 is the lower one
+    found = method(views, progress()).metrics["patch_norm_ratio"].item()
+    assert found == pytest.approx(want, rel=1e-9) and found > 4
+
+
 def test_masks_follow_the_image() -> None:
     method, views = ibot(), crops(batch=8)
     whole = method.draw_masks(views, progress(5))[0].unflatten(0, (2, 8))

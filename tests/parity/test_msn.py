@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.msn import MSN, MSNConfig
@@ -145,6 +147,18 @@ def test_loss_of_two_workers_equals_the_original(golden, tmp_path: Path, mode: s
     np.testing.assert_allclose(2 * mean.numpy(), values[f"{mode}_grad_proto_allreduce_sum"], rtol=1e-9, atol=1e-11)
     single = loss_of(*parts, {"sinkhorn": mode == "sink"})
     np.testing.assert_allclose(single["total"].item(), values[f"{mode}_single_total"], rtol=1e-9)
+
+
+@pytest.mark.parametrize("recipe", ["msn-vits16", "msn-vits16-mean-entropy", "msn-vitb16", "msn-vitb4", "msn-vitl7"])
+def test_focal_crops_of_the_papers_recipes_have_bicubic_positions_without_antialiasing(recipe: str) -> None:
+    config = load_recipe(recipe)
+    network = build_backbone(replace(config.backbone, width=0.125, depth=(1,)))
+    side, focal = (config.views[group].size // network.patch_embed.patch_size[0] for group in ("random", "focal"))
+    grid = network.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    resized = F.interpolate(grid, size=(focal, focal), mode="bicubic", align_corners=False)
+    assert torch.equal(network.position_table(focal, focal)[:, 1:], resized.flatten(2).transpose(1, 2))
+    smooth = F.interpolate(grid, size=(focal, focal), mode="bicubic", antialias=True)
+    assert not torch.allclose(resized, smooth, atol=1e-3)
 
 
 # ---------------------------------------------------------------------------- schedules
