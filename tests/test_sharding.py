@@ -53,6 +53,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "dinov2-small",
         SGD | {"optim.clip_scope": "module", "backbone.drop_path": 0.3, "backbone.drop_path_mode": "subset", "backbone.layer_scale": 0.1},
     ),
+    "dinov2, refreshed Gram teacher": (
+        "dinov2-small",
+        SGD | {"method.gram_weight": 1.0, "method.gram_refresh_steps": 2, "method.shared_head": False, "method.sigreg_weight": 0.05},
+    ),
     "msn": ("msn-small", SGD | {"optim.clip_norm": 0.1}),
     "mae, micro-batches": ("mae-small", SGD | {"train.accumulation_steps": 2}),
     "moco-v3, frozen patches": ("moco-v3-small", SGD),
