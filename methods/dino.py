@@ -94,6 +94,7 @@ class DINOConfig(MethodConfig):
 class DINO(MomentumTeacher):
     config: DINOConfig
     paper = "Caron et al. 2021, arXiv:2104.14294"
+    shards = True
 
     def __init__(self, config: DINOConfig, backbone: nn.Module, facts: RunFacts) -> None:
         super().__init__()

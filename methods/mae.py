@@ -62,6 +62,7 @@ class MAEConfig(MethodConfig):
 class MAE(Method):
     config: MAEConfig
     paper = "He et al. 2021, arXiv:2111.06377"
+    shards = True
 
     def __init__(self, config: MAEConfig, backbone: nn.Module, facts: RunFacts) -> None:
         super().__init__()

@@ -70,6 +70,7 @@ class MoCoV3Config(MethodConfig):
 class MoCoV3(MomentumTeacher):
     config: MoCoV3Config
     paper = "Chen, Xie and He 2021, arXiv:2104.02057"
+    shards = True
     whole_batch_remedy = "the negatives are the other images of the batch; a smaller train.global_batch_size needs less memory"
 
     def __init__(self, config: MoCoV3Config, backbone: nn.Module, facts: RunFacts) -> None:

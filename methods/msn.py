@@ -117,6 +117,7 @@ class Encoder(nn.Module):
 class MSN(MomentumTeacher):
     config: MSNConfig
     paper = "Assran et al. 2022, arXiv:2204.07141"
+    shards = True
     whole_batch_remedy = "the prototypes are balanced over the batch; train.gradient_checkpointing needs less memory"
 
     def __init__(self, config: MSNConfig, backbone: nn.Module, facts: RunFacts) -> None:

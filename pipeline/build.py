@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from methods.parts.backbones import build_backbone
-from methods.parts.contract import Method, RunFacts, find
-from methods.parts.errors import ConfigError
-from methods.parts.vit import enable_gradient_checkpointing, require_whole_patches, vits
+from methods.parts.contract import Method, RunFacts, find, registered
+from methods.parts.errors import ConfigError, require
+from methods.parts.vit import ViT, enable_gradient_checkpointing, require_whole_patches, vits
 from pipeline.config import RunConfig, from_yaml
 from pipeline.data.decode import BadImage, decode
 from pipeline.data.image_dataset import ImageDataset
@@ -132,7 +132,24 @@ def build_method(config: RunConfig, facts: RunFacts, start_from: Callable[[nn.Mo
             f"train.accumulation_steps={config.train.accumulation_steps}: {entry.name} needs the whole batch at once; "
             f"use 1 ({method.whole_batch_remedy})"
         )
+    if config.train.strategy == "fsdp":
+        require_shardable(config, method)
     return method.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def require_shardable(config: RunConfig, method: Method) -> None:
+    """Check that FSDP can train the method; one worker has nothing to shard, but the same config must work on several.
+
+    Raises:
+        ConfigError: the method, its backbone or the optimizer needs whole tensors.
+    """
+    entry, key = find(config.method), "train.strategy"
+    names = ", ".join(name for name, other in registered().items() if other.method.shards)
+    require(method.shards, key, "fsdp", f"{entry.name} needs whole weights on every worker; use ddp, or one of {names}")
+    vit = any(isinstance(module, ViT) for module in method.modules())
+    require(vit, key, "fsdp", f"shards the blocks of a ViT, and {config.backbone.name} has none; use ddp")
+    remedy = f"optim.name={config.optim.name} needs the norms of whole tensors; use ddp, or optim.name=adamw"
+    require(config.optim.name in ("adamw", "sgd"), key, "fsdp", remedy)
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:

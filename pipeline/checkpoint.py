@@ -50,20 +50,23 @@ class CheckpointWriter:
         self.checkpoints, self.keep_every = checkpoints, keep_every
         self._writing: Future[None] | None = None
 
-    def save(self, state: State, *, step: int, best: bool = False, then: Callable[[], None] = lambda: None) -> None:
+    def save(
+        self, state: State, *, step: int, best: bool = False, copied: bool = False, then: Callable[[], None] = lambda: None
+    ) -> None:
         """Wait until the earlier checkpoint is whole, copy the state, and start to write it.
 
         Args:
             state: its memory banks are copies already, as `MemoryBank.pieces` returns them.
+            copied: all of it is, on the CPU.
             then: called in the thread when the checkpoint is whole.
 
         Raises:
             DiskFull: the earlier checkpoint could not be written.
         """
         self.wait()
-        copied, ready = snapshot(state)
+        kept, ready = (state, None) if copied else snapshot(state)
         pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing = pool.submit(self._write, copied, ready, step, best, then)
+        self._writing = pool.submit(self._write, kept, ready, step, best, then)
         pool.shutdown(wait=False)  # the thread ends after its work, and the process waits for it
 
     def _write(self, state: State, ready: Event | None, step: int, best: bool, then: Callable[[], None]) -> None:
@@ -92,27 +95,37 @@ def snapshot(state: State) -> tuple[State, Event | None]:
 
     on_device = False
 
-    def copied(value: Any) -> Any:
+    def copied(value: Tensor) -> Tensor:
         nonlocal on_device
-        if isinstance(value, torch.Tensor):
-            if value.device.type != "cuda":
-                return value.detach().to("cpu", copy=True)
-            on_device = True
-            return torch.empty_like(value, device="cpu", pin_memory=True, requires_grad=False).copy_(value.detach(), non_blocking=True)
-        if isinstance(value, dict):
-            same = copy.copy(value)  # keeps the attribute of a state_dict with the versions of its modules
-            same.update((key, copied(inner)) for key, inner in value.items())
-            return same
-        if isinstance(value, list | tuple):
-            return type(value)(map(copied, value))
-        return value
+        if value.device.type != "cuda":
+            return value.detach().to("cpu", copy=True)
+        on_device = True
+        return torch.empty_like(value, device="cpu", pin_memory=True, requires_grad=False).copy_(value.detach(), non_blocking=True)
 
-    whole = {key: value if key == "id_tables" else copied(value) for key, value in state.items()}
+    whole = map_tensors(copied, state)
     if not on_device:
         return whole, None
     event = torch.cuda.Event()
     event.record()
     return whole, event
+
+
+def map_tensors(change: Callable[[Tensor], Any], state: State) -> State:
+    """Return a state with every tensor changed, but for memory banks, which are copies already."""
+    import torch
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return change(value)
+        if isinstance(value, dict):
+            same = copy.copy(value)  # keeps the attribute of a state_dict with the versions of its modules
+            same.update((key, changed(inner)) for key, inner in value.items())
+            return same
+        if isinstance(value, list | tuple):
+            return type(value)(map(changed, value))
+        return value
+
+    return {key: value if key == "id_tables" else changed(value) for key, value in state.items()}
 
 
 def save(checkpoints: Place, state: State, *, step: int, best: bool = False, keep_every: int | None = None) -> Place:
@@ -197,10 +210,13 @@ def pointed_to(checkpoints: Place, which: str = "last") -> Place | None:
         return checkpoints / name if name and (checkpoints / name / STATE).is_file() else None
 
 
-def load(folder: Place) -> State:
+def load(folder: Place, mapped: bool = False) -> State:
     """Read a checkpoint without running code from it. Memory banks are memory-mapped, so a worker reads its own rows only.
 
     A checkpoint in an object store is copied to a temporary folder. Its disk space is freed when nothing of it is mapped.
+
+    Args:
+        mapped: memory-map all of it, for a worker that reads its own shares of the tensors. Checksums are not compared then.
 
     Raises:
         ConfigError: the file is not readable as a checkpoint, or the store does not answer.
@@ -213,7 +229,7 @@ def load(folder: Place) -> State:
             if folder.is_remote:
                 with files.explained(folder.uri, "checkpoint"):
                     files.copy(folder.uri, scratch)
-            state: State = torch.load(Path(path, STATE), map_location="cpu", weights_only=True)
+            state: State = torch.load(Path(path, STATE), map_location="cpu", weights_only=True, mmap=mapped)
             counts = state.get("id_tables", {}).items()
             state["id_tables"] = {
                 name: [torch.load(Path(path, f"{name}-{i}.pt"), map_location="cpu", weights_only=True, mmap=True) for i in range(count)]

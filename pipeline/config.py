@@ -93,6 +93,8 @@ class TrainConfig:
     steps_per_epoch: int | None = at_least(1, None)  # unit of every length in epochs; None = one pass over the images; a stream: needs it
     #: 0 = in this process; N = N workers under Ray Train; LOW:HIGH = as many as fit. They must divide data.num_shards
     workers: int | str = 0
+    #: ddp: every worker holds all weights; fsdp: its share of weights, gradients, optimizer state and teacher (methods of ViTs)
+    strategy: Literal["ddp", "fsdp"] = "ddp"
     accelerator: Literal["auto", "gpu", "cpu"] = "auto"  # of each worker; auto: a GPU if the cluster has one now, gpu: wait for one
     seed: int = 0
     first_epoch: tyro.conf.Suppress[int] = 0  # passes that an earlier phase has behind it; `continue` sets it
@@ -113,6 +115,8 @@ class TrainConfig:
         check_limits(self, "train.")
         low, high = self.worker_range
         require(0 <= low <= high and (low > 0 or high == 0), "train.workers", self.workers, "use 0, a number, or a range such as 2:8")
+        ordered = self.strategy == "ddp" or not self.deterministic
+        require(ordered, "train.strategy", self.strategy, "sums gradients in an order of its own; use ddp with train.deterministic=True")
 
     @property
     def worker_range(self) -> tuple[int, int]:

@@ -118,6 +118,7 @@ class Method(nn.Module):
     whole_batch_remedy: str = ""
     sync_batchnorm: bool = True  # statistics of batch norm are those of all workers' batches together
     needs_full_epochs: ClassVar[bool] = False  # state of every image by id: the source has an end, and an epoch is a whole pass over it
+    shards: ClassVar[bool] = False  # FSDP may shard it: a step reaches weights inside `forward` only, and hooks handle shares (`own_shard`)
     has_clusters: ClassVar[bool] = False  # `cluster_scores` is there
     reconstructs: ClassVar[bool] = False  # `reconstruct` is there
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 def world_size() -> int:
@@ -78,6 +79,11 @@ class _Gather(torch.autograd.Function):
         own = gradient.new_empty((ctx.rows, *gradient.shape[1:]))
         _renamed("reduce_scatter_single", "reduce_scatter_tensor")(own, gradient, op=dist.ReduceOp.SUM)
         return own
+
+
+def own_shard(value: Tensor) -> Tensor:
+    """Return this worker's part of a parameter or gradient that FSDP has sharded, as a view; another tensor as it is."""
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def own_columns(value: Tensor) -> tuple[Tensor, int]:

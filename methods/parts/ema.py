@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from methods.parts.contract import Method, Progress
+from methods.parts.distributed import own_shard
 from methods.parts.drop_path import without_drop_path
 from methods.parts.schedules import cosine
 
@@ -28,7 +29,8 @@ def teacher_of(network: N) -> N:
 @torch.no_grad()
 def update(average: nn.Module, network: nn.Module, momentum: float) -> None:
     """Update in place: average <- momentum * average + (1 - momentum) * network, parameters only."""
-    torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in network.parameters()], 1 - momentum)
+    averages, values = ([own_shard(p.detach()) for p in net.parameters()] for net in (average, network))
+    torch._foreach_lerp_(averages, values, 1 - momentum)
 
 
 class MomentumTeacher(Method):

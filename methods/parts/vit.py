@@ -332,6 +332,11 @@ def compile_blocks(network: nn.Module, **settings: Any) -> None:
             block.compile(**settings)
 
 
+def attentions_and_mlps(network: nn.Module) -> list[nn.Module]:
+    """Return the attention and the MLP of every transformer block inside: most of the weights, each used by one call of it."""
+    return [part for block in network.modules() if isinstance(block, Block) for part in (block.attn, block.mlp)]
+
+
 def vits(network: nn.Module, key: str) -> list[ViT]:
     """Return every ViT inside.
 

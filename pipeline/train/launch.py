@@ -263,7 +263,7 @@ def run_summary(context: RunContext, folder: RunFolder, start: int) -> list[str]
         if group.count:
             add("views", f"{name}: {group.describe()}")
     kind = str(precision).removeprefix("torch.")
-    where = f"{config.train.workers} workers" if config.train.worker_range[1] else f"{kind} on {device.type}"
+    where = f"{config.train.workers} workers ({config.train.strategy})" if config.train.worker_range[1] else f"{kind} on {device.type}"
     add("model", f"{find(config.method).name}, {config.backbone.name} ({size:.1f} M parameters), {where}")
     epochs = f"{facts.total_steps / facts.steps_per_epoch:.3g} epochs"
     if facts.num_images is not None:

@@ -31,6 +31,7 @@ from pipeline.run_folder import RunFolder
 from pipeline.train.health import HealthMonitor, TrainingAborted, check_finite
 from pipeline.train.optim import prepare_step, scheduled_lr, scheduled_weight_decay
 from pipeline.train.progress import ProgressReporter
+from pipeline.train.sharding import Sharding
 
 Report = Callable[[int, Mapping[str, float]], None]
 
@@ -68,6 +69,7 @@ class Trainer:
     reporter: ProgressReporter
     report: Report
     images: int  # of the whole source
+    sharding: Sharding | None = None  # of the method, with FSDP
     online: Callable[[torch.nn.Module], Mapping[str, float]] | None = None
     online_clusters: Callable[[Method], Clusters] | None = None
     stop: Callable[[], bool] = lambda: False
@@ -80,7 +82,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.writer = checkpoint.CheckpointWriter(self.folder.checkpoints, self.config.train.keep_every)
         self.forward: nn.Module = self.method
-        if world_size() > 1 and not self.config.train.deterministic:
+        if world_size() > 1 and not self.config.train.deterministic and self.sharding is None:
             devices = None if self.device.type == "cpu" else [self.device]
             self.forward = DistributedDataParallel(self.method, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
@@ -117,8 +119,8 @@ class Trainer:
         stopping = False
         measures = bool(all_reduce_max(torch.tensor(int(bool(self.online or self.online_clusters)))))
         if self.position.step == 0:
-            self.measure()
-            self.measure_clusters(monitor)
+            if measures:
+                self.measure(monitor)
             yield self.measured
         self.method.train()
         for batch in batches:
@@ -138,9 +140,7 @@ class Trainer:
                     self.reporter.info(f"[yellow]warning:[/yellow] {warning}")
                 if save or measure:
                     average_statistics(self.method)
-                improved = measure and bool(all_reduce_max(torch.tensor(int(self.measure()))))
-                if measure:
-                    self.measure_clusters(monitor)
+                improved = measure and bool(all_reduce_max(torch.tensor(int(self.measure(monitor)))))
                 if save or improved:
                     self.save(best=improved)
                 if measure and not stopping:
@@ -191,7 +191,7 @@ class Trainer:
                     output.loss = output.loss.detach()
             micro_outputs.append(output)
         if micro_outputs[-1].loss is not None:
-            if self.forward is self.method:
+            if config.deterministic:
                 average_gradients(self.method.parameters())
             optim = self.config.optim
             norm = prepare_step(self.optimizer, self.resolved, progress.step, optim.clip_norm, optim.clip_scope)
@@ -247,12 +247,23 @@ class Trainer:
         self.report(step, metrics)
         return metrics
 
-    def measure(self) -> bool:
-        """Evaluate the evaluation backbone online. Return whether it is the best so far, on rank 0."""
+    def measure(self, monitor: HealthMonitor | None = None) -> bool:
+        """Evaluate the evaluation backbone online, and the clusters if there is a monitor. All workers call it together.
+
+        Returns:
+            Whether the backbone is the best so far, on rank 0.
+        """
+        method = self.method if self.sharding is None else self.sharding.whole_method()
+        best = method is not None and self.measure_backbone(method)
+        if method is not None and monitor is not None:
+            self.measure_clusters(method, monitor)
+        return best
+
+    def measure_backbone(self, method: Method) -> bool:
         if self.online is None:
             return False
-        self.measured = self.online(self.method.evaluation_backbone())
-        self.method.train()
+        self.measured = self.online(method.evaluation_backbone())
+        method.train()
         step = self.position.step
         self.last_knn = self.measured.get("knn")
         self.reporter.update(step, knn=self.last_knn)
@@ -264,30 +275,33 @@ class Trainer:
         self.position.best_knn, self.position.best_step = score, step
         return True
 
-    def measure_clusters(self, monitor: HealthMonitor) -> None:
+    def measure_clusters(self, method: Method, monitor: HealthMonitor) -> None:
         """Report the sizes of the clusters and their agreement with labels, and warn of degenerate ones."""
         if self.online_clusters is None:
             return
-        found = self.online_clusters(self.method)
+        found = self.online_clusters(method)
         self.report(self.position.step, found.metrics())
         for warning in monitor.cluster_warnings(self.position.step, found.sizes):
             self.reporter.info(f"[yellow]warning:[/yellow] {warning}")
 
     def state(self) -> checkpoint.State:
-        """Return the whole state of the run, without times and machine names; memory banks on rank 0 only.
+        """Return the whole state of the run, without times and machine names; memory banks, and sharded tensors, on rank 0 only.
 
-        Tensors are not copied, so the next step changes them; memory banks are copies. All workers call it together.
+        Tensors that are not sharded are not copied, so the next step changes them; memory banks are copies. All workers call it together.
         """
-        return {
+        state = {
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "position": vars(self.position),
             "threads": torch.get_num_threads(),
             "id_tables": {name: table.pieces() for name, table in self.method.memory_banks().items()},
         }
+        return state if self.sharding is None else self.sharding.whole_state(state)
 
     def restore(self, state: checkpoint.State) -> None:
         """Load a `state`."""
+        if self.sharding is not None:
+            state = self.sharding.own_state(state, self.optimizer)
         restore_method(self.method, state)
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -311,7 +325,7 @@ class Trainer:
             note = partial(
                 self.folder.record_checkpoint, step=step, total_steps=self.resolved.facts.total_steps, bad_images=self.bad_list()
             )
-            self.writer.save(state, step=step, best=best, then=note)
+            self.writer.save(state, step=step, best=best, copied=self.sharding is not None, then=note)
         self.saved_step = step
 
     def bad_list(self) -> bytes:

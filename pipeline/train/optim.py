@@ -7,9 +7,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from methods.parts.contract import ParamGroup
+from methods.parts.distributed import all_reduce_sum, own_shard
 from methods.parts.schedules import cosine, falling_steps, warmup_cosine
 from pipeline.config import OptimConfig
 from pipeline.resolve import Resolved
@@ -53,7 +55,12 @@ class _LayerwiseSGD(Optimizer):
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:
-    """Return the norm of each tensor, `(N,)`, in float32 at least, because squares in half precision overflow."""
+    """Return the norm of each tensor, `(N,)`, in float32 at least, because squares in half precision overflow.
+
+    With sharded tensors all workers call it together.
+    """
+    if isinstance(tensors[0], DTensor):
+        return all_reduce_sum(_norms([own_shard(t) for t in tensors]).square()).sqrt()
     wide = [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
     return torch.stack(torch._foreach_norm(wide))
 
@@ -197,8 +204,25 @@ def prepare_step(
         return clip_each_(modules.get("", []), clip_norm)
     if not modules:
         return torch.zeros(())
-    norms = [torch.nn.utils.clip_grad_norm_(params, clip_norm) for params in modules.values()]
+    norms = [clip_together_(params, clip_norm) for params in modules.values()]
     return torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
+
+
+@torch.no_grad()
+def clip_together_(params: Iterable[nn.Parameter], largest: float) -> Tensor:
+    """Clip the joint gradient of parameter tensors, in place: g <- g min(1, largest / (|g| + 1e-6)), |g| the joint norm.
+
+    `torch.nn.utils.clip_grad_norm_` does the same, with a collective call for each sharded tensor; here one call serves all.
+
+    Returns:
+        The norm before clipping.
+    """
+    grads = [p.grad for p in params if p.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    norm = torch.linalg.vector_norm(_norms(grads))
+    torch._foreach_mul_([own_shard(g) for g in grads], (largest / (norm + 1e-6)).clamp(max=1))
+    return norm
 
 
 @torch.no_grad()
@@ -212,5 +236,5 @@ def clip_each_(params: Iterable[nn.Parameter], largest: float) -> Tensor:
     if not grads:
         return torch.zeros(())
     norms = _norms(grads)
-    _scale_(grads, (largest / (norms + 1e-6)).clamp(max=1))
+    _scale_([own_shard(g) for g in grads], (largest / (norms + 1e-6)).clamp(max=1))
     return torch.linalg.vector_norm(norms)

@@ -29,6 +29,7 @@ from pipeline.train.health import TrainingAborted
 from pipeline.train.loop import Report, Trainer, restore_method
 from pipeline.train.optim import build_optimizer
 from pipeline.train.progress import ProgressReporter
+from pipeline.train.sharding import Sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,8 @@ def build_trainer(
     """
     config, resolved = context.config, context.resolved
     own = pointer or checkpoint.pointed_to(folder.checkpoints)
-    state = checkpoint.load(own) if own else state
+    sharded = config.train.strategy == "fsdp" and world_size() > 1
+    state = checkpoint.load(own, mapped=sharded) if own else state
     chosen, precision = choose_device(config)
     device = device or chosen
     set_precision(device, config.train.deterministic)
@@ -121,7 +123,9 @@ def build_trainer(
         keep_freed_memory()
     if world_size() > 1 and context.method.sync_batchnorm:
         convert_sync_batchnorm(context.method, device)
-    method = context.method.to(device)
+    method = context.method
+    sharding = Sharding(method, device, precision) if sharded else None
+    method.to(device)
     if config.train.compile:
         compile_blocks(method)
     trainer = Trainer(
@@ -134,6 +138,7 @@ def build_trainer(
         precision=precision,
         reporter=reporter,
         report=report,
+        sharding=sharding,
         images=len(context.dataset) if resolved.facts.num_images else resolved.facts.total_steps * resolved.facts.global_batch_size,
         stop=stop,
         ask_every=ask_every,
