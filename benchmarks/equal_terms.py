@@ -4,6 +4,10 @@ A bare loop in one process, without Ray: our view engine cuts and finishes every
 lightly's parts are a method like any other to it. Then kNN (k 20) on the test split with the training images as bank,
 beside raw pixels and the untrained backbone. CPU seconds are those of the process: cutting and training, nothing else.
 
+NNCLR with the paper's loss learns less than lightly's parts, because their NT-Xent has the predictions as anchors too, and repels them from
+each other. With `method.column_term` and `method.own_kind_negatives`, as in `nnclr-cifar10-small`, our loss and its gradients are twice
+those of NT-Xent, which AdamW does not notice, and ours is not behind: support set, lookup and heads are not the cause.
+
     python benchmarks/equal_terms.py simclr-cifar10-small --data.path=cifar10/train/part-00000.parquet --evaluate.path=cifar10/test
 """
 
