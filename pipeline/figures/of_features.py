@@ -8,7 +8,7 @@ import torch
 
 from methods.parts.vit import ViT
 from pipeline.evaluate.features import extract
-from pipeline.figures import attention_charts, charts, reconstruction_charts
+from pipeline.figures import attention_charts, neighbour_charts, reconstruction_charts
 from pipeline.figures.context import FigureContext, spread_over_classes
 from pipeline.figures.pictures import NothingToDraw, picture
 
@@ -20,7 +20,7 @@ def neighbours(subject: FigureContext, path: Path) -> Path:
     features = extract(subject.backbone, found.images, mean=data.mean, std=data.std, device=subject.device)
     labels = found.labels.numpy()
     queries = spread_over_classes(labels, 8)
-    return charts.neighbours(found.images.numpy(), features.numpy(), labels, subject.dataset.class_names, queries, path)
+    return neighbour_charts.neighbours(found.images.numpy(), features.numpy(), labels, subject.dataset.class_names, queries, path)
 
 
 @picture("attention")

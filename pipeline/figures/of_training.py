@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.figures import charts
+from pipeline.figures import curve_charts, score_charts
 from pipeline.figures.context import FigureContext
 from pipeline.figures.pictures import NothingToDraw, picture
 from pipeline.figures.run_figures import views_sheet
@@ -22,7 +22,7 @@ def curves(subject: FigureContext, path: Path) -> Path:
     if subject.folder is None:
         raise NothingToDraw(f"model={subject.name}: an exported backbone has no curves; give the run that made it")
     chance = subject.config.method.hints(subject.facts).chance_loss
-    return charts.curves(subject.folder.metrics, path, chance=chance, title=subject.name)
+    return curve_charts.curves(subject.folder.metrics, path, chance=chance, title=subject.name)
 
 
 @picture("scores")
@@ -32,4 +32,4 @@ def scores(subject: FigureContext, path: Path) -> Path:
     if not found.rows:
         raise NothingToDraw(f"data.path={subject.config.data.path}: {found.protocol}")
     rows = [(row.label, row.accuracy) for row in found.rows]
-    return charts.score_bars(rows, path, title=f"kNN accuracy, {found.split} images", chance=1 / len(names) if names else None)
+    return score_charts.score_bars(rows, path, title=f"kNN accuracy, {found.split} images", chance=1 / len(names) if names else None)

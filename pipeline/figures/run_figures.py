@@ -18,7 +18,7 @@ from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.loader import Batch
 from pipeline.evaluate.clusters import Clusters
 from pipeline.evaluate.final import Scores
-from pipeline.figures import charts
+from pipeline.figures import contact_sheet
 from pipeline.run_folder import RunFolder
 from pipeline.shell import program
 
@@ -56,7 +56,7 @@ def views_sheet(config: RunConfig, dataset: ImageDataset, path: Path, *, images:
     }
     corners = [COLUMN[c] for c in ("top", "left", "height", "width")]
     boxes = {name: np.asarray(table)[..., corners] for name, table in tables.items()}
-    return charts.contact_sheet(originals, shown, boxes, path)
+    return contact_sheet.contact_sheet(originals, shown, boxes, path)
 
 
 def run_figures(
