@@ -19,10 +19,8 @@ def views(subject: FigureContext, path: Path) -> Path:
 @picture("curves")
 def curves(subject: FigureContext, path: Path) -> Path:
     """Loss, learning rate, online kNN and the other meters over the steps."""
-    if subject.folder is None:
-        raise NothingToDraw(f"model={subject.name}: an exported backbone has no curves; give the run that made it")
     chance = subject.config.method.hints(subject.facts).chance_loss
-    return curve_charts.curves(subject.folder.metrics, path, chance=chance, title=subject.name)
+    return curve_charts.curves(subject.run.metrics, path, chance=chance, title=subject.name)
 
 
 @picture("scores")
