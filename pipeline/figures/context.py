@@ -18,6 +18,7 @@ from methods.parts.vit import ViT
 from pipeline import checkpoint
 from pipeline.build import build_method
 from pipeline.config import RunConfig, from_yaml
+from pipeline.data.decode import decode
 from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.loader import EvaluationImages, evaluation_images
 from pipeline.data.sources.base import open_source
@@ -32,6 +33,7 @@ from pipeline.run_folder import RunFolder
 from pipeline.shell import program
 
 MAP_SIZE = 224  # pixels; on smaller images a ViT has too few patches for a map that can be read
+LEAST = 8  # patches on a side; a coarser map says nothing of an image's parts
 MANY = 2**31  # images of a run whose tables by image are not read
 
 
@@ -169,6 +171,12 @@ class FigureContext:
         patch = self.backbone.patch_embed.patch_size[0] if isinstance(self.backbone, ViT) else 1
         return -(-size // patch) * patch
 
+    def require_fine(self, rows: int, columns: int) -> None:
+        """Raise NothingToDraw if a map of patches is too coarse for a picture."""
+        if min(rows, columns) < LEAST:
+            found = f"{rows} x {columns} patches at {self.map_size} pixels"
+            raise NothingToDraw(f"model={self.name}: {found} are too few for a picture; use --evaluate.size, for {LEAST} a side")
+
     def a_few_images(self, count: int = 8, size: int | None = None) -> tuple[Tensor, str]:
         """Return held-out images of many classes, uint8 `(count, H, W, 3)`, and their description; training images if none are held out.
 
@@ -182,6 +190,10 @@ class FigureContext:
             ids, part = self.dataset.training_ids(0), "training"
         found = self._images(ids, 64, 4, size)
         return found.images[torch.from_numpy(np.sort(spread_over_classes(found.labels.numpy(), count)))], self.images_of(part)
+
+    def originals(self, ids: np.ndarray) -> list[np.ndarray]:
+        """Return whole images as they are in the source, uint8 `(H, W, 3)`."""
+        return [np.asarray(decode(sample.image)) for sample in self.dataset.read(ids)]
 
     def _images(self, ids: np.ndarray, most: int, seed: int, size: int | None = None) -> EvaluationImages:
         chosen = np.sort(np.random.default_rng(seed).permutation(ids)[:most])

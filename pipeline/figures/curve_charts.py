@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from methods.parts.errors import ConfigError
-from pipeline.figures.style import BLUE, PALE, VERMILLION, note, picture_at
+from pipeline.figures.style import BLUE, GRAY, PALE, VERMILLION, note, picture_at
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+COLUMNS = 4  # of small panels
 TITLES = {
     "loss": "loss",
     "lr": "learning rate",
@@ -51,56 +54,70 @@ def read_metrics(metrics_jsonl: Path) -> dict[str, tuple[np.ndarray, np.ndarray]
     }
 
 
-def curves(metrics_jsonl: Path, path: Path, *, chance: tuple[float, str] | None = None, title: str = "Training") -> Path:
-    """Draw a panel for each metric of a run over the logarithm of steps: loss, learning rate, online kNN, then the others.
+def curves(
+    metrics_jsonl: Path,
+    path: Path,
+    *,
+    chance: tuple[float, str] | None = None,
+    baselines: Mapping[str, float] | None = None,
+    title: str = "Training",
+) -> Path:
+    """Draw the loss and the online kNN large, and below them a small panel for each other metric of a run.
 
-    Long curves show the mean (line) and the range (band) of up to 200 bins of equal width on the axis.
+    Long curves show the mean (line) and the range (band) of up to 200 bins of equal width.
 
     Args:
         metrics_jsonl: one JSON object in each line, with `step` and the metrics.
         path: the PNG to write.
         chance: the loss at chance level and its formula, e.g. `(math.log(3000), "ln K")`.
+        baselines: kNN accuracies to compare with, by name; the untrained backbone's is the curve's first point.
         title: headline.
 
     Raises:
         ConfigError: there is no point to draw.
     """
+    from matplotlib.ticker import EngFormatter
+
     series = {name: points for name, points in read_metrics(metrics_jsonl).items() if _is_curve(name, points[1])}
     if not series:
         raise ConfigError(f"metrics={metrics_jsonl}: holds no points yet; draw the curves after the first steps of training")
-    first = [name for name in ("loss", "knn", "lr") if name in series]
-    last = [name for name in ("images_per_s",) if name in series]
-    names = first + [name for name in series if name not in first + last] + last
-    columns = {1: 1, 2: 2, 4: 2, 7: 4, 8: 4, 10: 4, 13: 5}.get(len(names), 3)  # no single panel in the last row
-    rows = math.ceil(len(names) / columns)
-    low = max(1, min(int(steps[0]) for steps, _ in series.values()))
-    high = max(low, *(int(steps[-1]) for steps, _ in series.values()))
-    with picture_at(path, max(3.7 * columns, 4.2), 2.35 * rows + 0.85) as figure:
+    large = [name for name in ("loss", "knn") if name in series]
+    small = sorted((name for name in series if name not in large), key=lambda name: (name == "images_per_s", name != "lr"))
+    rows: list[list[str]] = [[name for name in large for _ in range(COLUMNS // len(large))]] * 2 if large else []
+    small += ["."] * (-len(small) % COLUMNS)  # no panel
+    rows += [small[first : first + COLUMNS] for first in range(0, len(small), COLUMNS)]
+    with picture_at(path, 3.1 * COLUMNS, 1.9 * len(rows) + 0.6) as figure:
         figure.suptitle(title, x=0.012, ha="left", size=13, weight="bold")
         figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.08)
-        grid = figure.subplots(rows, columns, squeeze=False)
-        for place, axes in enumerate(grid.flat):
-            if place >= len(names):
-                axes.remove()
-                continue
-            name = names[place]
+        panels: dict[str, Axes] = figure.subplot_mosaic(rows)
+        last = max(int(steps[-1]) for steps, _ in series.values())
+        for name, axes in panels.items():
             steps, values = series[name]
-            _curve(axes, np.maximum(steps, 1), values)  # a logarithmic axis has no 0
-            axes.set_title(TITLES.get(name, name.replace("_", " ").replace("/", ": ")))
-            axes.set_title(_number(name, values[-1]), loc="right", color=BLUE, weight="bold")
-            _step_axis(axes, low, high)
-            if place + columns >= len(names):
+            _curve(axes, steps, values)
+            axes.set_title(TITLES.get(name, name.replace("_", " ").replace("/", ": ")), size=11 if name in large else 8)
+            axes.set_title(_number(name, values[-1]), loc="right", color=BLUE, weight="bold", size=11 if name in large else 8)
+            axes.set_xlim(0, max(last, 1))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            if name in large:
                 axes.set_xlabel("optimizer step")
-            if name == "knn":
-                axes.yaxis.set_major_formatter(lambda v, _: f"{100 * v:g} %")
-            if name == "images_per_s":
-                axes.set_ylim(bottom=0)
-            if name == "loss" and chance:
-                axes.axhline(chance[0], color=VERMILLION, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1)
-                text = f"chance: {chance[1]} = {chance[0]:.2f}"
-                note(axes, text, (1, chance[0]), ("axes fraction", "data"), (0, 3), ha="right", size=8, color=VERMILLION)
-                axes.margins(y=0.14)
+        if "images_per_s" in panels:
+            panels["images_per_s"].set_ylim(bottom=0)
+        if "loss" in panels and chance:
+            _level(panels["loss"], chance[0], f"chance: {chance[1]} = {chance[0]:.2f}", VERMILLION)
+        if "knn" in panels:
+            panels["knn"].yaxis.set_major_formatter(lambda v, _: f"{100 * v:g} %")
+            steps, values = series["knn"]
+            levels = ({"untrained backbone": float(values[0])} if steps[0] == 0 else {}) | dict(baselines or {})
+            for (name, value), colour in zip(levels.items(), itertools.cycle((GRAY, VERMILLION))):
+                _level(panels["knn"], value, f"{name}: {100 * value:.1f} %", colour)
     return path
+
+
+def _level(axes: Axes, value: float, label: str, colour: str) -> None:
+    """Draw a dashed line across a panel, with its name."""
+    axes.axhline(value, color=colour, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1)
+    note(axes, label, (1, value), ("axes fraction", "data"), (0, 3), ha="right", size=8, color=colour)
+    axes.margins(y=0.14)
 
 
 def _is_curve(name: str, values: np.ndarray) -> bool:
@@ -111,7 +128,7 @@ def _is_curve(name: str, values: np.ndarray) -> bool:
 def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, most: int = 200) -> None:
     axes.grid(axis="y", color=PALE, linewidth=0.6)
     if len(steps) > most:
-        edges = np.geomspace(steps[0], steps[-1] + 1, most + 1)
+        edges = np.linspace(steps[0], steps[-1] + 1, most + 1)
         bins = np.searchsorted(edges, steps, side="right")
         starts = np.flatnonzero(np.diff(bins, prepend=-1))
         counts = np.diff(starts, append=len(steps))
@@ -126,28 +143,6 @@ def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, most: int = 200) -
         steps, values = np.add.reduceat(steps, starts) / counts, np.add.reduceat(values, starts) / counts
     few = len(steps) <= 25
     axes.plot(steps, values, color=BLUE, linewidth=1.5, marker="o" if few else "", markersize=3.5, zorder=2, clip_on=not few)
-
-
-def _step_axis(axes: Axes, low: int, high: int) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
-
-    axes.set_xscale("log")
-    axes.set_xlim(low / 1.05, max(high * 1.05, low * 2))
-    axes.xaxis.set_major_formatter(lambda v, _: _short(v))
-    if high / low < 30:  # a logarithmic locator would give one tick or none
-        ticks = sorted({low, round(math.sqrt(low * high)), high})
-        axes.set_xticks(ticks)
-        axes.xaxis.set_minor_locator(NullLocator())
-    else:
-        axes.xaxis.set_major_locator(LogLocator(numticks=6))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _short(steps: float) -> str:
-    for size, letter in ((1e6, "M"), (1e3, "k")):
-        if steps >= size and steps % (size / 10) == 0:
-            return f"{steps / size:g}{letter}"
-    return f"{steps:g}"
 
 
 def _number(name: str, value: float) -> str:
