@@ -82,10 +82,10 @@ def size_bars(clusters: Clusters, class_names: Sequence[str], path: Path, *, sou
     order = np.argsort(-sizes, kind="stable")
     edges = np.arange(clusters.count + 1) + 0.5
     empty = int((sizes == 0).sum())
-    with picture_at(path, 7.6, 3.8) as figure:
+    with picture_at(path, 8.6, 3.8) as figure:
         figure.set_layout_engine("constrained", h_pad=0.1, w_pad=0.1, rect=(0, 0, 1, 0.82))
         write(figure, 0.2, 0.36, "Cluster sizes", size=13, weight="bold")
-        write(figure, 0.2, 0.61, _summary(clusters, source), size=9, color=GRAY)
+        write(figure, 0.2, 0.61, _summary(clusters, source), size=8, color=GRAY)
         axes = figure.subplots()
         low = np.zeros(clusters.count)
         for (name, counts), colour in zip(_parts(clusters, class_names).items(), [*GROUP_COLOURS, PALE], strict=False):
@@ -95,7 +95,7 @@ def size_bars(clusters: Clusters, class_names: Sequence[str], path: Path, *, sou
         if clusters.count <= EDGES_UP_TO:
             axes.vlines(edges, 0, sizes.max(), color="white", linewidth=0.6)
         if empty:
-            style: dict[str, Any] = {"color": GRAY, "alpha": 0.2, "linewidth": 0}
+            style: dict[str, Any] = {"color": VERMILLION, "alpha": 0.2, "linewidth": 0}
             axes.axvspan(clusters.count - empty + 0.5, clusters.count + 0.5, label=f"empty: {empty:,}", **style)
         axes.axhline(clusters.even, color=INK, linestyle=(0, (4, 3)), linewidth=1.2, label=f"all equal: {clusters.even:,.3g}")
         axes.legend(frameon=False, fontsize=8)
