@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional
 
@@ -17,7 +17,7 @@ from pipeline.cli.overrides import configured, parse_settings, split, tracking_u
 from pipeline.cli.verb import CROPS, MEASURING, TRAINING, Count, File, Model, Recipe, Run, RunsVerb, Share, Switch, Text, Verb, option, read
 from pipeline.export.find import resolve_model, run_or_model
 from pipeline.figures import pictures
-from pipeline.recipes import entries
+from pipeline.recipes import entries, load_recipe
 from pipeline.run_folder import command, find_run, list_runs
 from pipeline.shell import program
 from tuning import cli as tuning_cli
@@ -180,20 +180,26 @@ class Figure(RunsVerb):
     """Draw a picture of a run or a model, finished or not, again or of other images.
 
     manyviews figure patch_pca RUN --data.path photos/
+    manyviews figure masks ibot-vits16 --data.path photos/
     """
 
     settings_help = MEASURING
     picture: Annotated[Positional[str], option("PICTURE")]  # which picture
-    model: Model  # a run, an exported folder, or models:/NAME@best
+    model: Model  # a run, an exported folder, or models:/NAME@best; views and masks also of a recipe
     to: Annotated[File, option("FILE", "PICTURE.png")] = None  # the file
 
     def run(self, settings: list[str]) -> int:
         if self.picture not in (entry.name for entry in pictures.entries()):
             pictures.find(self.picture)  # says what there is
-        found = run_or_model(self.model, runs_dir=self.runs_dir, uri=tracking_uri(settings))
-        picture = pictures.find(self.picture)
+        try:
+            found: Any = run_or_model(self.model, runs_dir=self.runs_dir, uri=tracking_uri(settings))
+        except ConfigError:
+            if self.model not in (entry.name for entry in entries()):
+                raise
+            found = load_recipe(self.model)
         from pipeline.figures.context import FigureContext
 
+        picture = pictures.find(self.picture)
         subject = FigureContext.of(found)
         subject.config = parse_settings(subject.config, settings, f"{program()} figure {picture.name} {self.model}")
         path = picture.draw(subject, self.to or Path(f"{picture.name}.png"))

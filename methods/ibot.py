@@ -147,6 +147,9 @@ class IBOT(DINO):
             return random_mask(draw, h * w, target)
         return block_mask(draw, h, w, target, smallest=(min(h, w) // 3) ** 2)
 
+    def hidden_patches(self, views: Views, masks: Masks) -> dict[int, Tensor]:
+        return dict(zip(views.positions("global"), views.split(masks[0]), strict=True))
+
     def global_crops(self, views: Views) -> Tensor:
         """Return all global crops as one stack, `(G B, 3, H, W)`.
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from methods.parts import (
     CropGroup, Hints, Masks, Method, MethodConfig, Metrics, ParamGroup, Progress, RunFacts, SearchRange, StepOutput, Views, ViewsConfig,
-    at_least, autocast_disabled, below_one, draw_seed, embedding_std, l2_normalize, masked_of, num_kept, num_patches, one_of,
+    at_least, autocast_disabled, below_one, draw_seed, embedding_std, hidden_by, l2_normalize, masked_of, num_kept, num_patches, one_of,
     param_groups_weight_decay, random_keep, register, require, require_vit, sincos_table, told, upcast_half, xavier_linears,
 )  # fmt: skip
 
@@ -84,6 +84,11 @@ class MAE(Method):
         """Draw the patches that the encoder sees of crops of one resolution: `(V B, 3, H, W) -> (V B, n)`."""
         patches = num_patches(self.backbone, images.shape[-1])
         return random_keep(ids, patches, num_kept(patches, self.config.mask_ratio), seed=seed, crops=len(images) // len(ids))
+
+    def hidden_patches(self, views: Views, masks: Masks) -> dict[int, Tensor]:
+        stacks = zip(masks, views.by_resolution(), strict=True)
+        hidden = [hidden_by(keep, num_patches(self.backbone, images.shape[-1])) for keep, images in stacks]
+        return dict(enumerate(crop for rows in hidden for crop in views.split(rows)))
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         masks = self.draw_masks(views, progress) if masks is None else masks

@@ -37,9 +37,9 @@ from torch import Tensor, nn
 from methods.parts import (
     LARGER_BATCH, LOWER_RATE, ConfigError, CropGroup, Hints, Masks, MethodConfig, Metrics, MomentumTeacher, Outputs, ParamGroup, Progress,
     RunFacts, SearchRange, StepOutput, ViT, Views, ViewsConfig, at_least, autocast_disabled, below_one, blunt_targets, code_meters,
-    draw_seed, ema, embedding_std, entropy, fraction, gather_with_gradient, l2_normalize, many_clusters, mlp, num_kept, num_patches, one_of,
-    param_groups_weight_decay, positive, random_keep, register, require, require_vit, sinkhorn, slow_average, told, trunc_normal_linears,
-    upcast_half,
+    draw_seed, ema, embedding_std, entropy, fraction, gather_with_gradient, hidden_by, l2_normalize, many_clusters, mlp, num_kept,
+    num_patches, one_of, param_groups_weight_decay, positive, random_keep, register, require, require_vit, sinkhorn, slow_average, told,
+    trunc_normal_linears, upcast_half,
 )  # fmt: skip
 
 
@@ -151,6 +151,11 @@ class MSN(MomentumTeacher):
             patches = num_patches(self.anchor.backbone, stack.shape[-1])
             masks.append(random_keep(ids, patches, num_kept(patches, ratio), seed=draw_seed(generator), crops=views.counts[name]))
         return masks
+
+    def hidden_patches(self, views: Views, masks: Masks) -> dict[int, Tensor]:
+        stacks = zip(masks, views.of("global").stacks.values(), strict=bool(masks))
+        hidden = [hidden_by(keep, num_patches(self.anchor.backbone, images.shape[-1])) for keep, images in stacks]
+        return dict(zip(views.positions("global"), (crop for rows in hidden for crop in views.split(rows)), strict=bool(masks)))
 
     def training_step(self, views: Views, progress: Progress, masks: Masks | None = None) -> StepOutput:
         masks = self.draw_masks(views, progress) if masks is None else masks

@@ -227,12 +227,36 @@ def test_the_gallery_shows_the_most_typical_first_and_frames_another_class(tmp_p
     assert not near(read(cluster_charts.gallery(unknown, [], tmp_path / "u.png")), style.VERMILLION).any()
 
 
-def test_bars_of_the_histogram_count_clusters(tmp_path: Path) -> None:
+def test_each_cluster_has_its_row_of_whole_images(tmp_path: Path) -> None:
+    """Two clusters of one image each, one of which is known as a whole: twice as wide as high."""
+    images = np.stack([plain(8, 8, c) for c in (RED, (255, 0, 255))])
+    found = Clusters(images, np.full(2, -1), np.array([0, 1]), np.ones(2), 2)
+    wide = plain(40, 80, LIME)
+    picture = read(cluster_charts.gallery(found, [], tmp_path / "c.png", originals={0: wide}))
+    whole, small = np.argwhere(near(picture, LIME)), np.argwhere(near(picture, (255, 0, 255)))
+    assert not near(picture, RED).any()
+    assert np.ptp(whole[:, 1]) == pytest.approx(2 * np.ptp(whole[:, 0]), rel=0.05)
+    assert small[:, 0].min() > whole[:, 0].max() and small[:, 1].min() == pytest.approx(whole[:, 1].min(), abs=2)
+
+
+def test_bars_are_clusters_by_size(tmp_path: Path) -> None:
     found = clusters([0, 1, 2, 3, 3, 3], count=6)  # three of one image, one of three, two empty
-    picture = read(cluster_charts.size_histogram(found, tmp_path / "s.png"))
-    heights = near(picture, style.BLUE)[140:].sum(axis=0)  # below the words
-    bars = heights[np.flatnonzero(heights > 20)]
-    assert bars.max() == pytest.approx(3 * bars.min(), rel=0.05)
-    assert near(picture, style.VERMILLION)[140:].sum(axis=0).max() == pytest.approx(2 * bars.min(), rel=0.05)
-    none_empty = read(cluster_charts.size_histogram(clusters([0, 1, 2, 3]), tmp_path / "f.png"))
-    assert not near(none_empty, style.VERMILLION).any()
+    picture = read(cluster_charts.size_bars(found, [], tmp_path / "s.png"))[:-60]  # without words below
+    heights = near(picture, style.BLUE)[:, : picture.shape[1] * 2 // 3].sum(axis=0)  # left of the legend
+    bars = np.flatnonzero(heights > 20)
+    first, second = heights[bars[3]], heights[bars[-3]]
+    assert first == pytest.approx(3 * second, rel=0.05)
+    assert (heights[bars] > 2 * second).mean() == pytest.approx(1 / 4, abs=0.08)  # of four bars, or of as many as are left of the legend
+
+
+def test_bars_are_divided_by_class(tmp_path: Path) -> None:
+    found = clusters([0, 0, 0, 0, 1], [0, 0, 0, 1, 0], count=2)
+    parts = cluster_charts._parts(found, ["cat", "dog"])
+    assert {name: counts.tolist() for name, counts in parts.items()} == {"cat": [3, 1], "dog": [1, 0]}
+    many = clusters([0] * 8 + [1], [0, 0, 1, 2, 3, 4, 5, 6, -1], count=2)
+    found_many = {name: counts.tolist() for name, counts in cluster_charts._parts(many, []).items()}
+    assert found_many == {"the cluster's commonest class": [2, 0], "others": [6, 1]}
+    picture = read(cluster_charts.size_bars(found, ["cat", "dog"], tmp_path / "s.png"))[:-60]
+    left = picture[:, : picture.shape[1] // 3]  # inside the larger bar
+    cat, dog = (np.flatnonzero(near(left, c).sum(axis=1) > 20) for c in (style.BLUE, style.VERMILLION))
+    assert dog.max() < cat.min() and len(cat) == pytest.approx(3 * len(dog), rel=0.06)

@@ -38,6 +38,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vit = {"backbone.depth": (1,), "backbone.image_size": 16, "views.target.size": 16, "views.random.size": 16, "views.focal.size": 8}
     for name, config in (("swav", small()), ("msn", small("msn-small", **vit))):
         run, ready = create_run(folder, name, "test"), prepare(config)
+        run.update(fingerprint=ready.dataset.fingerprint)
         (run.path / "config.yaml").write_text(to_yaml(ready.config))
         state = {"method": ready.method.state_dict(), "id_tables": {}}
         checkpoint.save(run.checkpoints, state, step=2)
@@ -96,6 +97,26 @@ def test_other_images_than_the_runs(runs: Path, tmp_path: Path) -> None:
     assert drawn(tmp_path / "a.png")
 
 
+def test_pictures_say_of_which_images_they_are(runs: Path, tmp_path: Path) -> None:
+    """Only images of the run itself are held out; of others, any are drawn."""
+    own = FigureContext.of(run_or_model("swav", runs_dir=runs))
+    images, source = own.a_few_images(count=3)
+    assert len(images) == 3 and source == "held-out images of patches:pixels=16,per_photo=6"
+
+    def of(**changes: object) -> FigureContext:
+        subject = FigureContext.of(run_or_model("swav", runs_dir=runs))
+        subject.config = override(subject.config, changes)
+        return subject
+
+    assert of(**{"data.held_out": 0.5}).a_few_images()[1] == "images of patches:pixels=16,per_photo=6"  # some were trained on
+    folder = tmp_path / "elsewhere" / "zoo"
+    folder.mkdir(parents=True)
+    for i in range(2):
+        Image.new("RGB", (20, 20), (90 * i, 0, 0)).save(folder / f"{i}.png")
+    images, source = of(**{"data.path": str(folder)}).a_few_images()
+    assert source == "images of elsewhere/zoo" and len(images) == 2
+
+
 def test_an_exported_backbone_has_features_but_no_clusters(runs: Path, tmp_path: Path) -> None:
     outside = tmp_path / "model"
     (runs / "swav" / "model").rename(outside)
@@ -118,6 +139,8 @@ def test_what_cannot_be_drawn_says_why(runs: Path, tmp_path: Path, capsys: pytes
         ("curves", "msn"): "holds no points yet",
         ("curves", "swaf"): "neither a run in",
         ("curves",): "RUN_OR_MODEL: missing",
+        ("clusters", "swav-small"): "recipe=swav-small: is not trained; give a run of it",
+        ("masks", "swav-small"): "its method hides no patches; give a run or a recipe of one of dinov2, ibot, mae, msn",
     }
     for arguments, words in calls.items():
         assert manyviews.main(["figure", *arguments, "--runs-dir", str(runs), "--to", str(tmp_path / "none.png")]) == 2

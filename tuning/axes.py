@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.figures.style import GRAY, picture_at, write
+from pipeline.figures.style import BLUE, GRAY, VERMILLION, picture_at, write
 from tuning.results import Results
 from tuning.space import Param
 from tuning.sweep import Trial, show_value
@@ -98,6 +98,35 @@ def titled(path: Path, width: float, height: float, title: str, words: str) -> I
         write(figure, 0.12, 0.32, title, size=13, weight="bold")
         write(figure, 0.12, 0.57, words, size=8.5, color=GRAY)
         yield figure
+
+
+def bands(results: Results, *, spread: bool) -> list[tuple[float, float, str, str]]:
+    """Return the ranges of scores that are chance, as low, high, name and colour: the untrained networks', and that around the best.
+
+    Args:
+        spread: with the one around the best, which is the standard deviation over seeds.
+    """
+    found = []
+    untrained = [trial.curve[0] for trial in results.trials if 0 in trial.curve]
+    if untrained:
+        found.append((min(untrained), max(untrained), "untrained network", VERMILLION))
+    if spread and results.seed_spread is not None:
+        best, reach = results.best.mean, results.seed_spread
+        found.append((best - reach, best + reach, "best setting ± standard deviation over seeds", BLUE))
+    return found
+
+
+def draw_bands(axes: Axes, results: Results, *, spread: bool) -> None:
+    """Draw the ranges of `bands` behind the scores of the y axis."""
+    for low, high, _, colour in bands(results, spread=spread):
+        axes.axhspan(low, high, color=colour, alpha=0.15, linewidth=1.2, zorder=0)
+
+
+def band_handles(results: Results, *, spread: bool) -> list[Any]:
+    """Return the ranges of `bands` for a legend."""
+    from matplotlib.patches import Patch
+
+    return [Patch(color=colour, alpha=0.25, label=name) for _, _, name, colour in bands(results, spread=spread)]
 
 
 def score_ticks(results: Results) -> Callable[[float, Any], str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.figures.style import BLUE, GRAY, INK, PALE, VERMILLION, note
-from tuning.axes import AxisScale, score_ticks, shorten, titled
+from tuning.axes import AxisScale, band_handles, draw_bands, score_ticks, shorten, titled
 from tuning.results import Results, Setting
 from tuning.space import Param
 from tuning.sweep import Trial, show_values
@@ -45,7 +45,7 @@ def response_at(results: Results, step: int, path: Path) -> Path:
 
 
 def _response(results: Results, settings: Sequence[Setting], cut: Sequence[Trial], path: Path, title: str, words: str) -> Path:
-    params = results.sweep.params
+    params, final = results.sweep.params, settings is results.settings
     columns = {1: 1, 2: 2, 4: 2}.get(len(params), 3)
     rows = math.ceil(len(params) / columns)
     cuts = sorted({t.score_step for t in cut})
@@ -57,9 +57,10 @@ def _response(results: Results, settings: Sequence[Setting], cut: Sequence[Trial
                 axes.remove()
                 continue
             _panel(axes, results, params[spot], settings, cut, marks)
+            draw_bands(axes, results, spread=final)
             if spot % columns == 0:
                 axes.set_ylabel(results.score_name)
-        _legend(figure, settings, cut, marks)
+        _legend(figure, settings, cut, marks, band_handles(results, spread=final))
     return path
 
 
@@ -128,7 +129,7 @@ def _apart(scale: AxisScale, xs: Sequence[float], ys: Sequence[float]) -> list[f
     return moved
 
 
-def _legend(figure: Figure, settings: Sequence[Setting], cut: Sequence[Trial], marks: dict[int, str]) -> None:
+def _legend(figure: Figure, settings: Sequence[Setting], cut: Sequence[Trial], marks: dict[int, str], chance: list[Any]) -> None:
     from matplotlib.lines import Line2D
 
     repeats = sorted({len(s.scores) for s in settings if len(s.scores) > 1})
@@ -143,6 +144,7 @@ def _legend(figure: Figure, settings: Sequence[Setting], cut: Sequence[Trial], m
     if len(marks) > len(CUT_MARKS):
         ended = {"o": f"ended between steps {min(marks):,} and {max(marks):,}: its score there ({len(cut)})"}
     handles += [Line2D([], [], linestyle="", marker=mark, label=words, **HOLLOW) for mark, words in ended.items()]
+    handles += chance
     columns = 1 if figure.get_size_inches()[0] < 7 else 3
     figure.legend(handles=handles, loc="outside lower left", ncols=columns, frameon=False, fontsize=8, handletextpad=0.3, columnspacing=1.4)
 
@@ -163,6 +165,7 @@ def learning(results: Results, path: Path) -> Path:
         log = last > 50 * first  # the untrained network, step 0, is then left out
         for trial in sorted(drawn, key=lambda t: t.score or 0.0):
             _learning_curve(axes, trial, trial is results.best_trial, dense=len(drawn) > 25)
+        draw_bands(axes, results, spread=True)
         if log:
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
@@ -216,6 +219,7 @@ def _learning_legend(figure: Figure, results: Results, drawn: Sequence[Trial]) -
             handles.append(Line2D([], [], color=GRAY, marker=mark, markersize=6, markeredgewidth=1.4, label=words))
     if any(t.exploits for t in drawn):
         handles.append(Line2D([], [], color=INK, linestyle="", marker="*", label="took over another trial's weights"))
+    handles += band_handles(results, spread=True)
     figure.legend(handles=handles, loc="outside lower left", ncols=2, frameon=False, fontsize=8, columnspacing=1.4)
 
 

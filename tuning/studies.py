@@ -221,7 +221,7 @@ def _same_terms(ran: RunConfig, wanted: RunConfig) -> bool:
 def measured(run: RunFolder, figures: Sequence[Figure]) -> dict[str, float]:
     """The figures of a finished run that it has."""
     from pipeline.export import evaluation
-    from pipeline.figures.charts import read_metrics
+    from pipeline.figures.curve_charts import read_metrics
 
     found = {key: float(values[-1]) for key, (_, values) in read_metrics(run.metrics).items()}
     asked = [figure.key for figure in figures if figure.probe]

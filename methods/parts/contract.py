@@ -121,12 +121,14 @@ class Method(nn.Module):
     shards: ClassVar[bool] = False  # FSDP may shard it: a step reaches weights inside `forward` only, and hooks handle shares (`own_shard`)
     has_clusters: ClassVar[bool] = False  # `cluster_scores` is there
     reconstructs: ClassVar[bool] = False  # `reconstruct` is there
+    hides_patches: ClassVar[bool] = False  # `hidden_patches` is there
 
     config: Any  # the method's own frozen config
 
     def __init_subclass__(cls) -> None:
         cls.has_clusters = cls.cluster_scores is not Method.cluster_scores
         cls.reconstructs = cls.reconstruct is not Method.reconstruct
+        cls.hides_patches = cls.hidden_patches is not Method.hidden_patches
 
     @classmethod
     def default_views(cls) -> ViewsConfig:
@@ -190,6 +192,13 @@ class Method(nn.Module):
         """Return finished images with masked pixels NaN, and their reconstruction: `(B, 3, H, W) -> (B, 2, 3, H, W)`.
 
         It is for methods that predict masked patches only. It is called like `cluster_scores`.
+        """
+        raise NotImplementedError
+
+    def hidden_patches(self, views: Views, masks: Masks) -> dict[int, Tensor]:
+        """Return the patches that masks of `draw_masks` hide, row by row of the patches: `(B, N)` bool by the crop's position in `crops`.
+
+        It is for methods with masks only. Crops that no mask belongs to are left out.
         """
         raise NotImplementedError
 

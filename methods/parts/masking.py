@@ -44,6 +44,11 @@ def random_keep(ids: Tensor, patches: int, kept: int, *, seed: int, crops: int =
     return random_words(ids, crops, patches, seed).argsort(dim=1)[:, :kept].sort(dim=1).values
 
 
+def hidden_by(keep: Tensor, patches: int) -> Tensor:
+    """Return whether each patch is not among those that stay: `(B, n) -> (B, N)` bool."""
+    return torch.ones(len(keep), patches, dtype=torch.bool, device=keep.device).scatter_(1, keep, False)
+
+
 def masked_of(keep: Tensor, patches: int) -> Tensor:
     """Return the other patches, rising in each row: `(B, n) -> (B, N - n)`."""
     gone = torch.ones(len(keep), patches, dtype=torch.uint8, device=keep.device).scatter_(1, keep, 0)

@@ -26,7 +26,7 @@ from methods.parts.hints import (
     slow_average, told,
 )  # fmt: skip
 from methods.parts.losses import gram_loss, koleo, sigreg
-from methods.parts.masking import masked_of, num_kept, num_patches, num_patches_of_side, random_keep
+from methods.parts.masking import hidden_by, masked_of, num_kept, num_patches, num_patches_of_side, random_keep
 from methods.parts.memory_bank import MemoryBank, first_places
 from methods.parts.meters import Metrics, code_meters, embedding_std, pair_meters, used_share
 from methods.parts.norms import convert_split_batchnorm, has_batch_norm
@@ -95,6 +95,7 @@ __all__ = [
     "gather_with_gradient",
     "gram_loss",
     "has_batch_norm",
+    "hidden_by",
     "info_nce",
     "info_nce_with_queue",
     "koleo",

@@ -23,6 +23,7 @@ class Clusters:
         assignments: `(N,)`, cluster of each image, from 0 to K - 1.
         scores: `(N,)`, score of each image with its cluster; higher is more typical.
         count: K, empty clusters included.
+        ids: `(N,)`, the ids of the images in their dataset; None if they are of none.
     """
 
     images: np.ndarray
@@ -30,6 +31,7 @@ class Clusters:
     assignments: np.ndarray
     scores: np.ndarray
     count: int
+    ids: np.ndarray | None = None
 
     @property
     def sizes(self) -> np.ndarray:

@@ -6,7 +6,9 @@ During training, kNN uses held-out training images only; the test split is read 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -95,6 +97,8 @@ class Scores:
     rows: tuple[Score, ...]
     protocol: str  # settings as text
     split: str = ""
+    queries: int = 0  # labelled images that were asked
+    majority: float | None = None  # accuracy of the most common class of the bank, whatever the image
 
     def get(self, key: str) -> float:
         return next(row.accuracy for row in self.rows if row.key == key)
@@ -156,7 +160,17 @@ def final_scores(config: RunConfig, dataset: ImageDataset, backbone: nn.Module, 
         f"kNN, k {k}, T {temperature:g}, cosine weighted vote; {len(data.bank.labels):,} training images vote, "
         f"{len(query_labels):,} {data.split} images as queries, {config.evaluation_size} px"
     )
-    return Scores(rows, protocol, data.split)
+    known = query_labels[query_labels >= 0]
+    commonest = data.bank.labels[data.bank.labels >= 0].mode().values
+    return Scores(rows, protocol, data.split, len(known), (known == commonest).double().mean().item())
+
+
+def interval(accuracy: float, queries: int) -> tuple[float, float]:
+    """Return Wilson's interval of an accuracy: 95 % of it contain the accuracy on endlessly many such images."""
+    z = NormalDist().inv_cdf(0.975)
+    middle, scale = accuracy + z**2 / (2 * queries), 1 + z**2 / queries
+    reach = z * math.sqrt(accuracy * (1 - accuracy) / queries + (z / (2 * queries)) ** 2)
+    return (middle - reach) / scale, (middle + reach) / scale
 
 
 def final_data(config: RunConfig, dataset: ImageDataset) -> KNNData | None:

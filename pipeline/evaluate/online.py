@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -93,7 +94,8 @@ class Online:
         """Return the clusters of the kNN bank; without labels, of as many training images."""
         found = self.clustered_images
         mean, std = self.config.data.mean, self.config.data.std
-        return assign(method, found.images, found.labels, mean=mean, std=std, device=self.device, precision=self.precision)
+        clusters = assign(method, found.images, found.labels, mean=mean, std=std, device=self.device, precision=self.precision)
+        return replace(clusters, ids=found.ids.numpy())
 
     @cached_property
     def knn_data(self) -> KNNData:

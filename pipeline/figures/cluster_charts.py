@@ -1,18 +1,29 @@
-"""Pictures of clusters: images of some of them, and a histogram of their sizes. PNG, colour-blind-safe."""
+"""Pictures of clusters: images of some of them, and their sizes. PNG, colour-blind-safe."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pipeline.evaluate.clusters import Clusters
-from pipeline.figures.style import BLUE, GRAY, INK, PALE, VERMILLION, cell, frame, picture_at, show, write
+from pipeline.figures.style import BLUE, GRAY, GROUP_COLOURS, INK, PALE, VERMILLION, cell, frame, picture_at, show, write
+
+MOST = 10  # images of a cluster
+EDGES_UP_TO = 100  # clusters between which a white line is drawn
 
 
-def gallery(clusters: Clusters, class_names: Sequence[str], path: Path, *, most: int = 10) -> Path:
+def gallery(
+    clusters: Clusters,
+    class_names: Sequence[str],
+    path: Path,
+    *,
+    most: int = MOST,
+    originals: Mapping[int, np.ndarray] | None = None,
+    source: str = "",
+) -> Path:
     """Draw a row of the most typical images of the largest, the smallest, and the purest (without labels: the tightest) clusters.
 
     The text of a row is the size of its cluster and, with labels, the fraction of its most common class. Images of other classes
@@ -23,82 +34,97 @@ def gallery(clusters: Clusters, class_names: Sequence[str], path: Path, *, most:
         class_names: name of each label.
         path: the PNG to write.
         most: images in a row.
+        originals: whole images by their row in `clusters`, uint8 `(H, W, 3)`; others are drawn as they were evaluated.
+        source: description of the images.
     """
     side, step, margin, head, heading = 0.85, 0.93, 0.2, 0.85, 0.34  # inches
-    columns = most + 2  # the text takes two
-    places: list[tuple[int, np.ndarray, int, float]] = []  # cluster, its images, column, top
-    headings, top = [], head
-    for why, members in clusters.worth_showing().items():
-        headings.append((why, top))
-        top, column = top + heading, 0
-        for cluster in members:
-            shown = clusters.nearest(cluster, most)
-            if column + 2 + len(shown) > columns:  # clusters with few images share a row
-                top, column = top + step, 0
-            places.append((cluster, shown, column, top))
-            column += 2 + len(shown)
-        top += step + 0.14
-    labelled = bool((clusters.labels >= 0).any())
-    with picture_at(path, 2 * margin + columns * step, top + 0.1) as figure:
+    shown = clusters.worth_showing()
+    known, labelled = originals or {}, bool((clusters.labels >= 0).any())
+    height = head + sum(heading + len(members) * step + 0.14 for members in shown.values()) + 0.1
+    with picture_at(path, 2 * margin + (most + 2) * step, height) as figure:
         write(figure, margin, 0.36, "What the clusters hold", size=13, weight="bold")
-        write(figure, margin, 0.61, _summary(clusters), size=9, color=GRAY)
+        write(figure, margin, 0.61, _summary(clusters, source), size=9, color=GRAY)
         legend = "most typical first" + ("; framed: not of the cluster's commonest class" if labelled else "")
         write(figure, margin + 2 * step, head + 0.21, legend, size=8, color=GRAY)
-        for why, top in headings:
+        top = head
+        for why, members in shown.items():
             write(figure, margin, top + 0.21, why.capitalize(), size=10, weight="bold", color=BLUE)
-        for cluster, shown, column, top in places:
-            left, size, common = margin + (column + 2) * step, clusters.sizes[cluster], clusters.commonest(cluster)
-            lines = [f"cluster {cluster}", "1 image" if size == 1 else f"{size:,} images"]
-            lines += [f"{100 * common[1]:.0f} % {_name(common[0], class_names)}"] if common else []
-            x, side_of = (left - 0.1, "right") if column else (margin, "left")  # in a shared row, beside its images
-            for line, text in enumerate(lines):
-                style = {"size": 8} if line else {"size": 9, "weight": "bold"}
-                write(figure, x, top + 0.24 + 0.18 * line, text, ha=side_of, **style)
-            for place, image in enumerate(shown):
-                axes = cell(figure, left + place * step, top, side, side)
-                show(axes, clusters.images[image], side)
-                if common and clusters.labels[image] not in (-1, common[0]):
-                    frame(axes, VERMILLION, 2.4)
+            top += heading
+            for cluster in members:
+                size, common = clusters.sizes[cluster], clusters.commonest(cluster)
+                lines = [f"cluster {cluster}", "1 image" if size == 1 else f"{size:,} images"]
+                lines += [f"{100 * common[1]:.0f} % {_name(common[0], class_names)}"] if common else []
+                for line, text in enumerate(lines):
+                    font = {"size": 8} if line else {"size": 9, "weight": "bold"}
+                    write(figure, margin, top + 0.24 + 0.18 * line, text, **font)
+                for place, image in enumerate(clusters.nearest(cluster, most).tolist()):
+                    axes = cell(figure, margin + (place + 2) * step, top, side, side)
+                    show(axes, known.get(image, clusters.images[image]), side)
+                    if common and clusters.labels[image] not in (-1, common[0]):
+                        frame(axes, VERMILLION, 2.4)
+                top += step
+            top += 0.14
     return path
 
 
-def size_histogram(clusters: Clusters, path: Path, *, bins: int = 30) -> Path:
-    """Draw a histogram of the sizes of clusters, with a bar for empty ones and a dashed line at N / K.
+def size_bars(clusters: Clusters, class_names: Sequence[str], path: Path, *, source: str = "") -> Path:
+    """Draw a bar for the size of each cluster, the largest first, and a dashed line at N / K.
+
+    With labels, bars are divided: by class if there are few, else in the cluster's commonest class and other images.
 
     Args:
         clusters: clusters to draw.
+        class_names: name of each label.
         path: the PNG to write.
-        bins: largest number of bars, without that of empty clusters.
+        source: description of the images.
     """
     sizes = clusters.sizes
-    width = math.ceil(sizes.max() / bins)
-    counts = np.bincount((sizes[sizes > 0] - 1) // width)  # bar i: sizes i * width + 1 to (i + 1) * width
+    order = np.argsort(-sizes, kind="stable")
+    edges = np.arange(clusters.count + 1) + 0.5
     empty = int((sizes == 0).sum())
-    left = -(width - 1) / 2  # a bar that ends at 0
-    with picture_at(path, 6.8, 3.4) as figure:
-        figure.set_layout_engine("constrained", h_pad=0.1, w_pad=0.1, rect=(0, 0, 1, 0.8))
+    with picture_at(path, 8.6, 3.8) as figure:
+        figure.set_layout_engine("constrained", h_pad=0.1, w_pad=0.1, rect=(0, 0, 1, 0.82))
         write(figure, 0.2, 0.36, "Cluster sizes", size=13, weight="bold")
-        write(figure, 0.2, 0.61, _summary(clusters), size=9, color=GRAY)
+        write(figure, 0.2, 0.61, _summary(clusters, source), size=8, color=GRAY)
         axes = figure.subplots()
-        axes.bar(np.arange(len(counts)) * width + (width + 1) / 2, counts, width=0.92 * width, color=BLUE)
+        low = np.zeros(clusters.count)
+        for (name, counts), colour in zip(_parts(clusters, class_names).items(), [*GROUP_COLOURS, PALE], strict=False):
+            high = low + counts[order]
+            axes.stairs(high, edges, baseline=low, fill=True, color=PALE if name in ("others", "no label") else colour, label=name)
+            low = high
+        if clusters.count <= EDGES_UP_TO:
+            axes.vlines(edges, 0, sizes.max(), color="white", linewidth=0.6)
         if empty:
-            axes.bar(left, empty, width=0.92 * width, color=VERMILLION, label=f"empty: {empty:,}")
-            if empty > 10 * counts.max():
-                axes.set_yscale("log")
-                axes.set_ylim(bottom=0.5)
-        axes.axvline(clusters.even, color=INK, linestyle=(0, (4, 3)), linewidth=1.2, label=f"all equal: {clusters.even:,.3g}")
+            style: dict[str, Any] = {"color": VERMILLION, "alpha": 0.2, "linewidth": 0}
+            axes.axvspan(clusters.count - empty + 0.5, clusters.count + 0.5, label=f"empty: {empty:,}", **style)
+        axes.axhline(clusters.even, color=INK, linestyle=(0, (4, 3)), linewidth=1.2, label=f"all equal: {clusters.even:,.3g}")
         axes.legend(frameon=False, fontsize=8)
-        axes.set(xlabel="images in a cluster" + (f", {width} sizes to a bar" if width > 1 else ""), ylabel="clusters")
+        axes.set(xlabel="clusters, the largest first", ylabel="images in a cluster", xlim=(0.5, clusters.count + 0.5))
         axes.yaxis.set_major_formatter(lambda v, _: f"{v:,g}" if v == int(v) else "")
         axes.grid(axis="y", color=PALE, linewidth=0.6)
         axes.set_axisbelow(True)
     return path
 
 
-def _summary(clusters: Clusters) -> str:
-    """Return one line: numbers of images and clusters, sizes, agreement with labels."""
+def _parts(clusters: Clusters, class_names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return the parts of each cluster by name, each `(K,)`."""
+    labels, count = clusters.labels, clusters.count
+    classes = np.unique(labels[labels >= 0])
+    if not len(classes):
+        return {"images": clusters.sizes}
+    members = {k: np.bincount(clusters.assignments[labels == k], minlength=count) for k in classes.tolist()}
+    unknown = np.bincount(clusters.assignments[labels < 0], minlength=count)
+    if len(classes) <= len(GROUP_COLOURS):
+        parts = {_name(k, class_names): found for k, found in members.items()}
+        return parts | ({"no label": unknown} if unknown.any() else {})
+    commonest = np.max(list(members.values()), axis=0)
+    return {"the cluster's commonest class": commonest, "others": clusters.sizes - commonest}
+
+
+def _summary(clusters: Clusters, source: str) -> str:
+    """Return one line: the images, numbers of images and clusters, sizes, agreement with labels."""
     found, held = clusters.metrics(), clusters.sizes[clusters.sizes > 0]
-    summary = f"{len(clusters.assignments):,} images; {len(held):,} clusters hold {held.min():,} to {held.max():,}"
+    summary = f"{len(clusters.assignments):,} {source or 'images'}; {len(held):,} clusters hold {held.min():,} to {held.max():,}"
     summary += f", {clusters.count - len(held):,} are empty" if len(held) < clusters.count else ""
     return summary + (f"; NMI with labels {found['nmi']:.2f}, purity {found['purity']:.2f}" if "nmi" in found else "")
 

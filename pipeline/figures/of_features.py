@@ -8,7 +8,7 @@ import torch
 
 from methods.parts.vit import ViT
 from pipeline.evaluate.features import extract
-from pipeline.figures import attention_charts, charts, reconstruction_charts
+from pipeline.figures import attention_charts, neighbour_charts, reconstruction_charts
 from pipeline.figures.context import FigureContext, spread_over_classes
 from pipeline.figures.pictures import NothingToDraw, picture
 
@@ -20,7 +20,10 @@ def neighbours(subject: FigureContext, path: Path) -> Path:
     features = extract(subject.backbone, found.images, mean=data.mean, std=data.std, device=subject.device)
     labels = found.labels.numpy()
     queries = spread_over_classes(labels, 8)
-    return charts.neighbours(found.images.numpy(), features.numpy(), labels, subject.dataset.class_names, queries, path)
+    title = f"Nearest of {len(labels):,} {subject.images_of('training')}"
+    return neighbour_charts.neighbours(
+        found.images.numpy(), features.numpy(), labels, subject.dataset.class_names, queries, path, title=title
+    )
 
 
 @picture("attention")
@@ -29,9 +32,10 @@ def attention(subject: FigureContext, path: Path) -> Path:
     vit, data = subject.backbone, subject.config.data
     if not isinstance(vit, ViT):
         raise NothingToDraw(f"model={subject.name}: a {type(vit).__name__} has no CLS token that looks at patches; give a ViT")
+    grid = [subject.map_size // patch for patch in vit.patch_embed.patch_size]
+    subject.require_fine(*grid)
     images, source = subject.a_few_images(size=subject.map_size)
     weights = extract(vit, images, mean=data.mean, std=data.std, device=subject.device, batch_size=8, forward=vit.cls_attention)
-    grid = [side // patch for side, patch in zip(images.shape[1:3], vit.patch_embed.patch_size, strict=True)]
     return attention_charts.attention_maps(images.numpy(), weights.unflatten(-1, grid).numpy(), path, source=source)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from pipeline.figures import charts
+from pipeline.figures import curve_charts, score_charts
 from pipeline.figures.context import FigureContext
 from pipeline.figures.pictures import NothingToDraw, picture
 from pipeline.figures.run_figures import views_sheet
+from pipeline.run_folder import RunFolder
 
 
 @picture("views")
@@ -18,18 +20,33 @@ def views(subject: FigureContext, path: Path) -> Path:
 
 @picture("curves")
 def curves(subject: FigureContext, path: Path) -> Path:
-    """Loss, learning rate, online kNN and the other meters over the steps."""
-    if subject.folder is None:
-        raise NothingToDraw(f"model={subject.name}: an exported backbone has no curves; give the run that made it")
+    """Loss and online kNN beside chance and the baselines, and the other meters, over the steps."""
     chance = subject.config.method.hints(subject.facts).chance_loss
-    return charts.curves(subject.folder.metrics, path, chance=chance, title=subject.name)
+    return curve_charts.curves(subject.run.metrics, path, chance=chance, baselines=raw_pixels(subject.run), title=subject.name)
+
+
+def raw_pixels(run: RunFolder) -> dict[str, float]:
+    """Return the better kNN accuracy of raw pixels, by name, as it was measured at the end of a run; nothing before."""
+    file = run.path / "evaluation.json"
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    if "raw_l2" not in found:
+        return {}
+    where = "" if found["split"] == "held-out" else f", {found['split']} images"
+    return {f"raw pixels{where}": max(found["raw_l2"], found["raw_cosine"])}
 
 
 @picture("scores")
 def scores(subject: FigureContext, path: Path) -> Path:
     """Top-1 of the kNN beside raw pixels and the untrained backbone, as bars."""
-    found, names = subject.scores, subject.dataset.class_names
+    found = subject.scores
     if not found.rows:
         raise NothingToDraw(f"data.path={subject.config.data.path}: {found.protocol}")
     rows = [(row.label, row.accuracy) for row in found.rows]
-    return charts.score_bars(rows, path, title=f"kNN accuracy, {found.split} images", chance=1 / len(names) if names else None)
+    if found.split == "test":
+        images = f"test images of {subject.config.evaluate.path or subject.dataset.test_path}"
+    else:
+        images = subject.images_of("held-out")
+    about = f"n = {found.queries:,} {images}; bars with 95 % intervals"
+    return score_charts.score_bars(
+        rows, path, title=f"kNN accuracy: {subject.name}", about=about, queries=found.queries, majority=found.majority
+    )

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from methods.parts.vit import ViT
 from pipeline.evaluate.features import extract
-from pipeline.figures.context import FigureContext
-from pipeline.figures.pictures import NothingToDraw, picture
+from pipeline.figures.context import LEAST, FigureContext
+from pipeline.figures.pictures import picture
 from pipeline.figures.style import GRAY, cell, picture_at, show, write
 
-LEAST = 8  # patches on a side; a coarser map says nothing of an image's parts
 BORDER = 0.25  # of a side: how far images are mirrored at their borders for networks whose convolutions fill up with zeros
 
 
@@ -27,9 +26,7 @@ def patch_pca(subject: FigureContext, path: Path) -> Path:
     maps = {}
     for name, network in (("untrained", subject.calibrated), ("trained", subject.backbone)):
         grid = extract(network, images, forward=lambda x, network=network: patch_features(network, x), **settings)  # type: ignore[arg-type,misc]
-        if min(grid.shape[1:3]) < LEAST:
-            found = f"{grid.shape[1]} x {grid.shape[2]}"
-            raise NothingToDraw(f"model={subject.name}: {found} patches at {subject.map_size} pixels are too few for a picture")
+        subject.require_fine(*grid.shape[1:3])
         maps[name] = grid.numpy()
     return draw(images.numpy(), maps, path, source=source)
 

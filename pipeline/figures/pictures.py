@@ -1,6 +1,6 @@
 """Pictures of a run or a model, by name. A picture is a decorated function in this folder, found like a recipe.
 
-Listing them imports no heavy library. `context.py` has their data; `charts.py` and other files draw.
+Listing them imports no heavy library. `context.py` has their data; `*_charts.py` and other files draw.
 """
 
 from __future__ import annotations

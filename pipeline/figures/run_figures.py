@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from methods.parts.errors import ConfigError
+from methods.parts.views import Views
 from pipeline.config import RunConfig
 from pipeline.data.augment import augment_views
 from pipeline.data.crops import COLUMN, cut_crops, draw_views
@@ -18,7 +19,7 @@ from pipeline.data.image_dataset import ImageDataset
 from pipeline.data.loader import Batch
 from pipeline.evaluate.clusters import Clusters
 from pipeline.evaluate.final import Scores
-from pipeline.figures import charts
+from pipeline.figures import contact_sheet
 from pipeline.run_folder import RunFolder
 from pipeline.shell import program
 
@@ -27,7 +28,20 @@ if TYPE_CHECKING:
 
 
 def views_sheet(config: RunConfig, dataset: ImageDataset, path: Path, *, images: int = 6) -> Path:
-    """Draw the crops of epoch 0 of a few training images, evenly spread over the source, exactly as in training.
+    """Draw a few training images with their crops; see `training_views`."""
+    originals, views, tables = training_views(config, dataset, images)
+    shown = {
+        name: stack.unflatten(0, (-1, len(originals))).permute(1, 0, 3, 4, 2).clamp(0, 1).numpy() for name, stack in views.stacks.items()
+    }
+    corners = [COLUMN[c] for c in ("top", "left", "height", "width")]
+    boxes = {name: np.asarray(table)[..., corners] for name, table in tables.items()}
+    return contact_sheet.contact_sheet(originals, shown, boxes, path)
+
+
+def training_views(config: RunConfig, dataset: ImageDataset, images: int) -> tuple[list[np.ndarray], Views, dict[str, np.ndarray]]:
+    """Return a few training images, evenly spread over the source; their crops of epoch 0, exactly as in training; and how these are cut.
+
+    The images are uint8 `(H, W, 3)`. The crops have values in [0, 1].
 
     Raises:
         ConfigError: none of the images tried can be decoded.
@@ -50,13 +64,7 @@ def views_sheet(config: RunConfig, dataset: ImageDataset, path: Path, *, images:
     crops = {name: torch.from_numpy(cut) for name, cut in cut_crops(originals, tables, config.views).items()}
     unknown = torch.full((len(chosen),), -1)
     batch = Batch(crops=crops, tables=tables, ids=torch.tensor(chosen), labels=unknown, epoch=0, step=0, bad=[])
-    finished = augment_views(batch, config.views, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), torch.device("cpu"))
-    shown = {
-        name: stack.unflatten(0, (-1, len(chosen))).permute(1, 0, 3, 4, 2).clamp(0, 1).numpy() for name, stack in finished.stacks.items()
-    }
-    corners = [COLUMN[c] for c in ("top", "left", "height", "width")]
-    boxes = {name: np.asarray(table)[..., corners] for name, table in tables.items()}
-    return charts.contact_sheet(originals, shown, boxes, path)
+    return originals, augment_views(batch, config.views, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), torch.device("cpu")), tables
 
 
 def run_figures(
