@@ -36,6 +36,7 @@ TINY = {
     "train.log_every": 2, "evaluate.knn_every": 4, "evaluate.knn_queries": 32, "backbone.width": 0.125,
 }  # fmt: skip
 KILLED = TINY | {"train.steps": 12, "train.checkpoint_every": 2, "train.deterministic": True, "method.num_prototypes": 16}
+SHARDED = ("dino", "mae")  # by FSDP, the others by DDP
 EVALUATED = ("swav", "byol", "dino", "mae")  # clusters, none, attention, reconstructions
 
 
@@ -64,6 +65,8 @@ def trained(ray_with_room: None, tmp_path_factory: pytest.TempPathFactory) -> di
             sizes["data.path"] = "patches:per_photo=4"  # two steps to a pass: the first may have no loss
         if hasattr(config.method, "num_prototypes"):
             sizes["method.num_prototypes"] = 16
+        if method in SHARDED:
+            sizes["train.strategy"] = "fsdp"
         configs[method] = override(config, TINY | sizes)
     configs["left alone"] = override(load_recipe("swav-small"), KILLED)
     for name, config in configs.items():
