@@ -131,6 +131,13 @@ def test_an_exported_backbone_has_features_but_no_clusters(runs: Path, tmp_path:
         outside.rename(runs / "swav" / "model")
 
 
+def test_maps_of_few_patches_are_not_drawn(runs: Path) -> None:
+    subject = FigureContext.of(run_or_model("msn", runs_dir=runs))
+    subject.require_fine(8, 8)
+    with pytest.raises(pictures.NothingToDraw, match="7 x 9 patches at 224 pixels are too few"):
+        subject.require_fine(7, 9)
+
+
 def test_what_cannot_be_drawn_says_why(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     calls = {
         ("curvs", "swav"): "figure=curvs: unknown; did you mean curves",

@@ -22,7 +22,7 @@ from pipeline.recipes import load_recipe
 from tests.sweeps import PROTOTYPES, TEMPERATURE, trial, write_sweep
 from tests.test_figures import near, read
 from tuning import best, importance, pictures, tables
-from tuning.axes import AxisScale
+from tuning.axes import AxisScale, bands
 from tuning.report import summary, write_report
 from tuning.results import Results
 from tuning.space import Param
@@ -253,6 +253,23 @@ def test_response_fills_finished_trials_only(asha: Path, tmp_path: Path) -> None
     at = read(pictures.response_at(found, 50, tmp_path / "at.png"))
     spots = label(near(at, BLUE, 40))
     assert np.sum(np.bincount(spots.ravel())[1:] > 20) == 2 * 5 + 1  # all five that did not fail
+
+
+def test_axes_show_what_is_chance(tmp_path: Path) -> None:
+    """The range of the untrained networks' scores, and the spread over seeds around the best setting."""
+    values = {0.1: [0.50, 0.52], 0.2: [0.60, 0.62]}
+    trials = [trial({T: t}, {0: 0.18 + 0.02 * i, 250: s}, seed=i) for t, found in values.items() for i, s in enumerate(found)]
+    found = Results.read(write_sweep(tmp_path / "s", trials, seeds=2))
+    (low, high, *_), (below, above, *_) = bands(found, spread=True)
+    assert (low, high) == pytest.approx((0.18, 0.20))
+    assert (below, above) == pytest.approx((0.61 - statistics.stdev([0, 0.02]), 0.61 + statistics.stdev([0, 0.02])))
+    picture = read(pictures.response(found, tmp_path / "response.png"))
+    tinted = [tuple(255 - 0.15 * (255 - c) for c in colour) for colour in ((213, 94, 0), (0, 114, 178))]
+    chance, best_rows = (np.flatnonzero(near(picture, c, 4).mean(axis=1) > 0.4) for c in tinted)
+    assert best_rows.max() < chance.min()  # above
+    assert len(best_rows) / len(chance) == pytest.approx((above - below) / (high - low), rel=0.25)
+    plain = Results.read(write_sweep(tmp_path / "plain", [trial({T: t}, {250: t}) for t in (0.1, 0.2)]))
+    assert bands(plain, spread=True) == []
 
 
 def test_scales_of_axes() -> None:

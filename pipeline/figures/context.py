@@ -175,7 +175,7 @@ class FigureContext:
         """Raise NothingToDraw if a map of patches is too coarse for a picture."""
         if min(rows, columns) < LEAST:
             found = f"{rows} x {columns} patches at {self.map_size} pixels"
-            raise NothingToDraw(f"model={self.name}: {found} are too few for a picture; use --evaluate.size, for {LEAST} a side")
+            raise NothingToDraw(f"model={self.name}: {found} are too few for a picture; use a larger evaluate.size")
 
     def a_few_images(self, count: int = 8, size: int | None = None) -> tuple[Tensor, str]:
         """Return held-out images of many classes, uint8 `(count, H, W, 3)`, and their description; training images if none are held out.
