@@ -47,9 +47,9 @@ from torch import Tensor, nn
 
 from methods.ibot import IBOT, IBOTConfig
 from methods.parts import (
-    Hints, Masks, ParamGroup, Progress, RunFacts, SearchRange, StepOutput, ViT, Views, ViewsConfig, at_least, autocast_disabled, block_mask,
-    draw_seed, ema, fraction, gram_loss, koleo, linear_by_epoch, masked_patches, num_patches_of_side, param_groups_by_layer, positive,
-    random_mask, rank, register, require, resize_grid, sigreg, told, unpack,
+    LARGER_BATCH, Hints, Masks, ParamGroup, Progress, RunFacts, SearchRange, StepOutput, ViT, Views, ViewsConfig, at_least,
+    autocast_disabled, block_mask, draw_seed, ema, fraction, gram_loss, koleo, linear_by_epoch, masked_patches, num_patches_of_side,
+    one_of, param_groups_by_layer, positive, random_mask, rank, register, require, resize_grid, sigreg, told, unpack,
 )  # fmt: skip
 
 
@@ -89,7 +89,25 @@ class DINOv2Config(IBOTConfig):
         early = f"method.gram_weight={self.gram_weight:g} holds patches to those of random weights; use it in a later phase (`continue`)"
         if self.koleo_weight or self.gram_weight:  # neither has a chance value
             hints = replace(hints, chance_loss=None, chance_parts={"cls_loss": (math.log(self.num_prototypes), "ln K of CLS")})
-        return replace(hints, warnings=(*hints.warnings, *told(self.gram_weight > 0 and not facts.trained and early)))
+        batch, centred = facts.global_batch_size, self.teacher_targets == "centering"
+        hottest = max(self.teacher_temperature, self.warmup_teacher_temperature if self.warmup_teacher_temperature_epochs else 0.0)
+        warnings = told(
+            self.gram_weight > 0 and not facts.trained and early,
+            batch <= 256
+            and centred
+            and f"method.teacher_targets=centering with a batch of {batch} soon uses a handful of prototypes; use sinkhorn",
+            batch <= 256
+            and hottest > 0.04
+            and f"a teacher temperature of {hottest:g} with a batch of {batch} makes the targets uniform; use 0.0125 to 0.025",
+        )
+        remedies = one_of(
+            "method.teacher_targets=sinkhorn" if centred else "",
+            f"method.teacher_temperature={self.teacher_temperature / 2:g}",
+            "" if self.sigreg_weight else "method.sigreg_weight=0.05",
+            "a lower optim.base_lr",
+            LARGER_BATCH,
+        )
+        return replace(hints, remedies=remedies, warnings=(*hints.warnings, *warnings))
 
 
 @register("dinov2", DINOv2Config)

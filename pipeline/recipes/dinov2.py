@@ -91,7 +91,7 @@ def own_images() -> RunConfig:
         large,
         data=DataConfig(path="images"),
         views=views | {"local": replace(views["local"], count=6, size=96)},
-        backbone=BackboneConfig(name="vit_small_patch16_224", registers=4, positions="sincos", xavier=True),
+        backbone=BackboneConfig(name="vit_small_patch16_224", drop_path=0.1, registers=4, positions="sincos", xavier=True),
         method=DINOv2Config(
             teacher_targets="sinkhorn",
             teacher_temperature=0.0125,
@@ -104,7 +104,6 @@ def own_images() -> RunConfig:
             projector_batch_norm=True,
             freeze_prototypes_epochs=0,
             patch_lr_scale=1.0,
-            sigreg_weight=0.05,
         ),
         optim=replace(large.optim, base_lr=1e-3, warmup_epochs=1, final_lr=1e-6, weight_decay=0.04, final_weight_decay=None),
         train=TrainConfig(global_batch_size=256, steps=20_000, steps_per_epoch=1000, precision="bf16", checkpoint_every=500),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -374,6 +375,27 @@ def test_prototypes_and_momentum_follow_from_the_run_where_they_are_left_to(
     assert DINOv2Config(momentum=0).settled(facts).final_momentum == 1
     assert settled.settled(facts) == settled
     assert DINOv2Config(num_prototypes=300, momentum=0.5).settled(facts) == DINOv2Config(num_prototypes=300, momentum=0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"teacher_targets": "centering"}, "a handful of prototypes; use sinkhorn"),
+        ({"teacher_temperature": 0.07}, "temperature of 0.07 with a batch of 128 makes the targets uniform"),
+        ({"warmup_teacher_temperature": 0.06, "warmup_teacher_temperature_epochs": 5}, "temperature of 0.06 with a batch of 128"),
+        ({"num_prototypes": 10_000}, "can have its own"),
+        ({"num_prototypes": 5000}, "for 4000 images"),
+        ({"momentum": 0.9999}, "hardly moves"),
+    ],
+)
+def test_the_recipe_for_own_images_warns_outside_of_its_safe_region_only(settings: dict[str, Any], words: str) -> None:
+    method = load_recipe("dinov2-own-images").method
+    facts = RunFacts(global_batch_size=128, steps_per_epoch=1000, total_steps=20_000, num_images=4000)
+    for images, batch in ((320, 32), (2000, 64), (4000, 128), (100_000, 256)):
+        run = replace(facts, num_images=images, global_batch_size=batch)
+        assert method.settled(run).hints(run).warnings == ()
+    warnings = replace(method, **settings).settled(facts).hints(facts).warnings
+    assert any(words in sentence for sentence in warnings)
 
 
 def test_a_run_is_built_with_and_keeps_what_followed_from_it() -> None:
