@@ -119,7 +119,7 @@ def bands(results: Results, *, spread: bool) -> list[tuple[float, float, str, st
 def draw_bands(axes: Axes, results: Results, *, spread: bool) -> None:
     """Draw the ranges of `bands` behind the scores of the y axis."""
     for low, high, _, colour in bands(results, spread=spread):
-        axes.axhspan(low, high, color=colour, alpha=0.15, linewidth=1.2, zorder=0)
+        axes.axhspan(low, high, facecolor=(colour, 0.15), edgecolor=(colour, 0.6), linewidth=1.2, zorder=0)
 
 
 def band_handles(results: Results, *, spread: bool) -> list[Any]:

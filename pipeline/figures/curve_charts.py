@@ -127,6 +127,7 @@ def _is_curve(name: str, values: np.ndarray) -> bool:
 
 def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, most: int = 200) -> None:
     axes.grid(axis="y", color=PALE, linewidth=0.6)
+    axes.set_axisbelow(True)
     if len(steps) > most:
         edges = np.linspace(steps[0], steps[-1] + 1, most + 1)
         bins = np.searchsorted(edges, steps, side="right")

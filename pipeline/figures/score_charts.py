@@ -51,7 +51,7 @@ def score_bars(
         axes.bar_label(bars, labels=texts, padding=5, size=9, weight="bold")
         axes.set_yticks(range(len(rows)), names, size=10)
         axes.invert_yaxis()
-        axes.set_xlim(0, max(max(ends) * (1.4 if queries else 1.2), 0.01))
+        axes.set_xlim(0, max(max(ends) * (1.5 if queries else 1.2), 0.01))
         axes.set_xticks([])
         axes.tick_params(length=0)
         axes.spines["bottom"].set_visible(False)
