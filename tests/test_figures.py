@@ -136,7 +136,7 @@ def test_baselines_are_lines_at_their_heights_over_steps_of_equal_width(tmp_path
     ends = [curve[curve[:, 1] == column][:, 0].mean() for column in (curve[:, 1].min(), curve[:, 1].max())]
     middle = curve[curve[:, 1] == (curve[:, 1].min() + curve[:, 1].max()) // 2][:, 0].mean()
     assert middle == pytest.approx(sum(ends) / 2, abs=4)
-    dashes = {c: np.flatnonzero(near(picture, c).sum(axis=1) > 0.3 * np.ptp(curve[:, 1])) for c in (style.GRAY, style.VERMILLION)}
+    dashes = {c: np.flatnonzero(near(picture, c, 40).sum(axis=1) > 0.3 * np.ptp(curve[:, 1])) for c in (style.GRAY, style.VERMILLION)}
     assert np.median(dashes[style.VERMILLION]) == pytest.approx(sum(ends) / 2, abs=4)
     assert np.abs(dashes[style.GRAY] - ends[0]).min() <= 4
 
