@@ -91,7 +91,7 @@ def own_images() -> RunConfig:
         large,
         data=DataConfig(path="images"),
         views=views | {"local": replace(views["local"], count=6, size=96)},
-        backbone=BackboneConfig(name="vit_small_patch16_224", drop_path=0.1, registers=4, positions="sincos", xavier=True),
+        backbone=BackboneConfig(name="vit_small_patch16_224", registers=4, positions="sincos", xavier=True),
         method=DINOv2Config(
             teacher_targets="sinkhorn",
             teacher_temperature=0.0125,
