@@ -74,8 +74,8 @@ def draw(images: np.ndarray, maps: dict[str, np.ndarray], path: Path, *, source:
         write(figure, margin, 0.36, "What the patches' features tell apart", size=14, weight="bold")
         grid = next(iter(maps.values())).shape
         text = (
-            f"{source}, {grid[1]} × {grid[2]} patches; black: background, by the first principal component of all patches; "
-            "colours: three components of the rest, the same for all images"
+            f"{source}, {grid[1]} × {grid[2]} patches; black: background, by the first component; "
+            "colours: three components of the rest, one basis for all"
         )
         write(figure, margin, 0.6, text, size=8.5, color=GRAY)
         for block in range(blocks):
