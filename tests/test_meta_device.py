@@ -43,7 +43,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "dinov2": [
         {"shared_head": True, "projector_batch_norm": False, "teacher_targets": "centering", "unit_prototypes": False},
         {"mask_shape": "random", "mask_start_epoch": 1},
-        {"gram_weight": 1.0, "gram_scale": 2},
+        {"gram_weight": 1.0, "gram_scale": 2, "sigreg_weight": 0.1},
     ],
     "ibot": [
         {"shared_head": True, "projector_batch_norm": False, "teacher_targets": "centering"},
