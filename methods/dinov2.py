@@ -185,8 +185,9 @@ class DINOv2(IBOT):
         """Return the teacher's scores of the masked patches `(U, K2)`, and their mean `(K2,)`."""
         head = self.patch_teacher()
         z = head.project(patches[index])  # (U, bottleneck)
-        present = (weights > 0).to(z.dtype)
-        mean = (present @ z) / present.sum().clamp(min=1)
+        with autocast_disabled(z):
+            present = (weights > 0).to(z.dtype)
+            mean = (present @ z) / present.sum().clamp(min=1)
         return head.scores(z), head.scores(mean[None])[0]
 
     def teacher_temperature(self, progress: Progress) -> float:

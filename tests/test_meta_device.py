@@ -174,6 +174,22 @@ def test_a_step_with_gradient_checkpointing_reads_no_value() -> None:
     step(method, views, 0)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_step_in_bf16_has_the_loss_of_float32(case: Case) -> None:
+    """Autocast rounds networks; losses stay float32, and no part meets another of another type."""
+    losses = []
+    for mixed in (False, True):
+        method, views = build(case)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+            (output,) = step(method, views, 2 * STEPS + 1)  # inside an epoch in which every method has its loss
+        losses.append(output.loss)
+    if dict(case.settings).get("train_online") is False:  # BYOL's target alone
+        assert losses == [None, None]
+        return
+    assert losses[1].dtype == torch.float32
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.05, abs=0.05)
+
+
 # ---------------------------------------------------------------------------- the test can fail
 
 
