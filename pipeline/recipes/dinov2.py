@@ -106,7 +106,7 @@ def own_images() -> RunConfig:
             patch_lr_scale=1.0,
         ),
         optim=replace(large.optim, base_lr=1e-3, warmup_epochs=1, final_lr=1e-6, weight_decay=0.04, final_weight_decay=None),
-        train=TrainConfig(global_batch_size=256, steps=20_000, steps_per_epoch=1000, precision="bf16", checkpoint_every=500),
+        train=TrainConfig(global_batch_size=256, steps=20_000, steps_per_epoch=1000, checkpoint_every=500),
     )
 
 
