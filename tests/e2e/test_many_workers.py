@@ -104,7 +104,8 @@ def test_the_evaluation_draws_what_a_method_has(method: str, trained: dict[str, 
     clustered = {"clusters.png", "cluster_sizes.png"} if kind.cluster_scores is not Method.cluster_scores else set()
     of_vits = {"attention.png"} if load_recipe(SMALL[method]).backbone.name.startswith("vit_") else set()
     painted = {"reconstructions.png"} if kind.reconstruct is not Method.reconstruct else set()
-    assert {p.name for p in folder.figures.glob("*.png")} == pictures | clustered | of_vits | painted
+    hidden = {"masks.png"} if kind.hidden_patches is not Method.hidden_patches else set()
+    assert {p.name for p in folder.figures.glob("*.png")} == pictures | clustered | of_vits | painted | hidden
     assert (folder.model / "backbone.safetensors").is_file()
 
 
