@@ -47,8 +47,9 @@ def of_dino(config: RunConfig, **settings: object) -> RunConfig:
 
 @recipe("ibot-cifar10-small")
 def cifar10_small() -> RunConfig:
-    """CIFAR-10 on two CPU cores: DINO's small recipe, and masks of 4 x 4 patches."""
-    return of_dino(dino.cifar10_small())
+    """CIFAR-10 on two CPU cores: DINO's small recipe for longer, with masks of 4 x 4 patches and a sharper teacher."""
+    base = dino.cifar10_small()
+    return of_dino(replace(base, train=replace(base.train, steps=700)), teacher_temperature=0.0125)
 
 
 @recipe("ibot-small")
