@@ -62,7 +62,7 @@ class DINOv2Config(IBOTConfig):
     final_momentum: float = fraction(1.0)  # m at the last step; 0 = momentum, all along
     #: weight of L_koleo
     koleo_weight: float = at_least(0, 0.1, SearchRange(0.0, 0.3, "linear", reason="0 where many images are nearly the same"))
-    sigreg_weight: float = at_least(0, 0.0)  # of L_sigreg, e.g. 0.05 in the place of KoLeo, which duplicates disturb
+    sigreg_weight: float = at_least(0, 0.0)  # of SIGReg, e.g. 0.05 beside KoLeo where the targets of CLS become uniform
     cls_denominator: Literal["pairs", "released"] = "pairs"
     layer_decay: float = positive(1.0, SearchRange(scale="choice", choices=(0.9, 1.0), reason="0.9 for large rates"))  # of the rate
     patch_lr_scale: float = positive(0.2)  # of the rate of the patch projection
@@ -95,10 +95,10 @@ class DINOv2Config(IBOTConfig):
             self.gram_weight > 0 and not facts.trained and early,
             batch <= 256
             and centred
-            and f"method.teacher_targets=centering with a batch of {batch} soon uses a handful of prototypes; use sinkhorn",
+            and f"method.teacher_targets=centering with a batch of {batch} can end in a handful of prototypes; use sinkhorn",
             batch <= 256
             and hottest > 0.04
-            and f"a teacher temperature of {hottest:g} with a batch of {batch} makes the targets uniform; use 0.0125 to 0.025",
+            and f"a teacher temperature of {hottest:g} with a batch of {batch} can make the targets uniform; use 0.0125 to 0.025",
         )
         remedies = one_of(
             "method.teacher_targets=sinkhorn" if centred else "",

@@ -381,7 +381,7 @@ def test_prototypes_and_momentum_follow_from_the_run_where_they_are_left_to(
     ("settings", "words"),
     [
         ({"teacher_targets": "centering"}, "a handful of prototypes; use sinkhorn"),
-        ({"teacher_temperature": 0.07}, "temperature of 0.07 with a batch of 128 makes the targets uniform"),
+        ({"teacher_temperature": 0.07}, "temperature of 0.07 with a batch of 128 can make the targets uniform"),
         ({"warmup_teacher_temperature": 0.06, "warmup_teacher_temperature_epochs": 5}, "temperature of 0.06 with a batch of 128"),
         ({"num_prototypes": 10_000}, "can have its own"),
         ({"num_prototypes": 5000}, "for 4000 images"),
